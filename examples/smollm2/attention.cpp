@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention by blocks of queries: the scores of one block and one head are all that is ever stored.
+#include "attention.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "matrix.hpp"
+
+namespace smollm2 {
+namespace {
+
+// Rows of a block share one product with the keys, of which the last block_tokens - 1 columns are
+// computed in vain for the first row: large enough for the former, small enough for the latter.
+constexpr std::size_t block_tokens = 128;
+
+// Softmax over the first `visible` elements of a row, without the division; the others become 0.
+// Returns the sum to divide by.
+float exponentiate(Eigen::Ref<row_vector> row, Eigen::Index visible) {
+  auto seen = row.head(visible).array();
+  seen = (seen - seen.maxCoeff()).exp();
+  row.tail(row.size() - visible).setZero();
+  return seen.sum();
+}
+
+}  // namespace
+
+void attend(std::span<const float> queries, std::size_t q_heads, const layer_cache& cache,
+            int threads, std::span<float> output) {
+  const std::size_t head_dim = cache.head_dim();
+  const std::size_t row = q_heads * head_dim;
+  const std::size_t tokens = queries.size() / row;
+  const std::size_t group = q_heads / cache.kv_heads();
+  const std::size_t blocks = (tokens + block_tokens - 1) / block_tokens;
+  const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
+
+#pragma omp parallel num_threads(threads)
+  {
+    matrix scores;  // [token, slot]
+#pragma omp for collapse(2) schedule(dynamic)
+    for (std::size_t block = 0; block < blocks; ++block) {
+      for (std::size_t q_head = 0; q_head < q_heads; ++q_head) {
+        const std::size_t kv_head = q_head / group;
+        const std::size_t begin = block * block_tokens;
+        const std::size_t count = std::min(block_tokens, tokens - begin);
+        const std::size_t older = cache.length(kv_head) - tokens;  // slots that all tokens see
+        const Eigen::Index slots = index(older + begin + count);
+        const std::size_t offset = begin * row + q_head * head_dim;
+
+        const const_strided_rows q(queries.data() + offset, index(count), index(head_dim),
+                                   Eigen::OuterStride<>(index(row)));
+        const Eigen::Map<const matrix> k(cache.keys(kv_head), slots, index(head_dim));
+        const Eigen::Map<const matrix> v(cache.values(kv_head), slots, index(head_dim));
+        strided_rows out(output.data() + offset, index(count), index(head_dim),
+                         Eigen::OuterStride<>(index(row)));
+
+        scores.resize(index(count), slots);
+        scores.noalias() = (scale * q) * k.transpose();
+        Eigen::VectorXf sums(index(count));
+        for (Eigen::Index token = 0; token < index(count); ++token) {
+          sums[token] = exponentiate(scores.row(token), index(older + begin) + token + 1);
+        }
+        out.noalias() = scores * v;
+        out.array().colwise() /= sums.array();
+      }
+    }
+  }
+}
+
+}  // namespace smollm2

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward pass of a Llama model on the CPU, with a hook that may prune each layer's cache.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "gguf.hpp"
+#include "kv_cache.hpp"
+#include "llama_config.hpp"
+
+namespace smollm2 {
+
+struct llama_layer;
+struct llama_weights;
+class rotary_table;
+
+using layer_hook = void(std::size_t layer, std::span<const float> queries, kv_cache& cache);
+
+struct prefill_hooks {
+  // How many of the last tokens on_layer gets the queries of.
+  std::size_t window = 1;
+
+  // Called once a layer's cache holds the whole prompt, and before the next layer's cache exists.
+  // Queries are rotated, [min(window, tokens), q_head, head_dim]. The hook may shrink the layer:
+  // hidden states have been computed with all of it, so only later tokens notice.
+  std::function<layer_hook> on_layer = {};
+
+  // From just above 0 to 1.
+  std::function<void(double fraction)> on_progress = {};
+};
+
+class llama {
+ public:
+  // Copies the weights: the file may be closed afterwards.
+  llama(const gguf_file& file, int threads);
+  llama(llama&&) noexcept;
+  llama& operator=(llama&&) noexcept;
+  ~llama();
+
+  const llama_config& config() const { return config_; }
+
+  // An empty cache for one sequence.
+  kv_cache new_cache() const;
+
+  // Appends the tokens to the cache and returns the logits of the last one, [vocabulary].
+  // Throws std::runtime_error where the tokens are none or do not fit into the model's context.
+  std::vector<float> prefill(std::span<const int> tokens, kv_cache& cache,
+                             const prefill_hooks& hooks = {}) const;
+
+  // The same for one token, which attends over whatever slots each KV head still has.
+  std::vector<float> decode(int token, kv_cache& cache) const;
+
+ private:
+  struct scratch;
+
+  std::vector<float> forward(std::span<const int> tokens, kv_cache& cache,
+                             const prefill_hooks& hooks) const;
+
+  // Takes a block of hidden states, the first of token number `first`, through a layer.
+  void run_layer(const llama_layer& layer, const rotary_table& rotary, std::size_t first,
+                 layer_cache& cache, scratch& buffers) const;
+
+  llama_config config_;
+  std::unique_ptr<const llama_weights> weights_;
+  int threads_;
+};
+
+}  // namespace smollm2

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "report.hpp"
+
+#include <fstream>
+#include <iomanip>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <stdexcept>
+
+namespace smollm2 {
+
+namespace {
+
+double mebibytes(std::size_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
+
+template <class Sum, class F>
+Sum sum_over(const std::vector<layer_pruning>& layers, const F& f) {
+  return std::accumulate(layers.begin(), layers.end(), Sum{},
+                         [&](Sum sum, const layer_pruning& layer) { return sum + f(layer); });
+}
+
+}  // namespace
+
+double report::kept_fraction() const {
+  return sum_over<double>(layers, [](const auto& l) { return l.kept_fraction(); }) /
+         static_cast<double>(layers.size());
+}
+double report::prune_seconds() const {
+  return sum_over<double>(layers, [](const auto& l) { return l.seconds; });
+}
+std::size_t report::bytes_before() const {
+  return sum_over<std::size_t>(layers, [](const auto& l) { return l.bytes_before; });
+}
+std::size_t report::bytes_after() const {
+  return sum_over<std::size_t>(layers, [](const auto& l) { return l.bytes_after; });
+}
+double report::tokens_per_second() const {
+  return tokens.size() < 2 ? 0 : static_cast<double>(tokens.size() - 1) / decode_seconds;
+}
+
+void print(const report& run, std::ostream& out) {
+  out << std::fixed << run.text << "\n\n";
+  out << "layer   cut of " << run.prompt_tokens << "            kept      KiB before -> after\n";
+  for (std::size_t i = 0; i < run.layers.size(); ++i) {
+    const layer_pruning& layer = run.layers[i];
+    std::string cuts;
+    for (const auto& kept : layer.kept)
+      cuts += (cuts.empty() ? "" : " ") + std::to_string(kept.cut);
+    out << std::setw(5) << i << "   " << std::left << std::setw(22) << (cuts.empty() ? "-" : cuts)
+        << std::right << std::setw(6) << std::setprecision(1) << 100 * layer.kept_fraction()
+        << " %   " << std::setw(8) << layer.bytes_before / 1024 << " -> "
+        << layer.bytes_after / 1024 << '\n';
+  }
+  out << std::setprecision(1) << "\nkept " << 100 * run.kept_fraction() << " % of "
+      << run.prompt_tokens << " tokens; cache " << mebibytes(run.bytes_before()) << " -> "
+      << mebibytes(run.bytes_after()) << " MiB, "
+      << mebibytes(run.bytes_before() - run.bytes_after()) << " MiB given back; peak resident set "
+      << mebibytes(run.peak_resident_bytes) << " MiB\n";
+  out << std::setprecision(3) << "prefill " << run.prefill_seconds << " s, prune "
+      << run.prune_seconds() << " s, decode " << run.decode_seconds << " s ("
+      << std::setprecision(1) << run.tokens_per_second() << " tokens/s)\n";
+  if (run.against_full) {
+    out << std::setprecision(4) << "against the full cache: mean KL " << run.against_full->mean_kl
+        << " nats, same top token " << std::setprecision(1)
+        << 100 * run.against_full->same_top_token << " %, full cache decodes "
+        << run.against_full->full_tokens_per_second << " tokens/s\n";
+  }
+}
+
+void write_json(const report& run, const std::filesystem::path& path) {
+  nlohmann::ordered_json json{{"prompt_tokens", run.prompt_tokens},
+                              {"kept_fraction", run.kept_fraction()},
+                              {"cache_bytes_before", run.bytes_before()},
+                              {"cache_bytes_after", run.bytes_after()},
+                              {"peak_resident_bytes", run.peak_resident_bytes},
+                              {"prefill_seconds", run.prefill_seconds},
+                              {"prune_seconds", run.prune_seconds()},
+                              {"decode_seconds", run.decode_seconds},
+                              {"tokens_per_second", run.tokens_per_second()},
+                              {"tokens", run.tokens},
+                              {"text", run.text}};
+  for (const layer_pruning& layer : run.layers) {
+    nlohmann::ordered_json kept = nlohmann::json::array();
+    for (const auto& range : layer.kept) {
+      kept.push_back({{"sinks", range.sinks},
+                      {"cut", range.cut},
+                      {"tokens", range.tokens},
+                      {"loss", range.loss},
+                      {"dropped_mass", range.dropped_mass}});
+    }
+    json["layers"].push_back({{"kept", kept},
+                              {"kept_fraction", layer.kept_fraction()},
+                              {"bytes_before", layer.bytes_before},
+                              {"bytes_after", layer.bytes_after},
+                              {"prune_seconds", layer.seconds}});
+  }
+  if (run.against_full) {
+    json["against_full"] = {{"mean_kl_nats", run.against_full->mean_kl},
+                            {"same_top_token", run.against_full->same_top_token},
+                            {"full_tokens_per_second", run.against_full->full_tokens_per_second}};
+  }
+  std::ofstream file(path);
+  // A token may end inside a character: what is not UTF-8 is replaced.
+  file << json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
+  if (!file.flush()) throw std::runtime_error("cannot write " + path.string());
+}
+
+}  // namespace smollm2

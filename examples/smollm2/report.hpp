@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a run found out, as text for people and as JSON for programs.
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "generation.hpp"
+#include "pruning.hpp"
+
+namespace smollm2 {
+
+struct report {
+  std::size_t prompt_tokens;
+  std::vector<layer_pruning> layers;
+  double prefill_seconds;  // without pruning
+  std::vector<int> tokens;
+  std::string text;
+  double decode_seconds;
+  std::optional<comparison> against_full;
+  std::size_t peak_resident_bytes;  // of the process
+
+  double kept_fraction() const;  // mean over layers and KV heads
+  double prune_seconds() const;
+  std::size_t bytes_before() const;
+  std::size_t bytes_after() const;
+  double tokens_per_second() const;
+};
+
+void print(const report& run, std::ostream& out);
+
+// Throws std::runtime_error where the file cannot be written.
+void write_json(const report& run, const std::filesystem::path& path);
+
+}  // namespace smollm2

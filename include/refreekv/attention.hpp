@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an attention row, a window of rows and their chunk statistics are; shared by all backends.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "refreekv/view.hpp"
+
+namespace refreekv::inline v0 {
+
+/// How a model turns q.k into a logit. In the order applied:
+/// scale, soft cap, ALiBi, mask, and a learned sink in the denominator of the softmax.
+template <class Memory = host_memory>
+struct attention_params {
+  /// Multiplies q.k; 0 stands for 1 / sqrt(head_dim).
+  float scale = 0;
+  /// x becomes soft_cap * tanh(x / soft_cap); 0 for none. (Gemma 2)
+  float soft_cap = 0;
+  /// A query at position p sees positions (p - sliding_window, p]; 0 for all up to p.
+  count_t sliding_window = 0;
+  /// [q_head]: slope * (token - p) is added. (ALiBi, arXiv 2108.12409)
+  view<const float, 1, Memory> alibi_slopes = {};
+  /// [q_head]: exp(logit) joins the normaliser, no token gets that share. (gpt-oss)
+  view<const float, 1, Memory> sink_logits = {};
+};
+
+/// How the rows of a window become one energy for each token; for one row both are its square.
+enum class row_average {
+  mean,       ///< the square of the mean over the rows that can see the token (arXiv 2502.16886)
+  frobenius,  ///< the sum of squares: the norm is that of the whole [window, token] block (ours)
+};
+
+/// Tokens [begin, end).
+struct token_range {
+  index_t begin;
+  index_t end;
+};
+
+/// The last `rows` queries of a sequence of `tokens` tokens; row r is the query of position
+/// tokens - rows + r. Rows before the sequence's start (position < 0) do not exist.
+struct query_window {
+  index_t tokens;
+  index_t rows;
+  index_t sliding_window;  ///< as attention_params
+
+  /// The first row that exists.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_row() const noexcept {
+    return rows > tokens ? rows - tokens : 0;
+  }
+
+  /// Tokens that row r sees. Requires r >= first_row().
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_range visible(index_t row) const noexcept {
+    const index_t end = tokens - rows + row + 1;
+    return {sliding_window > 0 && sliding_window < end ? end - sliding_window : 0, end};
+  }
+
+  /// How many rows see the token.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t rows_seeing(index_t token) const noexcept {
+    const index_t own = token - (tokens - rows);  // the row of the token's own query
+    index_t first = own > first_row() ? own : first_row();
+    index_t last = rows - 1;
+    if (sliding_window > 0 && own + sliding_window - 1 < last) last = own + sliding_window - 1;
+    return last < first ? 0 : last - first + 1;
+  }
+};
+
+/// What one read of a chunk leaves of one row. The values of the row in the chunk are held relative
+/// to `peak`, so that nothing underflows where another chunk, the sinks say, has all the mass.
+struct chunk_statistics {
+  float peak;         ///< the largest logit of the chunk, -inf where the row sees none of it
+  float sum;          ///< sum of exp(logit - peak)
+  float sum_squares;  ///< sum of exp(logit - peak)^2
+};
+
+/// The softmax normaliser of one row.
+struct row_normaliser {
+  float peak;  ///< the largest logit of the row
+  double sum;  ///< sum of exp(logit - peak)
+};
+
+/// The attention that a value exp(logit - chunk_peak) of 1 stands for. NaN for a row without
+/// a normaliser: nothing is decided on it.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline double attention_at(float chunk_peak,
+                                                              const row_normaliser& row) noexcept {
+  return std::exp(double{chunk_peak} - double{row.peak}) / row.sum;
+}
+
+/// Joins the statistics [chunk] of a row; `sink_logit` is -inf where the model has none.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline row_normaliser normalise(const chunk_statistics* row,
+                                                                   index_t chunks,
+                                                                   float sink_logit) noexcept {
+  row_normaliser n{sink_logit, 0};
+  for (index_t c = 0; c < chunks; ++c) n.peak = row[c].peak > n.peak ? row[c].peak : n.peak;
+  n.sum = std::exp(double{sink_logit} - double{n.peak});
+  for (index_t c = 0; c < chunks; ++c) {
+    n.sum += row[c].sum * std::exp(double{row[c].peak} - double{n.peak});
+  }
+  return n;
+}
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every header relies on: the language level, the integer types and the host/device marker.
+#pragma once
+
+#include <cstdint>
+
+#if defined(_MSVC_LANG) ? _MSVC_LANG < 202002L : __cplusplus < 202002L
+#error \
+    "refreekv needs C++20: compile with -std=c++20 (nvcc: -std=c++20, CMake 3.25 does not pass it)"
+#endif
+
+/// Marks arithmetic that CPU and CUDA backends share; empty for a host compiler.
+#if defined(__CUDACC__)
+#define REFREEKV_HOST_DEVICE __host__ __device__
+#else
+#define REFREEKV_HOST_DEVICE
+#endif
+
+namespace refreekv::inline v0 {
+
+/// Counts, extents, strides and offsets, in elements: 64 bits, so that no cache is too large.
+using index_t = std::int64_t;
+
+/// Stored token positions and lengths, as engines store them.
+using position_t = std::int32_t;
+
+/// An option that counts tokens or layers. Unsigned, so that a negative constant in braces
+/// (`{.window = -1}`) does not compile; `max_count` catches one that wrapped around at run time.
+using count_t = std::uint32_t;
+inline constexpr count_t max_count = 0x7fffffff;
+
+}  // namespace refreekv::inline v0

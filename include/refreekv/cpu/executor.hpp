@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Who runs the work of a CPU backend: one thread, the library's pool, or an engine's own.
+#pragma once
+
+#include <atomic>
+#include <concepts>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "refreekv/config.hpp"
+
+namespace refreekv::inline v0 {
+
+/// - `workers()`: how many calls `run` makes, at least 1 and always the same.
+/// - `run(f)`: calls f(w) once for each w in [0, workers()), on any threads, in any order, also one
+///   after the other, and returns when all are done. f does not throw.
+/// OpenMP, for one: `#pragma omp parallel for` over w in `run`.
+template <class E>
+concept executor = requires(E& e, void (&f)(int)) {
+  { e.workers() } -> std::same_as<int>;
+  e.run(f);
+};
+
+/// The calling thread.
+struct single_thread {
+  [[nodiscard]] constexpr int workers() const noexcept { return 1; }
+  template <class F>
+  constexpr void run(const F& f) const noexcept {
+    f(0);
+  }
+};
+
+/// Threads that sleep between runs. Making and destroying a pool allocates and may throw; `run`
+/// does neither. One `run` at a time.
+class thread_pool {
+ public:
+  /// The calling thread is one of `threads`; fewer than 1 counts as 1.
+  explicit thread_pool(int threads) {
+    for (int w = 1; w < threads; ++w) threads_.emplace_back([this, w] { serve(w); });
+  }
+  ~thread_pool() {
+    job_ = nullptr;
+    publish();
+    for (std::thread& t : threads_) t.join();
+  }
+  thread_pool(const thread_pool&) = delete;
+  thread_pool& operator=(const thread_pool&) = delete;
+
+  [[nodiscard]] int workers() const noexcept { return static_cast<int>(threads_.size()) + 1; }
+
+  template <class F>
+  void run(const F& f) noexcept {
+    job_ = [](const void* work, int w) { (*static_cast<const F*>(work))(w); };
+    work_ = std::addressof(f);
+    running_.store(workers() - 1, std::memory_order_relaxed);
+    publish();
+    f(0);
+    for (int left; (left = running_.load(std::memory_order_acquire)) != 0;) running_.wait(left);
+  }
+
+ private:
+  void publish() noexcept {
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
+  }
+
+  void serve(int w) noexcept {
+    for (unsigned seen = 0;; ++seen) {
+      round_.wait(seen, std::memory_order_acquire);
+      if (job_ == nullptr) return;
+      job_(work_, w);
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    }
+  }
+
+  void (*job_)(const void*, int) = nullptr;
+  const void* work_ = nullptr;
+  std::atomic<unsigned> round_{0};
+  std::atomic<int> running_{0};
+  std::vector<std::thread> threads_;
+};
+
+/// Calls f(worker, item) for every item in [0, items), contiguous items on one worker.
+template <class Executor, class F>
+void for_each_item(Executor& on, index_t items, const F& f) noexcept {
+  const index_t workers = on.workers();
+  on.run([&](int w) {
+    for (index_t i = items * w / workers; i < items * (w + 1) / workers; ++i) f(w, i);
+  });
+}
+
+}  // namespace refreekv::inline v0

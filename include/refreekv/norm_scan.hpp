@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loss curve over cuts and the rule that stops on it; arithmetic shared by all backends.
+#pragma once
+
+#include <cmath>
+
+#include "refreekv/attention.hpp"
+#include "refreekv/ranking.hpp"
+#include "refreekv/workspace.hpp"
+
+namespace refreekv::inline v0 {
+
+/// What the norm is taken over.
+enum class norm_scope {
+  candidates,  ///< tokens [cut, n); the sinks are outside (the released code)
+  full_row,    ///< sinks and [cut, n) (arXiv 2502.16886, equation 3 read literally)
+};
+
+/// Which query heads share one cut.
+enum class cut_scope {
+  layer,    ///< all of the layer (arXiv 2502.16886)
+  kv_head,  ///< those of one KV head (ours)
+};
+
+/// Tokens whose statistics are kept as one.
+inline constexpr index_t chunk_tokens = 256;
+
+/// Chunk 0 is the sinks, alone so that their mass cannot drown the candidates' digits; chunks
+/// 1 .. are the candidates, `chunk_tokens` each, the last one maybe shorter.
+struct chunking {
+  index_t tokens;
+  index_t sinks;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t count() const noexcept {
+    if (tokens <= sinks) return 1;
+    return 1 + (tokens - sinks + chunk_tokens - 1) / chunk_tokens;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_range operator[](
+      index_t chunk) const noexcept {
+    if (chunk == 0) return {0, sinks < tokens ? sinks : tokens};
+    const index_t begin = sinks + (chunk - 1) * chunk_tokens;
+    return {begin, begin + chunk_tokens < tokens ? begin + chunk_tokens : tokens};
+  }
+};
+
+/// loss(c) = 1 - norm(c) / norm(sinks), where norm(c) sums over the heads of a group the root of
+/// the energy of tokens [c, n) (a mean would cancel). The cut is the largest c with
+/// loss(c) <= threshold. (arXiv 2502.16886, algorithm 1)
+struct norm_scan {
+  double threshold;  ///< in [0, 1]
+  index_t sinks;
+  index_t window;  ///< rows used of each sequence
+  row_average average;
+  norm_scope norm;
+  cut_scope scope;
+
+  /// Cuts of each sequence.
+  [[nodiscard]] constexpr index_t groups(index_t kv_heads) const noexcept {
+    return scope == cut_scope::layer ? 1 : kv_heads;
+  }
+
+  /// One read of the keys gives chunk energies from statistics; a mean of several rows does not.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool one_pass() const noexcept {
+    return average == row_average::frobenius || window == 1;
+  }
+
+  /// False where nothing can be decided: an empty, NaN or infinite norm keeps every token.
+  [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr bool decidable(double baseline) noexcept {
+    return baseline > 0 && baseline - baseline == 0;  // the difference of an infinity is NaN
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr double loss(double norm,
+                                                                  double baseline) noexcept {
+    return 1 - norm / baseline;
+  }
+
+  /// The last index of a falling curve [count] whose loss is allowed; 0 where none is: whoever asks
+  /// knows that the curve's start is. O(count).
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t last_allowed(
+      const double* curve, index_t count, double baseline) const noexcept {
+    index_t last = count - 1;
+    while (last > 0 && !(loss(curve[last], baseline) <= threshold)) --last;
+    return last;
+  }
+
+  /// The chunk in which the cut lies, from norms [chunk] at the chunks' starts. Requires a
+  /// decidable norm[1].
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t crossing(const double* norms,
+                                                                index_t chunks) const noexcept {
+    return 1 + last_allowed(norms + 1, chunks - 1, norms[1]);
+  }
+};
+
+/// What a scan works in. Carved by `take`; shapes in brackets, `chunk` padded to `chunks`.
+/// 4 * head_dim * window + (12 * window + 16) * chunks bytes for each query head, little else.
+struct norm_scan_buffers {
+  index_t chunks;                ///< of the longest sequence the cache can hold
+  chunk_statistics* statistics;  ///< [sequence, q_head, window, chunk]
+  row_normaliser* rows;          ///< [sequence, q_head, window]
+  double* energies;              ///< [sequence, q_head, chunk]
+  double* norms;                 ///< [sequence, group, chunk]: the partial curve, summed over ranks
+  double* chunk_norms;   ///< [sequence, group, chunk_tokens]: the curve inside the crossing chunk
+  double* chunk_masses;  ///< [sequence, group, chunk_tokens]: attention dropped by a cut there
+
+  template <class Observation>
+  [[nodiscard]] static norm_scan_buffers take(arena& from, const norm_scan& scan,
+                                              const Observation& seen) noexcept {
+    const index_t chunks = chunking{seen.capacity(), scan.sinks}.count();
+    const index_t sequences = seen.sequences();
+    const index_t rows = sequences * seen.q_heads() * scan.window;
+    const index_t heads = sequences * seen.kv_heads();  // partial sums are kept for each KV head
+    return {chunks,
+            from.take<chunk_statistics>(rows * chunks),
+            from.take<row_normaliser>(rows),
+            from.take<double>(sequences * seen.q_heads() * chunks),
+            from.take<double>(heads * chunks),
+            from.take<double>(heads * chunk_tokens),
+            from.take<double>(heads * chunk_tokens)};
+  }
+};
+
+/// What is kept of a sequence, from its summed curves. norms: [chunk]; chunk_norms, chunk_masses:
+/// [chunk_tokens] of the crossing chunk.
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range stop(const norm_scan& scan, index_t tokens,
+                                                             const double* norms,
+                                                             const double* chunk_norms,
+                                                             const double* chunk_masses) noexcept {
+  const position_ranking ranking(tokens, scan.sinks);
+  const chunking chunks{tokens, scan.sinks};
+  if (chunks.count() == 1 || !norm_scan::decidable(norms[1])) return ranking.all();
+  const index_t crossing = scan.crossing(norms, chunks.count());
+  const token_range range = chunks[crossing];
+  const index_t last = scan.last_allowed(chunk_norms, range.end - range.begin, norms[1]);
+  kept_range kept = ranking.from(range.begin + last);
+  if (kept.dropped() > 0) {
+    kept.loss = static_cast<float>(norm_scan::loss(chunk_norms[last], norms[1]));
+    kept.dropped_mass = static_cast<float>(chunk_masses[last]);
+  }
+  return kept;
+}
+
+}  // namespace refreekv::inline v0

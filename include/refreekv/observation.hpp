@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a policy gets to see of one layer: its cache and, for those that ask, attention to it.
+#pragma once
+
+#include "refreekv/attention.hpp"
+#include "refreekv/cache.hpp"
+
+namespace refreekv::inline v0 {
+
+/// What the layer is, besides its tensors.
+template <class Memory = host_memory>
+struct layer_info {
+  index_t layer = 0;  ///< 0-based
+  attention_params<Memory> attention = {};
+};
+
+/// One layer of a ragged batch. All sizes are of the whole batch but tokens(sequence).
+/// - `invalid()`: null, or what is wrong with the description, in words. O(tables).
+template <class O>
+concept observation = requires(const O& seen, index_t sequence) {
+  typename O::memory;
+  { seen.sequences() } -> std::same_as<index_t>;
+  { seen.q_heads() } -> std::same_as<index_t>;
+  { seen.kv_heads() } -> std::same_as<index_t>;
+  { seen.capacity() } -> std::same_as<index_t>;
+  { seen.tokens(sequence) } -> std::same_as<index_t>;
+  { seen.invalid() } -> std::same_as<const char*>;
+  { seen.info } -> std::convertible_to<layer_info<typename O::memory>>;
+};
+
+/// An observation that shows attention: the last `window()` rows of each query head.
+/// - `attention_at(peak, row)`: the attention that a value of 1 relative to `peak` stands for.
+template <class O>
+concept attention_observation =
+    observation<O> && requires(const O& seen, float peak, const row_normaliser& row) {
+      { seen.window() } -> std::same_as<index_t>;
+      { O::attention_at(peak, row) } -> std::same_as<double>;
+    };
+
+namespace detail {
+
+template <class O>
+[[nodiscard]] constexpr const char* invalid_layer(const O& seen) noexcept {
+  if (seen.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
+  if (seen.info.layer < 0) return "layer must be >= 0";
+  if (seen.kv_heads() < 1 || seen.q_heads() % seen.kv_heads() != 0) {
+    return "q_heads must be a multiple of kv_heads";
+  }
+  return nullptr;
+}
+
+template <class O>
+[[nodiscard]] constexpr const char* invalid_window(const O& seen) noexcept {
+  if constexpr (std::same_as<typename O::memory, host_memory>) {
+    for (index_t s = 0; s < seen.sequences(); ++s) {
+      if (seen.window() < 1 && seen.tokens(s) > 0) return "a window of no rows";
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace detail
+
+/// Keys and the last queries: attention is recomputed from them, no attention matrix is needed.
+template <class Query, kv_source Keys>
+struct query_observation {
+  using memory = typename Keys::memory;
+
+  /// [sequence, window, q_head, head_dim], rotated as the keys are; the last row is the query of
+  /// the sequence's last token, whatever its length.
+  view<const Query, 4, memory> queries;
+  Keys keys;
+  layer_info<memory> info;
+
+  [[nodiscard]] constexpr index_t sequences() const noexcept { return keys.sequences(); }
+  [[nodiscard]] constexpr index_t q_heads() const noexcept { return queries.extent(2); }
+  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return keys.kv_heads(); }
+  [[nodiscard]] constexpr index_t head_dim() const noexcept { return keys.head_dim(); }
+  [[nodiscard]] constexpr index_t capacity() const noexcept { return keys.capacity(); }
+  [[nodiscard]] constexpr index_t window() const noexcept { return queries.extent(1); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return keys.tokens(sequence);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE static double attention_at(
+      float peak, const row_normaliser& row) noexcept {
+    return refreekv::attention_at(peak, row);
+  }
+
+  /// Multiplies q.k: the model's scale, or its default.
+  [[nodiscard]] REFREEKV_HOST_DEVICE float scale() const noexcept {
+    return info.attention.scale > 0 ? info.attention.scale
+                                    : 1.0f / std::sqrt(static_cast<float>(keys.head_dim()));
+  }
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = keys.invalid()) return why;
+    if (const char* why = detail::invalid_layer(*this)) return why;
+    if (queries.malformed()) return "queries need a pointer and extents >= 0";
+    if (queries.extent(0) != keys.sequences()) return "queries and keys differ in sequences";
+    if (queries.extent(3) != keys.head_dim() || keys.head_dim() < 1) {
+      return "queries and keys differ in head_dim";
+    }
+    const attention_params<memory>& a = info.attention;
+    if (!(a.scale >= 0) || !(a.scale <= std::numeric_limits<float>::max())) {
+      return "scale must be finite and >= 0";
+    }
+    if (!(a.soft_cap >= 0) || !(a.soft_cap <= std::numeric_limits<float>::max())) {
+      return "soft_cap must be finite and >= 0";
+    }
+    if (a.sliding_window > max_count) return "sliding_window must be >= 0";
+    if (a.alibi_slopes.data() != nullptr && a.alibi_slopes.extent(0) != q_heads()) {
+      return "alibi_slopes must be [q_head]";
+    }
+    if (a.sink_logits.data() != nullptr && a.sink_logits.extent(0) != q_heads()) {
+      return "sink_logits must be [q_head]";
+    }
+    return detail::invalid_window(*this);
+  }
+};
+
+/// Attention that the engine already has, after the softmax.
+template <class Row, class Memory = host_memory>
+struct row_observation {
+  using memory = Memory;
+
+  /// [sequence, window, q_head, token]; the last row is that of the sequence's last token. Entries
+  /// past a row's own token are not read, and a row may sum to less than 1.
+  view<const Row, 4, Memory> rows;
+  index_t heads;  ///< kv_heads; a divisor of q_heads
+  lengths_view<Memory> lengths;
+  layer_info<Memory> info;  ///< of the attention only sliding_window is used
+
+  [[nodiscard]] constexpr index_t sequences() const noexcept { return rows.extent(0); }
+  [[nodiscard]] constexpr index_t q_heads() const noexcept { return rows.extent(2); }
+  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return heads; }
+  [[nodiscard]] constexpr index_t capacity() const noexcept { return rows.extent(3); }
+  [[nodiscard]] constexpr index_t window() const noexcept { return rows.extent(1); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return lengths.data() == nullptr ? rows.extent(3) : index_t{lengths(sequence)};
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE static double attention_at(float peak,
+                                                                const row_normaliser&) noexcept {
+    return double{peak};
+  }
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (rows.malformed()) return "rows need a pointer and extents >= 0";
+    if (const char* why = invalid_lengths(lengths, sequences(), capacity())) return why;
+    if (const char* why = detail::invalid_layer(*this)) return why;
+    if (info.attention.sliding_window > max_count) return "sliding_window must be >= 0";
+    return detail::invalid_window(*this);
+  }
+};
+
+/// A cache alone, for policies that look at positions only.
+template <kv_source Keys>
+struct cache_observation {
+  using memory = typename Keys::memory;
+
+  Keys keys;
+  layer_info<memory> info;
+
+  [[nodiscard]] constexpr index_t sequences() const noexcept { return keys.sequences(); }
+  [[nodiscard]] constexpr index_t q_heads() const noexcept { return keys.kv_heads(); }
+  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return keys.kv_heads(); }
+  [[nodiscard]] constexpr index_t capacity() const noexcept { return keys.capacity(); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return keys.tokens(sequence);
+  }
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = keys.invalid()) return why;
+    return detail::invalid_layer(*this);
+  }
+};
+
+/// queries: [sequence, window, q_head, head_dim] of the last tokens.
+template <class Query, kv_source Keys>
+[[nodiscard]] constexpr auto observe(view<Query, 4, typename Keys::memory> queries,
+                                     const Keys& keys,
+                                     layer_info<typename Keys::memory> info = {}) noexcept {
+  return query_observation<std::remove_const_t<Query>, Keys>{queries, keys, info};
+}
+
+/// No attention.
+template <kv_source Keys>
+[[nodiscard]] constexpr auto observe(const Keys& keys,
+                                     layer_info<typename Keys::memory> info = {}) noexcept {
+  return cache_observation<Keys>{keys, info};
+}
+
+/// rows: [sequence, window, q_head, token], softmax already applied; lengths: [sequence].
+template <class Row, class Memory>
+[[nodiscard]] constexpr auto observe_rows(view<Row, 4, Memory> rows, index_t kv_heads,
+                                          lengths_view<Memory> lengths = {},
+                                          layer_info<Memory> info = {}) noexcept {
+  return row_observation<std::remove_const_t<Row>, Memory>{rows, kv_heads, lengths, info};
+}
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything but CUDA: the core, the policies and the CPU backend.
+#pragma once
+
+#include "refreekv/cpu/backend.hpp"
+#include "refreekv/policy/refreekv.hpp"
+#include "refreekv/policy/streaming_llm.hpp"
+#include "refreekv/prune.hpp"
+#include "refreekv/version.hpp"

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a decision leaves of a sequence, and the forms in which engines want to hear it.
+#pragma once
+
+#include <cstddef>
+
+#include "refreekv/config.hpp"
+
+namespace refreekv::inline v0 {
+
+/// A prefix and a suffix of one sequence stay: tokens [0, sinks) and [cut, tokens).
+/// 0 <= sinks <= cut <= tokens; nothing is dropped where sinks == cut.
+struct kept_range {
+  position_t sinks = 0;
+  position_t cut = 0;
+  position_t tokens = 0;
+  float loss = 0;          ///< of the norm, at the cut: in [0, threshold]
+  float dropped_mass = 0;  ///< the most attention that any row of the window gives to what went;
+                           ///< its output moves by at most 2 * dropped_mass * max |v| (ours)
+
+  /// Tokens that stay: the physical length.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t length() const noexcept {
+    return sinks + (tokens - cut);
+  }
+  /// Tokens that go.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t dropped() const noexcept {
+    return cut - sinks;
+  }
+  /// The logical position of the next token: rotary embeddings go on from here, not from length().
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t next_position() const noexcept {
+    return tokens;
+  }
+  /// In [0, 1]; 1 for an empty sequence.
+  [[nodiscard]] constexpr double kept_fraction() const noexcept {
+    return tokens == 0 ? 1.0 : static_cast<double>(length()) / tokens;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool keeps(index_t position) const noexcept {
+    return position < sinks || position >= cut;
+  }
+  friend constexpr bool operator==(const kept_range&, const kept_range&) noexcept = default;
+};
+
+/// The smallest range that holds both, for engines whose layers or heads share one length.
+/// Requires both of one sequence; loss and mass are of the tighter cut, so upper bounds.
+[[nodiscard]] constexpr kept_range unite(const kept_range& a, const kept_range& b) noexcept {
+  const position_t sinks = a.sinks > b.sinks ? a.sinks : b.sinks;
+  const position_t cut = a.cut < b.cut ? a.cut : b.cut;
+  return {sinks, cut > sinks ? cut : sinks, a.tokens, a.loss > b.loss ? a.loss : b.loss,
+          a.dropped_mass > b.dropped_mass ? a.dropped_mass : b.dropped_mass};
+}
+
+/// A mask of one value for each token, mask [token]: bytes (1, 0), booleans, or an additive mask of
+/// any float type (0, -infinity). O(tokens).
+template <class T>
+constexpr void write_mask(const kept_range& kept, T* mask, T keep, T drop) noexcept {
+  for (index_t t = 0; t < kept.tokens; ++t) mask[t] = kept.keeps(t) ? keep : drop;
+}
+
+/// One bit for each token, 1 = kept, lowest bit first; bits [ceil(tokens / 8)] bytes, the last one
+/// padded with zeros. O(tokens).
+constexpr void write_mask_bits(const kept_range& kept, std::uint8_t* bits) noexcept {
+  for (index_t byte = 0; byte < (index_t{kept.tokens} + 7) / 8; ++byte) {
+    unsigned value = 0;
+    for (index_t bit = 0; bit < 8; ++bit) {
+      const index_t t = byte * 8 + bit;
+      value |= (t < kept.tokens && kept.keeps(t) ? 1u : 0u) << bit;
+    }
+    bits[byte] = static_cast<std::uint8_t>(value);
+  }
+}
+
+/// Kept positions of `count` ranges, ascending, one range after the other: positions
+/// [offsets[count]], offsets [count + 1], offsets[0] = 0. With no `positions` only the offsets are
+/// written. O(kept tokens).
+template <class Position, class Offset>
+constexpr void write_positions(const kept_range* kept, index_t count, Position* positions,
+                               Offset* offsets) noexcept {
+  index_t written = 0;
+  offsets[0] = 0;
+  for (index_t i = 0; i < count; ++i) {
+    if (positions != nullptr) {
+      Position* out = positions + written;
+      for (index_t t = 0; t < kept[i].sinks; ++t) *out++ = static_cast<Position>(t);
+      for (index_t t = kept[i].cut; t < kept[i].tokens; ++t) *out++ = static_cast<Position>(t);
+    }
+    written += kept[i].length();
+    offsets[i + 1] = static_cast<Offset>(written);
+  }
+}
+
+/// How what is kept becomes contiguous. Keys carry their own rotation, so the order of slots does
+/// not matter to attention.
+enum class compaction {
+  sinks_up,     ///< the sinks move to [cut - sinks, cut): the first slot becomes cut - sinks (ours)
+  suffix_down,  ///< the suffix moves to [sinks, length): the first slot stays 0
+};
+
+/// Copy tokens [source, source + tokens) to [target, target + tokens), as if through a buffer.
+struct token_move {
+  index_t source;
+  index_t target;  ///< <= source for suffix_down: safe in ascending order
+  index_t tokens;
+};
+
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_move move_of(const kept_range& kept,
+                                                                compaction how) noexcept {
+  const index_t sinks = kept.sinks, cut = kept.cut, tokens = kept.tokens;
+  if (how == compaction::sinks_up) return {0, cut - sinks, cut == sinks ? 0 : sinks};
+  return {cut, sinks, cut == sinks ? 0 : tokens - cut};
+}
+
+/// The slot of the first kept token once `how` is done; the others follow it.
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_slot(const kept_range& kept,
+                                                                compaction how) noexcept {
+  return how == compaction::sinks_up ? index_t{kept.dropped()} : 0;
+}
+
+/// Pages that a sequence can give up whole. Pages are counted along the sequence, page i holds
+/// tokens [i * page_tokens, (i + 1) * page_tokens).
+struct page_plan {
+  index_t first = 0;        ///< pages [first, last) leave the sequence's page table
+  index_t last = 0;         ///< so the table loses last - first entries
+  bool sinks_move = false;  ///< first compact with sinks_up; otherwise the sinks stay in their page
+                            ///< and tokens between them and the cut must be masked
+  index_t first_slot = 0;   ///< of the kept tokens in the new table, if the sinks move; else 0
+};
+
+/// shared: bit i (lowest first) says that page i also belongs to others, so it must not be written;
+/// null where none is. The sinks move if that frees more pages and writes no shared page.
+/// O(pages under the sinks). (ours)
+[[nodiscard]] constexpr page_plan plan_pages(const kept_range& kept, index_t page_tokens,
+                                             const std::uint8_t* shared = nullptr) noexcept {
+  const index_t sinks = kept.sinks, cut = kept.cut;
+  if (sinks == cut) return {};
+  page_plan stay{(sinks + page_tokens - 1) / page_tokens, cut / page_tokens, false, 0};
+  if (stay.last < stay.first) stay.last = stay.first;
+  const index_t target = cut - sinks;
+  for (index_t page = target / page_tokens; page * page_tokens < cut && sinks > 0; ++page) {
+    if (shared != nullptr && (shared[page / 8] >> (page % 8) & 1) != 0) return stay;
+  }
+  if (target / page_tokens <= stay.last - stay.first) return stay;
+  return {0, target / page_tokens, true, target % page_tokens};
+}
+
+/// Takes the plan's pages out of table [page], whose `pages` entries shift down, and appends those
+/// that nobody shares to `freed`: they are the caller's to reuse. Returns how many were freed.
+/// Requires room for last - first ids in `freed`. O(pages).
+template <class Index>
+constexpr index_t remove_pages(const page_plan& plan, Index* table, index_t pages, Index* freed,
+                               const std::uint8_t* shared = nullptr) noexcept {
+  index_t count = 0;
+  for (index_t page = plan.first; page < plan.last; ++page) {
+    const bool mine = shared == nullptr || (shared[page / 8] >> (page % 8) & 1) == 0;
+    if (mine) freed[count++] = table[page];
+  }
+  for (index_t page = plan.last; page < pages; ++page) {
+    table[plan.first + page - plan.last] = table[page];
+  }
+  return count;
+}
+
+}  // namespace refreekv::inline v0

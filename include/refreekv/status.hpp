@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a call ended: the library's only way to report an error.
+#pragma once
+
+namespace refreekv::inline v0 {
+
+/// Anything but `ok` means that no output was written and no cache was touched.
+enum class [[nodiscard]] status {
+  ok,
+  invalid_argument,  ///< an option or a view is outside its range; `why_invalid` names it
+  small_workspace,   ///< fewer bytes than `workspace_size` asks for
+  device_error,      ///< the device refused a launch
+};
+
+/// A status in words, for a log line. Never null.
+[[nodiscard]] constexpr const char* to_string(status s) noexcept {
+  switch (s) {
+    case status::ok: return "ok";
+    case status::invalid_argument: return "invalid argument";
+    case status::small_workspace: return "workspace too small";
+    case status::device_error: return "device error";
+  }
+  return "unknown status";
+}
+
+}  // namespace refreekv::inline v0

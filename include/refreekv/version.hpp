@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+// The library's version; the build reads it from here.
+#pragma once
+
+#define REFREEKV_VERSION_MAJOR 0
+#define REFREEKV_VERSION_MINOR 1
+#define REFREEKV_VERSION_PATCH 0

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scratch memory that the caller owns, and the arena that counts it or carves it.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "refreekv/view.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Bytes for one call: any alignment, contents undefined before and after. Two calls may share a
+/// workspace unless they run at the same time.
+template <class Memory = host_memory>
+struct workspace {
+  std::byte* data = nullptr;
+  std::size_t bytes = 0;
+
+  constexpr workspace() noexcept = default;
+  constexpr workspace(std::byte* first, std::size_t size) noexcept : data(first), bytes(size) {}
+  /// On the host whatever converts to a span of bytes is a workspace: a vector, an array.
+  template <class Bytes>
+    requires(std::is_same_v<Memory, host_memory> &&
+             std::is_convertible_v<Bytes&, std::span<std::byte>> &&
+             !std::is_same_v<std::remove_cvref_t<Bytes>, workspace>)
+  constexpr workspace(Bytes&& range) noexcept {
+    const std::span<std::byte> span(range);
+    data = span.data();
+    bytes = span.size();
+  }
+};
+
+/// Hands out arrays, each on its own cache line. Without memory it only counts, so one function
+/// that takes arrays from an arena both sizes a workspace and carves it.
+class arena {
+ public:
+  static constexpr std::size_t alignment = 64;
+
+  /// Counts.
+  constexpr arena() noexcept = default;
+
+  /// Carves. Requires `data` to hold the bytes() that counting found.
+  explicit arena(std::byte* data) noexcept {
+    const auto address = reinterpret_cast<std::uintptr_t>(data);
+    next_ = data + (alignment - address % alignment) % alignment;
+  }
+
+  /// An array of n elements, uninitialised; null while counting. Requires n >= 0.
+  template <class T>
+  [[nodiscard]] T* take(index_t n) noexcept {
+    static_assert(alignof(T) <= alignment && std::is_trivially_destructible_v<T>);
+    const std::size_t bytes =
+        (static_cast<std::size_t>(n) * sizeof(T) + alignment - 1) / alignment * alignment;
+    taken_ += bytes;
+    if (next_ == nullptr) return nullptr;
+    T* array = reinterpret_cast<T*>(next_);
+    next_ += bytes;
+    return array;
+  }
+
+  /// Bytes that suffice for all that was taken, wherever the workspace starts.
+  [[nodiscard]] constexpr std::size_t bytes() const noexcept {
+    return taken_ == 0 ? 0 : taken_ + alignment - 1;
+  }
+
+ private:
+  std::byte* next_ = nullptr;
+  std::size_t taken_ = 0;
+};
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention is computed from float, half and bfloat16.
+// fails with: no matching function for call to 'widen
+#include <refreekv/refreekv.hpp>
+
+#ifdef REFREEKV_BAD
+using element = double;
+#else
+using element = float;
+#endif
+
+refreekv::status decide(refreekv::view<element, 4> queries, const refreekv::dense<element>& keys,
+                        refreekv::view<refreekv::kept_range, 2> kept,
+                        refreekv::workspace<> scratch) {
+  const refreekv::policy::refreekv rule;
+  const refreekv::cpu_backend cpu;
+  return refreekv::select(rule, cpu, refreekv::observe(queries, keys), kept, scratch);
+}

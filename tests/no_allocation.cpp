@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// select and compact never allocate: neither through operator new nor through Eigen.
+#undef NDEBUG
+#define EIGEN_RUNTIME_NO_MALLOC  // Eigen asserts when it allocates while that is not allowed
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+#include "layouts.hpp"
+
+namespace {
+std::atomic<bool> forbidden{false};
+}
+
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  if (forbidden) {
+    std::fputs("operator new was called\n", stderr);
+    std::abort();
+  }
+  if (void* memory = std::malloc(bytes)) return memory;
+  std::abort();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+using namespace refreekv;
+
+int main() {
+  thread_pool pool(2);
+  random_source random(base_seed());
+  problem p(2, 3, 80, 20, {700, 3, 0});
+  fill(p, random);
+  p.soft_cap = 30;
+  p.sink_logits.assign(6, 1.0f);
+  p.alibi_slopes.assign(6, 0.01f);
+  int runs = 0;
+  for_each_layout<Eigen::half>(p.keys, [&](const char*, const auto& cache) {
+    for (const row_average average : {row_average::mean, row_average::frobenius}) {
+      const policy::refreekv rule{.threshold = 0.1, .window = 20, .average = average};
+      const cpu_backend on{pool};
+      const auto seen = observe(p.query_view(), cache.source(), p.info());
+      std::vector<std::byte> scratch(workspace_size(rule, on, seen));
+      std::vector<kept_range> kept(3);
+      const view<kept_range, 2> cuts(kept.data(), {3, 1});
+      forbidden = true;
+      Eigen::internal::set_is_malloc_allowed(false);
+      const status first = prune(rule, on, seen, cuts, scratch, compaction::sinks_up);
+      const status second =
+          compact(on, view<const kept_range, 2>(cuts), compaction::suffix_down, cache.source());
+      const status third =
+          select(policy::streaming_llm{}, on, observe(cache.source()), cuts, workspace<>{});
+      Eigen::internal::set_is_malloc_allowed(true);
+      forbidden = false;
+      if (first != status::ok || second != status::ok || third != status::ok) std::abort();
+      ++runs;
+    }
+  });
+  std::printf("%d runs without an allocation\n", runs);
+}

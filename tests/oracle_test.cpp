@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random problems with every option against the double-precision oracle.
+#include "layouts.hpp"
+#include "reference.hpp"
+#include "selection.hpp"
+
+namespace {
+
+constexpr int problems_of_each_type = 700;
+
+refreekv::policy::refreekv random_rule(random_source& random, index_t window) {
+  refreekv::policy::refreekv rule;
+  rule.threshold = random.one_of({0.0, 0.001, 0.01, 0.05, 0.3, 0.9, 1.0});
+  rule.sinks = random.one_of<count_t>({0, 1, 4, 7});
+  rule.window = static_cast<count_t>(random.between(1, window));
+  rule.average = random.one_of({refreekv::row_average::mean, refreekv::row_average::frobenius});
+  rule.norm = random.one_of({refreekv::norm_scope::candidates, refreekv::norm_scope::full_row});
+  rule.scope = random.one_of({refreekv::cut_scope::layer, refreekv::cut_scope::kv_head});
+  rule.full_layers = static_cast<count_t>(random.between(0, 9));
+  return rule;
+}
+
+position_t random_length(random_source& random) {
+  return static_cast<position_t>(random.chance(0.3) ? random.between(0, 12)
+                                 : random.chance(0.7)
+                                     ? random.one_of<index_t>({255, 256, 257, 260, 261, 516, 517})
+                                     : random.between(5, 700));
+}
+
+problem random_problem(random_source& random) {
+  std::vector<position_t> lengths(size(random.between(0, 3)));
+  for (position_t& n : lengths) n = random_length(random);
+  const index_t window = random.chance(0.4) ? 1 : random.one_of<index_t>({2, 3, 8, 17, 64});
+  problem p(random.one_of<index_t>({1, 2, 3}), random.one_of<index_t>({1, 2, 3, 4, 7}),
+            random.one_of<index_t>({1, 8, 16, 20, 64, 80}), window, lengths);
+  fill(p, random);
+  const auto some = [&](std::vector<float>& per_head, float low, float high) {
+    for (index_t h = 0; h < p.q_heads(); ++h) {
+      per_head.push_back(low + (high - low) * static_cast<float>(random.between(0, 100)) / 100);
+    }
+  };
+  if (random.chance(0.3)) p.scale = random.one_of({0.05f, 0.25f, 1.0f});
+  if (random.chance(0.3)) p.soft_cap = random.one_of({2.0f, 30.0f, 50.0f});
+  if (random.chance(0.3)) p.sliding_window = random.one_of<count_t>({1, 5, 100, 300, 5000});
+  if (random.chance(0.3)) some(p.alibi_slopes, 0, 0.5f);
+  if (random.chance(0.3)) some(p.sink_logits, -5, 12);
+  return p;
+}
+
+template <class T>
+void round_problem(problem& p) {
+  round_to<T>(p.queries);
+  for (auto& values : p.keys.values) round_to<T>(values);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]", float,
+                   Eigen::half, refreekv::bf16_bits) {
+  refreekv::thread_pool pool(3);
+  const unsigned first = base_seed();
+  for (unsigned seed = first; seed < first + problems_of_each_type; ++seed) {
+    random_source random(seed);
+    problem p = random_problem(random);
+    round_problem<TestType>(p);
+    const refreekv::policy::refreekv rule = random_rule(random, p.window);
+    INFO("REFREEKV_SEED=" << seed << " threshold " << rule.threshold << " sinks " << rule.sinks
+                          << " window " << rule.window << " of " << p.window << " frobenius "
+                          << (rule.average == refreekv::row_average::frobenius) << " full row "
+                          << (rule.norm == refreekv::norm_scope::full_row) << " dim " << p.head_dim
+                          << " group " << p.group << " soft cap " << p.soft_cap
+                          << " sliding window " << p.sliding_window << " alibi "
+                          << p.alibi_slopes.size() << " sinks " << p.sink_logits.size());
+    std::vector<TestType> queries;
+    for (const float q : p.queries) queries.push_back(to_element<TestType>(q));
+    const refreekv::view q(queries.data(), {p.sequences(), p.window, p.q_heads(), p.head_dim});
+    const auto check = [&](const auto& cache) {
+      const auto seen = refreekv::observe(q, cache.source(), p.info());
+      const selection one = run_select(rule, refreekv::cpu_backend{}, seen);
+      REQUIRE(one.status == refreekv::status::ok);
+      const selection three = run_select(rule, refreekv::cpu_backend{pool}, seen);
+      const index_t heads_of_cut = p.q_heads() / std::max<index_t>(one.groups, 1);
+      for (index_t s = 0; s < p.sequences(); ++s) {
+        const auto rows = reference::attend(p, s);
+        for (index_t g = 0; g < one.groups; ++g) {
+          const auto expected = reference::decide(rows, g * heads_of_cut, (g + 1) * heads_of_cut,
+                                                  rule, p.sliding_window);
+          INFO("sequence " << s << " group " << g << " tokens " << rows.tokens);
+          CHECK(reference::disagreement(one.at(s, g), expected, rule.threshold) == "");
+          CHECK(three.at(s, g) == one.at(s, g));
+        }
+      }
+      CHECK(cache.untouched());
+    };
+    switch (random.between(0, 5)) {
+      case 0: check(dense_cache<TestType>(p.keys)); break;
+      case 1: check(dense_cache<TestType>(p.keys, axis_order::token_head_dim)); break;
+      case 2: check(dense_cache<TestType>(p.keys, axis_order::head_dim_token)); break;
+      case 3: check(paged_cache<TestType>(p.keys, random.one_of<index_t>({1, 3, 16}))); break;
+      case 4: check(paged_cache<TestType, std::int64_t>(p.keys, 64, true, true, false)); break;
+      default: check(segmented_cache<TestType>(p.keys, seed)); break;
+    }
+  }
+}
+
+TEST_CASE("ready rows agree with the oracle on random problems", "[oracle]") {
+  const unsigned first = base_seed();
+  for (unsigned seed = first; seed < first + 300; ++seed) {
+    random_source random(seed);
+    problem p = random_problem(random);
+    const refreekv::policy::refreekv rule = random_rule(random, p.window);
+    INFO("REFREEKV_SEED=" << seed);
+    const index_t tokens = p.keys.longest() + 2;
+    std::vector<float> values(size(p.sequences() * p.window * p.q_heads() * tokens),
+                              std::numeric_limits<float>::quiet_NaN());
+    const refreekv::view a(values.data(), {p.sequences(), p.window, p.q_heads(), tokens});
+    std::vector<reference::attention_rows> rows;
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      rows.push_back(reference::attend(p, s));
+      for (index_t h = 0; h < p.q_heads(); ++h) {
+        for (index_t r = 0; r < p.window; ++r) {
+          for (index_t t = 0; t < rows.back().tokens; ++t) {
+            double& exact = rows.back().values[size((h * p.window + r) * rows.back().tokens + t)];
+            a(s, r, h, t) = static_cast<float>(exact);
+            exact = double{a(s, r, h, t)};
+          }
+        }
+      }
+    }
+    const auto seen = refreekv::observe_rows(refreekv::view<const float, 4>(a), p.keys.kv_heads,
+                                             {p.lengths.data(), {p.sequences()}}, p.info());
+    const selection s = run_select(rule, refreekv::cpu_backend{}, seen);
+    REQUIRE(s.status == refreekv::status::ok);
+    const index_t heads_of_cut = p.q_heads() / std::max<index_t>(s.groups, 1);
+    for (index_t i = 0; i < p.sequences(); ++i) {
+      for (index_t g = 0; g < s.groups; ++g) {
+        const auto expected = reference::decide(rows[size(i)], g * heads_of_cut,
+                                                (g + 1) * heads_of_cut, rule, p.sliding_window);
+        INFO("sequence " << i << " group " << g << " tokens " << rows[size(i)].tokens);
+        CHECK(reference::disagreement(s.at(i, g), expected, rule.threshold) == "");
+      }
+    }
+  }
+}

@@ -1,0 +1,474 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract that every policy keeps on every backend: a table of policies, one test a property.
+#include <sys/mman.h>
+
+#include <barrier>
+#include <thread>
+
+#include "layouts.hpp"
+#include "reference.hpp"
+#include "selection.hpp"
+
+using namespace refreekv;
+
+namespace {
+
+/// Every policy with the options that matter; a new one is a line here.
+template <class F>
+void for_each_policy(const F& f) {
+  f("refreekv", policy::refreekv{});
+  f("refreekv, window 3", policy::refreekv{.window = 3});
+  f("refreekv, frobenius, kv_head, full row", policy::refreekv{.threshold = 0.1,
+                                                               .window = 3,
+                                                               .average = row_average::frobenius,
+                                                               .norm = norm_scope::full_row,
+                                                               .scope = cut_scope::kv_head});
+  f("streaming_llm", policy::streaming_llm{.sinks = 4, .recent = 40});
+  f("streaming_llm, room", policy::streaming_llm{.sinks = 2, .recent = 300, .room = 100});
+}
+
+template <class F>
+void for_each_backend(const F& f) {
+  static thread_pool pool(2);
+  f("one thread", cpu_backend{});
+  f("two threads", cpu_backend{pool});
+}
+
+template <class F>
+void for_each_case(const F& f) {
+  for_each_policy([&](const char* policy, const auto& rule) {
+    INFO(policy);
+    for_each_backend([&](const char* backend, const auto& on) {
+      INFO(backend);
+      f(rule, on);
+    });
+  });
+}
+
+problem random_problem(unsigned seed, std::vector<position_t> lengths = {300, 5, 0, 77, 4, 1}) {
+  random_source random(seed);
+  problem p(2, 3, 16, 3, std::move(lengths));
+  fill(p, random);
+  return p;
+}
+
+auto ok = [](const selection& s) {
+  REQUIRE(s.status == status::ok);
+  return s;
+};
+
+}  // namespace
+
+TEST_CASE("what is kept is a prefix and a suffix of every sequence", "[contract]") {
+  const problem p = random_problem(base_seed());
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const selection s = ok(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())));
+    for (index_t i = 0; i < p.sequences(); ++i) {
+      for (index_t g = 0; g < s.groups; ++g) {
+        const kept_range& k = s.at(i, g);
+        CHECK(k.tokens == p.lengths[size(i)]);
+        CHECK(0 <= k.sinks);
+        CHECK(k.sinks == std::min<position_t>(k.tokens, static_cast<position_t>(rule.sinks)));
+        CHECK(k.sinks <= k.cut);
+        CHECK(k.cut <= k.tokens);
+        CHECK(k.loss >= -1e-6f);
+        CHECK(k.dropped_mass >= 0);
+        CHECK(k.dropped_mass <= 1.00001f);
+        if (k.tokens <= k.sinks) CHECK(k.dropped() == 0);
+      }
+    }
+  });
+}
+
+TEST_CASE("sequences do not influence each other", "[contract]") {
+  const problem p = random_problem(base_seed() + 1);
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const selection together =
+        ok(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())));
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      problem alone(p.keys.kv_heads, p.group, p.head_dim, p.window, {p.lengths[size(s)]});
+      alone.keys.values[0] = p.keys.values[size(s)];
+      const auto begin = p.queries.begin() + s * static_cast<index_t>(alone.queries.size());
+      std::copy(begin, begin + static_cast<index_t>(alone.queries.size()), alone.queries.begin());
+      const dense_cache<float> own(alone.keys);
+      const selection single =
+          ok(run_select(rule, on, observe(alone.query_view(), own.source(), p.info())));
+      for (index_t g = 0; g < together.groups; ++g) CHECK(single.at(0, g) == together.at(s, g));
+    }
+  });
+}
+
+TEST_CASE("permuting KV heads permutes the result", "[contract]") {
+  const problem p = random_problem(base_seed() + 2);
+  problem swapped = p;
+  for (index_t s = 0; s < p.sequences(); ++s) {
+    for (index_t h = 0; h < p.keys.kv_heads; ++h) {
+      const index_t other = p.keys.kv_heads - 1 - h;
+      for (index_t d = 0; d < p.head_dim; ++d) {
+        for (index_t t = 0; t < p.lengths[size(s)]; ++t) {
+          swapped.keys.at(s, other, t, d) = p.keys.at(s, h, t, d);
+        }
+        for (index_t r = 0; r < p.window; ++r) {
+          for (index_t g = 0; g < p.group; ++g) {
+            swapped.query(s, r, other * p.group + g, d) = p.query(s, r, h * p.group + g, d);
+          }
+        }
+      }
+    }
+  }
+  const dense_cache<float> keys(p.keys), swapped_keys(swapped.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const selection a = ok(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())));
+    const selection b = ok(
+        run_select(rule, on, observe(swapped.query_view(), swapped_keys.source(), swapped.info())));
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      for (index_t g = 0; g < a.groups; ++g) {
+        CHECK(a.at(s, g).cut == b.at(s, a.groups - 1 - g).cut);
+      }
+    }
+  });
+}
+
+TEST_CASE("every run and every number of threads gives the same bits", "[contract]") {
+  const problem p = random_problem(base_seed() + 3, {1000, 700});
+  const dense_cache<Eigen::half> keys(p.keys);
+  thread_pool pool(5);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const auto seen = observe(p.query_view(), keys.source(), p.info());
+    const selection first = ok(run_select(rule, on, seen));
+    const selection again = ok(run_select(rule, on, seen));
+    const selection five = ok(run_select(rule, cpu_backend{pool}, seen));
+    for (std::size_t i = 0; i < first.kept.size(); ++i) {
+      CHECK(first.kept[i] == again.kept[i]);
+      CHECK(first.kept[i] == five.kept[i]);
+    }
+  });
+}
+
+TEST_CASE("a workspace one byte short is refused and nothing is written", "[contract]") {
+  const problem p = random_problem(base_seed() + 4);
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const auto seen = observe(p.query_view(), keys.source(), p.info());
+    if (workspace_size(rule, on, seen) == 0) return;  // needs none, cannot be short
+    CHECK(run_select(rule, on, seen, 1).status == status::small_workspace);
+  });
+  const auto seen = observe(p.query_view(), keys.source(), p.info());
+  CHECK(workspace_size(policy::refreekv{}, cpu_backend{}, seen) > 0);
+}
+
+TEST_CASE("an empty batch is no work", "[contract]") {
+  const problem p(2, 2, 8, 1, {});
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    if constexpr (requires { rule.window; }) {
+      if (rule.window > 1) return;  // this problem has one row
+    }
+    CHECK(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())).status ==
+          status::ok);
+  });
+}
+
+TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") {
+  random_source random(base_seed() + 5);
+  const problem p = random_problem(base_seed() + 5);
+  plain_rows values(2, 24, p.lengths);
+  for (auto& sequence : values.values) {
+    for (float& v : sequence) v = random.normal();
+  }
+  const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
+  for_each_case([&](const auto& rule, const auto& on) {
+    for_each_layout<Eigen::bfloat16>(p.keys, [&](const char* layout, const auto& keys) {
+      INFO(layout);
+      // One cache of each layout for the values, of another type.
+      for_each_layout<float>(values, [&](const char* value_layout, const auto& value_cache) {
+        if (std::string(layout) != value_layout) return;
+        const auto seen = observe(p.query_view(), keys.source(), p.info());
+        std::vector<std::byte> scratch(workspace_size(rule, on, seen));
+        std::vector<kept_range> kept(size(p.sequences() * rule.groups(seen)));
+        const view<kept_range, 2> cuts(kept.data(), {p.sequences(), rule.groups(seen)});
+        REQUIRE(prune(rule, on, seen, cuts, scratch, how, value_cache.source()) == status::ok);
+        const auto check = [&](const auto& cache, const plain_rows& rows) {
+          using element = typename std::decay_t<decltype(cache.source())>::element_type;
+          CHECK(cache.untouched());
+          const auto source = cache.source();
+          bool equal = true;
+          for (index_t s = 0; s < rows.sequences(); ++s) {
+            for (index_t h = 0; h < rows.kv_heads; ++h) {
+              const kept_range& k = cuts(s, cuts.extent(1) == 1 ? 0 : h);
+              index_t slot = first_slot(k, how);
+              for (index_t t = 0; t < k.tokens; ++t) {
+                if (!k.keeps(t)) continue;
+                const auto run = source.run_at(s, h, slot++);
+                for (index_t d = 0; d < rows.head_dim; ++d) {
+                  equal = equal && to_float(run.data[d * run.dim_stride]) ==
+                                       to_float(to_element<element>(rows.at(s, h, t, d)));
+                }
+              }
+              CHECK(slot == first_slot(k, how) + k.length());
+            }
+          }
+          CHECK(equal);
+        };
+        check(keys, p.keys);
+        check(value_cache, values);
+      });
+    });
+  });
+}
+
+TEST_CASE("overlapping moves of compaction are right for every cut", "[contract]") {
+  const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
+  for (position_t n = 0; n <= 9; ++n) {
+    for (position_t sinks = 0; sinks <= n; ++sinks) {
+      for (position_t cut = sinks; cut <= n; ++cut) {
+        plain_rows rows(1, 1, {n});
+        for (position_t t = 0; t < n; ++t) rows.at(0, 0, t, 0) = static_cast<float>(t);
+        const kept_range kept{sinks, cut, n, 0, 0};
+        for_each_layout<float>(rows, [&](const char* layout, const auto& cache) {
+          CAPTURE(layout, n, sinks, cut);
+          const auto source = cache.source();
+          REQUIRE(compact(cpu_backend{}, view<const kept_range, 2>(&kept, {1, 1}), how, source) ==
+                  status::ok);
+          index_t slot = first_slot(kept, how);
+          for (position_t t = 0; t < n; ++t) {
+            if (kept.keeps(t)) REQUIRE(*source.run_at(0, 0, slot++).data == static_cast<float>(t));
+          }
+          REQUIRE(cache.untouched());
+        });
+      }
+    }
+  }
+}
+
+TEST_CASE("compact refuses ranges that are not of the cache", "[contract]") {
+  const plain_rows rows(2, 4, {10});
+  const dense_cache<float> cache(rows);
+  const auto run = [&](kept_range kept, index_t groups = 1) {
+    const std::vector<kept_range> all(size(groups), kept);
+    return compact(cpu_backend{}, view<const kept_range, 2>(all.data(), {1, groups}),
+                   compaction::sinks_up, cache.source());
+  };
+  CHECK(run({4, 6, 10, 0, 0}) == status::ok);
+  CHECK(run({4, 6, 10, 0, 0}, 2) == status::ok);
+  CHECK(run({4, 6, 10, 0, 0}, 3) == status::invalid_argument);
+  CHECK(run({4, 6, 9, 0, 0}) == status::invalid_argument);
+  CHECK(run({4, 3, 10, 0, 0}) == status::invalid_argument);
+  CHECK(run({-1, 3, 10, 0, 0}) == status::invalid_argument);
+  CHECK(run({4, 11, 10, 0, 0}) == status::invalid_argument);
+}
+
+TEST_CASE("the cut of heads spread over ranks is that of one rank", "[contract]") {
+  constexpr index_t ranks = 2;
+  for (unsigned seed = base_seed(); seed < base_seed() + 20; ++seed) {
+    INFO("REFREEKV_SEED=" << seed);
+    const problem p = random_problem(seed, {700, 300});
+    const dense_cache<float> keys(p.keys);
+    for (const row_average average : {row_average::mean, row_average::frobenius}) {
+      const policy::refreekv rule{.window = 3, .average = average};
+      const selection expected =
+          ok(run_select(rule, cpu_backend{}, observe(p.query_view(), keys.source(), p.info())));
+
+      std::barrier barrier(ranks);
+      std::vector<double*> shares(ranks);
+      std::vector<selection> got(ranks);
+      std::vector<problem> parts;
+      for (index_t rank = 0; rank < ranks; ++rank) {
+        problem part(1, p.group, p.head_dim, p.window, p.lengths);
+        for (index_t s = 0; s < p.sequences(); ++s) {
+          for (index_t d = 0; d < p.head_dim; ++d) {
+            for (index_t t = 0; t < p.lengths[size(s)]; ++t) {
+              part.keys.at(s, 0, t, d) = p.keys.at(s, rank, t, d);
+            }
+            for (index_t r = 0; r < p.window; ++r) {
+              for (index_t g = 0; g < p.group; ++g) {
+                part.query(s, r, g, d) = p.query(s, r, rank * p.group + g, d);
+              }
+            }
+          }
+        }
+        parts.push_back(part);
+      }
+      const auto run = [&](std::size_t rank) {
+        const dense_cache<float> own(parts[rank].keys);
+        const auto seen = observe(parts[rank].query_view(), own.source(), p.info());
+        const auto all_reduce = [&](double* sums, index_t count) {
+          shares[rank] = sums;
+          barrier.arrive_and_wait();
+          std::vector<double> total(size(count));
+          for (index_t i = 0; i < count; ++i) {
+            for (const double* share : shares) total[size(i)] += share[i];
+          }
+          barrier.arrive_and_wait();
+          std::copy(total.begin(), total.end(), sums);
+          return status::ok;
+        };
+        std::vector<std::byte> scratch(workspace_size(rule, cpu_backend{}, seen));
+        got[rank] = {{}, 1, std::vector<kept_range>(size(p.sequences()))};
+        got[rank].status = select(rule, cpu_backend{}, seen,
+                                  view<kept_range, 2>(got[rank].kept.data(), {p.sequences(), 1}),
+                                  scratch, all_reduce);
+      };
+      std::thread second(run, 1u);
+      run(0);
+      second.join();
+      for (const selection& rank : got) {
+        REQUIRE(rank.status == status::ok);
+        for (index_t s = 0; s < p.sequences(); ++s) {
+          CHECK(rank.at(s).cut == expected.at(s).cut);
+          CHECK(rank.at(s).loss == Approx(expected.at(s).loss).margin(1e-7));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a reduction's error ends select", "[contract]") {
+  const problem p = random_problem(base_seed(), {100});
+  const dense_cache<float> keys(p.keys);
+  int calls = 0;
+  const auto broken = [&](double*, index_t) {
+    ++calls;
+    return status::device_error;
+  };
+  CHECK(run_select(policy::refreekv{}, cpu_backend{},
+                   observe(p.query_view(), keys.source(), p.info()), 0, broken)
+            .status == status::device_error);
+  CHECK(calls == 1);
+}
+
+TEST_CASE("offsets past 2^31 elements are right", "[contract]") {
+  // Heads lie 3 * 2^30 elements apart in address space of which hardly any page is ever touched.
+  const problem p = random_problem(base_seed() + 6, {300});
+  constexpr index_t head_stride = index_t{3} << 30;
+  const std::size_t bytes = 2 * size(head_stride) * sizeof(bf16_bits);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  REQUIRE(memory != MAP_FAILED);
+  const view<bf16_bits, 4> far(static_cast<bf16_bits*>(memory), {1, 2, 300, 16},
+                               {2 * head_stride, head_stride, 16, 1});
+  for (index_t h = 0; h < 2; ++h) {
+    for (index_t t = 0; t < 300; ++t) {
+      for (index_t d = 0; d < 16; ++d) {
+        far(0, h, t, d) = to_element<bf16_bits>(p.keys.at(0, h, t, d));
+      }
+    }
+  }
+  const dense_cache<bf16_bits> near(p.keys);
+  const policy::refreekv rule{.scope = cut_scope::kv_head};
+  const selection expected =
+      ok(run_select(rule, cpu_backend{}, observe(p.query_view(), near.source(), p.info())));
+  const selection got =
+      ok(run_select(rule, cpu_backend{}, observe(p.query_view(), dense(far), p.info())));
+  for (index_t g = 0; g < 2; ++g) CHECK(got.at(0, g) == expected.at(0, g));
+
+  // Pages of 2^15 elements, the last of 2^17 pages: the vLLM case of one million cached tokens.
+  const view<bf16_bits, 4> pool(static_cast<bf16_bits*>(memory), {1 << 17, 2, 16, 16},
+                                {1 << 15, 16 * 16, 16, 1});
+  std::vector<std::int32_t> ids;
+  for (int page = 0; page < 19; ++page) ids.push_back((1 << 17) - 1 - page);
+  const position_t length = 300;
+  const paged keys(pool, page_table<std::int32_t>::padded({ids.data(), {1, 19}}, {&length, {1}}));
+  for (index_t h = 0; h < 2; ++h) {
+    for (index_t t = 0; t < 300; ++t) {
+      for (index_t d = 0; d < 16; ++d) {
+        keys.run_at(0, h, t).data[d] = to_element<bf16_bits>(p.keys.at(0, h, t, d));
+      }
+    }
+  }
+  const selection in_pages =
+      ok(run_select(rule, cpu_backend{}, observe(p.query_view(), keys, p.info())));
+  for (index_t g = 0; g < 2; ++g) CHECK(in_pages.at(0, g) == expected.at(0, g));
+  munmap(memory, bytes);
+}
+
+TEST_CASE("why_invalid names what select refuses", "[contract]") {
+  const problem p = random_problem(base_seed(), {20});
+  const dense_cache<float> cache(p.keys);
+  const auto keys = cache.source();
+  const auto why = [&](const auto& rule, const auto& seen, index_t groups = 1) {
+    std::vector<kept_range> kept(3);
+    std::vector<std::byte> scratch(1 << 20);
+    const view<kept_range, 2> cuts(kept.data(), {1, groups});
+    const char* reason = why_invalid(rule, seen, cuts);
+    const status s = select(rule, cpu_backend{}, seen, cuts, scratch);
+    CHECK(s == (reason == nullptr ? status::ok : status::invalid_argument));
+    return std::string(reason == nullptr ? "" : reason);
+  };
+  const auto seen = observe(p.query_view(), keys, p.info());
+  CHECK(why(policy::refreekv{}, seen) == "");
+  CHECK(why(policy::refreekv{.scope = cut_scope::kv_head}, seen, 2) == "");
+  CHECK(why(policy::refreekv{.scope = cut_scope::kv_head}, seen, 1).find("kept") == 0);
+  CHECK(why(policy::refreekv{.threshold = -1}, seen).find("threshold") == 0);
+  CHECK(why(policy::refreekv{.threshold = 2}, seen).find("threshold") == 0);
+  CHECK(why(policy::refreekv{.threshold = std::nan("")}, seen).find("threshold") == 0);
+  CHECK(why(policy::refreekv{.threshold = 0}, seen) == "");
+  CHECK(why(policy::refreekv{.threshold = 1}, seen) == "");
+  CHECK(why(policy::refreekv{.window = 0}, seen).find("window") == 0);
+  CHECK(why(policy::refreekv{.window = 4}, seen).find("fewer queries") == 0);
+  policy::refreekv wrapped;
+  wrapped.window = static_cast<count_t>(-1);
+  CHECK(why(wrapped, seen).find("window") == 0);
+  wrapped = {};
+  wrapped.sinks = static_cast<count_t>(-4);
+  CHECK(why(wrapped, seen).find("sinks") == 0);
+  wrapped = {};
+  wrapped.full_layers = static_cast<count_t>(-4);
+  CHECK(why(wrapped, seen).find("full_layers") == 0);
+  CHECK(why(policy::streaming_llm{.recent = static_cast<count_t>(-1)}, seen).find("recent") == 0);
+  CHECK(why(policy::refreekv{}, observe(p.query_view(), keys, p.info(-1))).find("layer") == 0);
+}
+
+TEST_CASE("NaN, Inf and empty norms keep everything", "[contract]") {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  for (const position_t poisoned : {0, 3, 4, 150, 299}) {
+    for (const float poison : {nan, inf, -inf}) {
+      problem p = random_problem(base_seed() + 7, {300, 280});
+      p.keys.at(0, 0, poisoned, 3) = poison;
+      CAPTURE(poisoned, poison);
+      for (const auto average : {row_average::mean, row_average::frobenius}) {
+        for (const count_t window : {1u, 3u}) {
+          const policy::refreekv rule{
+              .threshold = 0.3, .window = window, .average = average, .scope = cut_scope::kv_head};
+          for_each_layout<float>(p.keys, [&](const char* layout, const auto& cache) {
+            INFO(layout);
+            const auto seen = observe(p.query_view(), cache.source(), p.info());
+            const selection s = ok(run_select(rule, cpu_backend{}, seen));
+            const auto expected = reference::decide(reference::attend(p, 0), 0, 3, rule);
+            if (std::isnan(poison)) CHECK(s.at(0, 0).dropped() == 0);
+            CHECK(s.at(0, 0).cut == expected.cut);
+            CHECK(s.at(0, 1).dropped() > 0);  // the other head of the sequence
+            CHECK(s.at(1, 0).dropped() > 0);  // and the other sequence decide as ever
+          });
+        }
+      }
+    }
+  }
+  // A query of zeros: uniform attention. Keys that no query sees at all: nothing to lose.
+  problem p = random_problem(base_seed() + 8, {300});
+  std::fill(p.queries.begin(), p.queries.end(), 0.0f);
+  const dense_cache<float> flat(p.keys);
+  CHECK(ok(run_select(policy::refreekv{}, cpu_backend{},
+                      observe(p.query_view(), flat.source(), p.info())))
+            .at(0)
+            .dropped() == 5);  // (1 - 0.01)^2 of 296 candidates stay: 290.1, so 291
+  const std::vector<float> none(300, 0.0f);
+  CHECK(ok(run_select(policy::refreekv{}, cpu_backend{},
+                      observe_rows(view(none.data(), {1, 1, 1, 300}), 1, {}, {.layer = 5})))
+            .at(0)
+            .dropped() == 0);
+}
+
+TEST_CASE("the first layers stay whole", "[contract]") {
+  const problem p = random_problem(base_seed() + 9, {300});
+  const dense_cache<float> keys(p.keys);
+  const policy::refreekv rule{.threshold = 0.3, .full_layers = 2};
+  for (const index_t layer : {0, 1, 2}) {
+    const selection s =
+        ok(run_select(rule, cpu_backend{}, observe(p.query_view(), keys.source(), p.info(layer))));
+    CHECK((s.at(0).dropped() == 0) == (layer < 2));
+  }
+}

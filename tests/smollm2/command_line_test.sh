@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# command_line_test.sh SMOLLM2 MODEL: a good run leaves its files, bad input gets one line and its
+# exit code.
+set -uo pipefail
+smollm2=$1 model=$2
+work=$(mktemp -d)
+trap 'rm -r "$work"' EXIT
+failures=0
+
+# refuses CODE TEXT ARGUMENT...: exit code, one line on stderr that has TEXT, nothing on stdout.
+refuses() {
+  local code=$1 text=$2 got
+  shift 2
+  "$smollm2" "$@" > "$work/out" 2> "$work/err"
+  got=$?
+  if [ $got != "$code" ] || [ "$(wc -l < "$work/err")" != 1 ] || ! grep -q -- "$text" "$work/err" ||
+     [ -s "$work/out" ]; then
+    echo "smollm2 $*: exit code $got, expected $code and one line with '$text':"
+    cat "$work/out" "$work/err"
+    failures=$((failures + 1))
+  fi
+}
+
+run=(--model "$model" --prompt "Name three colours.")
+refuses 1 "no such file" --model "$work/none.gguf" --prompt x
+printf 'not a model' > "$work/text.gguf"
+refuses 1 "not a GGUF file" --model "$work/text.gguf" --prompt x
+sed 's/general.architecture\(.\{12\}\)llama/general.architecture\1lxama/' "$model" > "$work/other.gguf"
+refuses 1 "'lxama' model" --model "$work/other.gguf" --prompt x
+head -c 100000 "$model" > "$work/short.gguf"
+refuses 1 "truncated" --model "$work/short.gguf" --prompt x
+refuses 1 "cannot read" --model "$model" --prompt-file "$work/none.txt"
+yes "and so on" | head -c 100000 > "$work/long.txt"
+refuses 1 "context is 8192" --model "$model" --prompt-file "$work/long.txt"
+refuses 1 "layers 0 to 29" "${run[@]}" --plot "$work/p" --plot-layer 30
+refuses 2 "threshold must be in" "${run[@]}" --threshold 2
+refuses 2 "threshold must be in" "${run[@]}" --threshold nan
+refuses 2 "window must be >= 1" "${run[@]}" --window 0
+refuses 2 "window" "${run[@]}" --window -1
+refuses 2 "policy" "${run[@]}" --policy nonsense
+refuses 2 "average" "${run[@]}" --average median
+refuses 2 "tokens" "${run[@]}" --tokens 0
+refuses 2 "prompt" --model "$model"
+refuses 2 "prompt" "${run[@]}" --prompt-file LICENSE
+refuses 2 "--plot needs" "${run[@]}" --policy none --plot "$work/p"
+
+"$smollm2" "${run[@]}" --tokens 8 --compare --json "$work/run.json" --plot "$work/it's" \
+  > "$work/out" || failures=$((failures + 1))
+for file in run.json "it's.svg" "it's.png"; do
+  [ -s "$work/$file" ] || { echo "$file was not written"; failures=$((failures + 1)); }
+done
+python3 - "$work/run.json" << 'EOF' || failures=$((failures + 1))
+import json, sys
+run = json.load(open(sys.argv[1]))
+assert len(run["layers"]) == 30
+assert run["cache_bytes_after"] == sum(layer["bytes_after"] for layer in run["layers"])
+assert run["cache_bytes_after"] < run["cache_bytes_before"]
+assert run["layers"][0]["kept_fraction"] == 1 and 0 < run["kept_fraction"] < 1
+assert run["against_full"]["mean_kl_nats"] >= 0 and len(run["tokens"]) <= 8
+EOF
+"$smollm2" "${run[@]}" --tokens 4 --policy streaming_llm --recent 10 > "$work/out" ||
+  failures=$((failures + 1))
+grep -q "given back" "$work/out" || { cat "$work/out"; failures=$((failures + 1)); }
+
+[ $failures = 0 ] && echo "the command line behaves"
