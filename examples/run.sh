@@ -7,8 +7,7 @@ cd "$(dirname "$0")/.."
 tests/install_packages.sh pkg-config libeigen3-dev libpcre2-dev libcli11-dev \
   nlohmann-json3-dev gnuplot-nox
 command -v ninja > /dev/null && export CMAKE_GENERATOR="${CMAKE_GENERATOR-Ninja}"
-cmake -S . -B build/examples -DREFREEKV_TESTS=OFF -DREFREEKV_BENCH=OFF \
-  -DCMAKE_CXX_FLAGS=-march=native
+cmake -S . -B build/examples -DREFREEKV_TESTS=OFF -DREFREEKV_BENCH=OFF
 cmake --build build/examples --parallel "$(nproc)"
 tests/fetch_model.sh build/model
 

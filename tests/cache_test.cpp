@@ -98,6 +98,11 @@ TEST_CASE("descriptions that cannot be are refused in words", "[cache]") {
   CHECK(why(ragged(falling, last, 2).invalid()).find("page offsets") == 0);
   CHECK(why(ragged(offsets, none, 2).invalid()).find("last_page_tokens") == 0);
   CHECK(why(ragged(offsets, last, 1).invalid()).find("a sequence has more pages") == 0);
+  for (const index_t most : {index_t{-1}, index_t{1} << 29, index_t{1} << 60}) {
+    CHECK(why(ragged(offsets, last, most).invalid()).find("a sequence may have") == 0);
+  }
+  const auto without_offsets = page_table<std::int32_t>::ragged({ids, {3}}, {}, {last, {1}}, 3);
+  CHECK(why(paged(pool, without_offsets).invalid()).find("page table and lengths") == 0);
 
   const view slots(data.data(), {1, 1, 10, 4});
   const auto segments = [&](std::vector<segment> parts) {
@@ -107,5 +112,8 @@ TEST_CASE("descriptions that cannot be are refused in words", "[cache]") {
   CHECK(segments({{0, 4}, {7, 4}}).find("a segment") == 0);
   CHECK(segments({{-1, 4}}).find("a segment") == 0);
   CHECK(segments({{0, 4}, {3, 2}}) == "segments overlap");
+  CHECK(segments({{3, 2}, {0, 4}}) == "segments overlap");
+  CHECK(segments({{0, 10}, {5, 0}}) == "");
+  CHECK(segments({{0x7ffffff0, 100}, {0, 1}}).find("a segment") == 0);
   CHECK(segments({{0, 1}, {1, 1}, {2, 1}, {3, 1}}).find("segments must be") == 0);
 }

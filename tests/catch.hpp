@@ -8,3 +8,4 @@ using Catch::Approx;  // global in Catch2 2.13
 #else
 #include <catch2/catch.hpp>
 #endif
+using Catch::Matchers::Message;

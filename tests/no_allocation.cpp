@@ -33,10 +33,13 @@ int main() {
   p.soft_cap = 30;
   p.sink_logits.assign(6, 1.0f);
   p.alibi_slopes.assign(6, 0.01f);
+  const std::vector<float> attention(6 * 700, 0.01f);
   int runs = 0;
   for_each_layout<Eigen::half>(p.keys, [&](const char*, const auto& cache) {
     for (const row_average average : {row_average::mean, row_average::frobenius}) {
       const policy::refreekv rule{.threshold = 0.1, .window = 20, .average = average};
+      const policy::refreekv one_row{.average = average, .scope = cut_scope::kv_head};
+      const auto rows = observe_rows(view(attention.data(), {1, 1, 6, 700}), 2, {}, {.layer = 3});
       const cpu_backend on{pool};
       const auto seen = observe(p.query_view(), cache.source(), p.info());
       std::vector<std::byte> scratch(workspace_size(rule, on, seen));
@@ -47,13 +50,17 @@ int main() {
       const status first = prune(rule, on, seen, cuts, scratch, compaction::sinks_up);
       const status second =
           compact(on, view<const kept_range, 2>(cuts), compaction::suffix_down, cache.source());
-      const status third =
-          select(policy::streaming_llm{}, on, observe(cache.source()), cuts, workspace<>{});
+      const status third = prune(policy::streaming_llm{}, on, observe(cache.source()), cuts,
+                                 workspace<>{}, compaction::sinks_up);
+      const status fourth = select(one_row, on, rows, {kept.data(), {1, 2}}, scratch);
       Eigen::internal::set_is_malloc_allowed(true);
       forbidden = false;
-      if (first != status::ok || second != status::ok || third != status::ok) std::abort();
+      for (const status s : {first, second, third, fourth}) {
+        if (s != status::ok) std::abort();
+      }
       ++runs;
     }
   });
   std::printf("%d runs without an allocation\n", runs);
+  return runs == 14 ? 0 : 1;
 }

@@ -71,7 +71,7 @@ TEST_CASE("rows that cannot be are refused in words", "[observation]") {
   const view rows(values.data(), {1, 1, 4, 10});
   CHECK(why(observe_rows(rows, 2).invalid()) == "");
   CHECK(why(observe_rows(rows, 3).invalid()).find("q_heads") == 0);
-  CHECK(why(observe_rows(rows, 0).invalid()).find("q_heads") == 0);
+  CHECK(why(observe_rows(rows, 0).invalid()).find("kv_heads") == 0);
   const position_t length = 11;
   CHECK(why(observe_rows(rows, 2, {&length, {1}}).invalid()).find("a length") == 0);
 }

@@ -103,6 +103,24 @@ TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]
   }
 }
 
+TEST_CASE("keys with a large common component keep their digits", "[oracle]") {
+  // As of a model with a key bias: every logit is about 250.
+  for (unsigned seed = base_seed(); seed < base_seed() + 100; ++seed) {
+    INFO("REFREEKV_SEED=" << seed);
+    random_source random(seed);
+    problem p(1, 4, 64, 1, {static_cast<position_t>(random.between(5, 600))});
+    fill(p, random);
+    for (index_t h = 0; h < 4; ++h) p.query(0, 0, h, 0) = 40;
+    for (index_t t = 0; t < p.lengths[0]; ++t) p.keys.at(0, 0, t, 0) = 50;
+    const dense_cache<float> keys(p.keys);
+    const refreekv::policy::refreekv rule;
+    const selection s = run_select(rule, refreekv::cpu_backend{},
+                                   refreekv::observe(p.query_view(), keys.source(), p.info()));
+    CHECK(reference::disagreement(s.at(0), reference::decide(reference::attend(p, 0), 0, 4, rule),
+                                  rule.threshold) == "");
+  }
+}
+
 TEST_CASE("ready rows agree with the oracle on random problems", "[oracle]") {
   const unsigned first = base_seed();
   for (unsigned seed = first; seed < first + 300; ++seed) {

@@ -37,6 +37,21 @@ TEST_CASE("what an arena counts is what it carves, wherever memory starts", "[wo
   }
 }
 
+TEST_CASE("sizes saturate instead of wrapping", "[workspace]") {
+  constexpr index_t large = index_t{1} << 40;
+  arena a;
+  (void)a.take<double>(large, large);
+  CHECK(a.bytes() == static_cast<std::size_t>(-1));
+  (void)a.take<double>(large, large, large);
+  (void)a.take<char>(1);
+  CHECK(a.bytes() == static_cast<std::size_t>(-1));
+  arena b;
+  for (int i = 0; i < 3; ++i) (void)b.take<char>(large, index_t{1} << 23);
+  CHECK(b.bytes() == static_cast<std::size_t>(-1));
+  (void)b.take<double>(large, 0);
+  CHECK(arena().bytes() == 0);
+}
+
 TEST_CASE("nothing taken needs nothing", "[workspace]") { CHECK(arena().bytes() == 0); }
 
 TEST_CASE("a range of bytes is a workspace", "[workspace]") {

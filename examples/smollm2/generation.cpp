@@ -46,7 +46,8 @@ generation generate(const llama& model, std::vector<float> logits, kv_cache& cac
     if (token == end_token) break;
     result.tokens.push_back(token);
     result.logits.push_back(std::move(logits));
-    if (result.tokens.size() < count) logits = model.decode(token, cache);
+    if (result.tokens.size() == count || cache.next_position() == model.config().context) break;
+    logits = model.decode(token, cache);
   }
   result.seconds = seconds_since(start);
   return result;

@@ -16,7 +16,7 @@ struct generation {
 };
 
 // The most likely token again and again, from the logits that end the prefill. Stops after
-// `count` tokens, or at `end_token` (not included; -1 for never).
+// `count` tokens, at `end_token` (not included; -1 for never), or when the model's context is full.
 generation generate(const llama& model, std::vector<float> logits, kv_cache& cache,
                     std::size_t count, int end_token);
 

@@ -33,6 +33,10 @@ std::size_t peak_resident_bytes() {
   return static_cast<std::size_t>(usage.ru_maxrss) * 1024;
 }
 
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 void run(const options& opts) {
   const auto [model, tokens] = [&] {
     const gguf_file file(opts.model);
@@ -55,19 +59,20 @@ void run(const options& opts) {
   prefill_hooks hooks;
   hooks.window = window_of(opts.rule);
   hooks.on_progress = show_progress;
+  double hook_seconds = 0;
   hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
+    const auto start = std::chrono::steady_clock::now();
     if (opts.compare) full.layer(layer) = filled.layer(layer);
     if (!opts.plot.empty() && layer == plot_layer) {
       loss = {layer, std::get<refreekv::policy::refreekv>(opts.rule).threshold,
               prune.loss_curve(layer, queries, filled.layer(layer))};
     }
     result.layers.push_back(prune.prune(layer, queries, filled.layer(layer)));
+    hook_seconds += seconds_since(start);
   };
   const auto start = std::chrono::steady_clock::now();
   const std::vector<float> logits = model.prefill(prompt, cache, hooks);
-  result.prefill_seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() -
-      result.prune_seconds();
+  result.prefill_seconds = seconds_since(start) - hook_seconds;
 
   if (opts.compare) {
     full.advance(prompt.size());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "plot.hpp"
 
+#include <csignal>
 #include <cstdio>
 #include <sstream>
 #include <stdexcept>
@@ -58,6 +59,7 @@ void draw(const report& run, const loss_picture& loss, const std::filesystem::pa
     script << "set terminal " << terminal << " font 'sans,11'\nset output '" << path << "'\n"
            << panels(run, loss) << "set output\n";
   }
+  std::signal(SIGPIPE, SIG_IGN);  // with no gnuplot there is nobody to read: pclose says so
   std::FILE* gnuplot = popen("gnuplot", "w");
   if (gnuplot == nullptr) throw std::runtime_error("cannot start gnuplot");
   const std::string text = script.str();

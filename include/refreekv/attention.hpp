@@ -11,6 +11,8 @@ namespace refreekv::inline v0 {
 
 /// How a model turns q.k into a logit. In the order applied:
 /// scale, soft cap, ALiBi, mask, and a learned sink in the denominator of the softmax.
+/// Sliding windows and ALiBi take a token's number in its sequence for its position: the cache must
+/// not have been pruned before.
 template <class Memory = host_memory>
 struct attention_params {
   /// Multiplies q.k; 0 stands for 1 / sqrt(head_dim).
@@ -66,7 +68,8 @@ struct query_window {
 };
 
 /// What one read of a chunk leaves of one row. The values of the row in the chunk are held relative
-/// to `peak`, so that nothing underflows where another chunk, the sinks say, has all the mass.
+/// to `peak`, so that a float does not underflow where another chunk, the sinks say, has all the
+/// mass: candidates are told apart down to 1e-154 of it, where the square of a double ends.
 struct chunk_statistics {
   float peak;         ///< the largest logit of the chunk, -inf where the row sees none of it
   float sum;          ///< sum of exp(logit - peak)

@@ -47,6 +47,9 @@ struct ops;
 
 /// A value that says where and how work runs: threads, or a device and a stream.
 template <class B>
-concept backend = requires { typename ops<B>::memory; };
+concept backend = requires(const B& on, const dense<float, typename ops<B>::memory>& rows,
+                           view<const kept_range, 2, typename ops<B>::memory> kept) {
+  { ops<B>::compact(on, rows, kept, compaction::sinks_up) } -> std::same_as<status>;
+};
 
 }  // namespace refreekv::inline v0

@@ -113,6 +113,7 @@ class page_table {
     page_table t;
     t.ids_ = {ids.data(), {1, ids.extent(0)}, {0, ids.stride(0)}};
     t.offsets_ = offsets;
+    t.ragged_ = true;
     t.lengths_ = last_page_tokens;
     t.max_pages_ = max_pages;
     return t;
@@ -123,25 +124,27 @@ class page_table {
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence,
                                                               index_t page_tokens) const noexcept {
-    if (offsets_.data() == nullptr) return index_t{lengths_(sequence)};
+    if (!ragged_) return index_t{lengths_(sequence)};
     const index_t pages = offsets_(sequence + 1) - offsets_(sequence);
     return pages == 0 ? 0 : (pages - 1) * page_tokens + lengths_(sequence);
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t id(index_t sequence,
                                                           index_t page) const noexcept {
-    return offsets_.data() == nullptr ? index_t{ids_(sequence, page)}
-                                      : index_t{ids_(0, offsets_(sequence) + page)};
+    return ragged_ ? index_t{ids_(0, offsets_(sequence) + page)} : index_t{ids_(sequence, page)};
   }
   /// Null, or what is wrong; `pages` is the size of the pool.
   [[nodiscard]] constexpr const char* invalid(index_t page_tokens, index_t pages) const noexcept {
-    if (ids_.malformed() || lengths_.malformed()) return "page table without a pointer";
-    if (offsets_.data() == nullptr ? ids_.extent(0) != sequences()
-                                   : offsets_.extent(0) != sequences() + 1) {
+    if (max_pages_ < 0 || max_pages_ > max_count / page_tokens) {
+      return "a sequence may have 2^31 - 1 tokens at most";
+    }
+    if (ids_.malformed() || lengths_.malformed() || offsets_.malformed())
+      return "page table without a pointer";
+    if (ragged_ ? offsets_.extent(0) != sequences() + 1 : ids_.extent(0) != sequences()) {
       return "page table and lengths differ in sequences";
     }
     if constexpr (std::same_as<Memory, host_memory>) {
       for (index_t s = 0; s < sequences(); ++s) {
-        if (offsets_.data() != nullptr) {
+        if (ragged_) {
           const index_t first = offsets_(s), last = offsets_(s + 1);
           if (first < 0 || first > last || last > ids_.extent(1)) return "page offsets must ascend";
           if (last - first > max_pages_) return "a sequence has more pages than max_pages";
@@ -165,6 +168,7 @@ class page_table {
   view<const Index, 1, Memory> offsets_;
   lengths_view<Memory> lengths_;  // tokens, or tokens on the last page with offsets
   index_t max_pages_ = 0;
+  bool ragged_ = false;
 };
 
 /// Pages of `page_tokens` tokens, found through a page table. The pool is one strided tensor, or a
@@ -184,7 +188,8 @@ class paged {
         page_stride_(pool.stride(0)),
         table_(table) {}
 
-  /// pointers: [page]; page: [kv_head, slot, head_dim], its own pointer is not used.
+  /// pointers: [page], not null where a page is in use; page: [kv_head, slot, head_dim], its own
+  /// pointer is not used.
   constexpr paged(view<T* const, 1, Memory> pointers, view<T, 3, Memory> page,
                   page_table<Index, Memory> table) noexcept
       : page_(page), pointers_(pointers), pages_(pointers.extent(0)), table_(table) {}
@@ -281,7 +286,9 @@ class segmented {
           }
           for (index_t j = 0; j < i; ++j) {
             const segment& other = segments_(s, j);
-            if (part.begin < other.begin + other.tokens && other.begin < part.begin + part.tokens) {
+            if (part.tokens > 0 && other.tokens > 0 &&
+                part.begin < index_t{other.begin} + other.tokens &&
+                other.begin < index_t{part.begin} + part.tokens) {
               return "segments overlap";
             }
           }

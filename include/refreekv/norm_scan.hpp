@@ -91,7 +91,7 @@ struct norm_scan {
 };
 
 /// What a scan works in. Carved by `take`; shapes in brackets, `chunk` padded to `chunks`.
-/// 4 * head_dim * window + (12 * window + 16) * chunks bytes for each query head, little else.
+/// (12 * window + 8) * chunks bytes for each query head, and 8 * chunks + 4096 for each KV head.
 struct norm_scan_buffers {
   index_t chunks;                ///< of the longest sequence the cache can hold
   chunk_statistics* statistics;  ///< [sequence, q_head, window, chunk]
@@ -106,15 +106,15 @@ struct norm_scan_buffers {
                                               const Observation& seen) noexcept {
     const index_t chunks = chunking{seen.capacity(), scan.sinks}.count();
     const index_t sequences = seen.sequences();
-    const index_t rows = sequences * seen.q_heads() * scan.window;
-    const index_t heads = sequences * seen.kv_heads();  // partial sums are kept for each KV head
+    const index_t q_heads = seen.q_heads();
+    const index_t kv_heads = seen.kv_heads();  // partial sums are kept for each
     return {chunks,
-            from.take<chunk_statistics>(rows * chunks),
-            from.take<row_normaliser>(rows),
-            from.take<double>(sequences * seen.q_heads() * chunks),
-            from.take<double>(heads * chunks),
-            from.take<double>(heads * chunk_tokens),
-            from.take<double>(heads * chunk_tokens)};
+            from.take<chunk_statistics>(sequences, q_heads, scan.window, chunks),
+            from.take<row_normaliser>(sequences, q_heads, scan.window),
+            from.take<double>(sequences, q_heads, chunks),
+            from.take<double>(sequences, kv_heads, chunks),
+            from.take<double>(sequences, kv_heads, chunk_tokens),
+            from.take<double>(sequences, kv_heads, chunk_tokens)};
   }
 };
 
@@ -132,7 +132,9 @@ struct norm_scan_buffers {
   const index_t last = scan.last_allowed(chunk_norms, range.end - range.begin, norms[1]);
   kept_range kept = ranking.from(range.begin + last);
   if (kept.dropped() > 0) {
-    kept.loss = static_cast<float>(norm_scan::loss(chunk_norms[last], norms[1]));
+    // Two roundings meet here, of a sum over chunks and of one over tokens.
+    const double loss = norm_scan::loss(chunk_norms[last], norms[1]);
+    kept.loss = static_cast<float>(loss < 0 ? 0 : loss < scan.threshold ? loss : scan.threshold);
     kept.dropped_mass = static_cast<float>(chunk_masses[last]);
   }
   return kept;

@@ -42,10 +42,11 @@ namespace detail {
 template <class O>
 [[nodiscard]] constexpr const char* invalid_layer(const O& seen) noexcept {
   if (seen.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
+  if (seen.sequences() > max_count) return "a batch may have 2^31 - 1 sequences at most";
   if (seen.info.layer < 0) return "layer must be >= 0";
-  if (seen.kv_heads() < 1 || seen.q_heads() % seen.kv_heads() != 0) {
-    return "q_heads must be a multiple of kv_heads";
-  }
+  if (seen.kv_heads() < 1) return "kv_heads must be >= 1";
+  if (seen.q_heads() < 1 || seen.q_heads() > max_count) return "q_heads must be in [1, 2^31 - 1]";
+  if (seen.q_heads() % seen.kv_heads() != 0) return "q_heads must be a multiple of kv_heads";
   return nullptr;
 }
 
@@ -97,8 +98,9 @@ struct query_observation {
     if (const char* why = detail::invalid_layer(*this)) return why;
     if (queries.malformed()) return "queries need a pointer and extents >= 0";
     if (queries.extent(0) != keys.sequences()) return "queries and keys differ in sequences";
-    if (queries.extent(3) != keys.head_dim() || keys.head_dim() < 1) {
-      return "queries and keys differ in head_dim";
+    if (queries.extent(3) != keys.head_dim()) return "queries and keys differ in head_dim";
+    if (keys.head_dim() < 1 || keys.head_dim() > max_count) {
+      return "head_dim must be in [1, 2^31 - 1]";
     }
     const attention_params<memory>& a = info.attention;
     if (!(a.scale >= 0) || !(a.scale <= std::numeric_limits<float>::max())) {
@@ -126,13 +128,13 @@ struct row_observation {
   /// [sequence, window, q_head, token]; the last row is that of the sequence's last token. Entries
   /// past a row's own token are not read, and a row may sum to less than 1.
   view<const Row, 4, Memory> rows;
-  index_t heads;  ///< kv_heads; a divisor of q_heads
+  index_t kv_head_count;  ///< a divisor of q_heads
   lengths_view<Memory> lengths;
   layer_info<Memory> info;  ///< of the attention only sliding_window is used
 
   [[nodiscard]] constexpr index_t sequences() const noexcept { return rows.extent(0); }
   [[nodiscard]] constexpr index_t q_heads() const noexcept { return rows.extent(2); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return heads; }
+  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return kv_head_count; }
   [[nodiscard]] constexpr index_t capacity() const noexcept { return rows.extent(3); }
   [[nodiscard]] constexpr index_t window() const noexcept { return rows.extent(1); }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {

@@ -23,7 +23,8 @@ template <class Policy, observation Seen>
 }
 
 /// Bytes that `select` needs. Depends on extents and options, not on lengths or tables: a workspace
-/// for the largest batch and capacity serves all. 0 for arguments that `select` refuses. O(tables).
+/// for the largest batch and capacity serves all. 0 where `rule` or `seen` is invalid(), the
+/// largest size there is where no memory could hold it. O(tables).
 template <class Policy, backend Backend, observation Seen>
   requires policy_for<Policy, Backend, Seen>
 [[nodiscard]] std::size_t workspace_size(const Policy& rule, const Backend& on,
@@ -46,57 +47,94 @@ template <class Policy, backend Backend, observation Seen, reduction Reduce = no
                             workspace<typename Seen::memory> scratch,
                             const Reduce& reduce = {}) noexcept {
   if (why_invalid(rule, seen, kept) != nullptr) return status::invalid_argument;
-  const std::size_t needed = workspace_size(rule, on, seen);
-  if (scratch.bytes < needed) return status::small_workspace;
-  if (needed != 0 && scratch.data == nullptr) return status::small_workspace;
+  arena count;
+  (void)rule.take(count, on, seen);
+  if (scratch.bytes < count.bytes() || (count.bytes() != 0 && scratch.data == nullptr)) {
+    return status::small_workspace;
+  }
   arena carve(scratch.data);
   return rule.select(on, seen, rule.take(carve, on, seen), kept, reduce);
 }
 
+namespace detail {
+
+/// Compacts each source in turn, until one fails.
+template <backend Backend, kv_source... Sources>
+[[nodiscard]] status compact_all(const Backend& on,
+                                 view<const kept_range, 2, typename ops<Backend>::memory> kept,
+                                 compaction how, const Sources&... sources) noexcept {
+  status result = status::ok;
+  (void)((result = ops<Backend>::compact(on, sources, kept, how), result == status::ok) && ...);
+  return result;
+}
+
+/// Whether `source` holds the same sequences as `seen`.
+template <kv_source Source, observation Seen>
+[[nodiscard]] constexpr bool same_tokens(const Source& source, const Seen& seen) noexcept {
+  if (source.invalid() != nullptr || source.sequences() != seen.sequences() ||
+      source.kv_heads() != seen.kv_heads()) {
+    return false;
+  }
+  if constexpr (std::same_as<typename Seen::memory, host_memory>) {
+    for (index_t s = 0; s < seen.sequences(); ++s) {
+      if (source.tokens(s) != seen.tokens(s)) return false;
+    }
+  }
+  return true;
+}
+
+/// Whether each range of `kept` is one of `source`'s sequences.
+template <kv_source Source>
+[[nodiscard]] constexpr bool fits(const view<const kept_range, 2, typename Source::memory>& kept,
+                                  const Source& source) noexcept {
+  if (source.invalid() != nullptr || kept.malformed() || kept.extent(0) != source.sequences() ||
+      (kept.extent(1) != 1 && kept.extent(1) != source.kv_heads())) {
+    return false;
+  }
+  if constexpr (std::same_as<typename Source::memory, host_memory>) {
+    for (index_t s = 0; s < kept.extent(0); ++s) {
+      for (index_t g = 0; g < kept.extent(1); ++g) {
+        const kept_range& k = kept(s, g);
+        if (k.sinks < 0 || k.sinks > k.cut || k.cut > k.tokens || k.tokens != source.tokens(s)) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace detail
+
 /// Makes what is kept contiguous in each source (keys, values, scales ...), in place:
 /// afterwards the kept tokens of a (sequence, kv_head) are its slots
 /// [first_slot(kept, how), first_slot(kept, how) + kept.length()), sinks first.
-/// kept: [sequence, 1 or kv_head], as `select` wrote it. Neither allocates nor synchronises.
-/// Two sequences that share pages must not both be compacted: see plan_pages.
+/// kept: [sequence, 1 or kv_head], as `select` wrote it; where sinks == cut nothing is touched, so
+/// this is how to leave a sequence out: one whose page_plan moves no sinks because others share its
+/// pages, say. Neither allocates nor synchronises.
 template <backend Backend, kv_source... Sources>
   requires(sizeof...(Sources) > 0 &&
            (std::same_as<typename Sources::memory, typename ops<Backend>::memory> && ...))
 [[nodiscard]] status compact(const Backend& on,
                              view<const kept_range, 2, typename ops<Backend>::memory> kept,
                              compaction how, const Sources&... sources) noexcept {
-  const auto invalid = [&](const auto& source) {
-    if (source.invalid() != nullptr || kept.malformed() || kept.extent(0) != source.sequences() ||
-        (kept.extent(1) != 1 && kept.extent(1) != source.kv_heads())) {
-      return true;
-    }
-    if constexpr (std::same_as<typename ops<Backend>::memory, host_memory>) {
-      for (index_t s = 0; s < kept.extent(0); ++s) {
-        for (index_t g = 0; g < kept.extent(1); ++g) {
-          const kept_range& k = kept(s, g);
-          if (k.sinks < 0 || k.sinks > k.cut || k.cut > k.tokens || k.tokens != source.tokens(s)) {
-            return true;
-          }
-        }
-      }
-    }
-    return false;
-  };
-  if ((invalid(sources) || ...)) return status::invalid_argument;
-  status result = status::ok;
-  (void)((result = ops<Backend>::compact(on, sources, kept, how), result == status::ok) && ...);
-  return result;
+  if (!(detail::fits(kept, sources) && ...)) return status::invalid_argument;
+  return detail::compact_all(on, kept, how, sources...);
 }
 
-/// select, then compact of the observed keys and of `values` (none, or any number of sources).
+/// select, then compact of the observed keys and of `values` (none, or any number of sources that
+/// hold the same sequences). Ranks that share heads call the two themselves, to pass a reduction.
 template <class Policy, backend Backend, observation Seen, kv_source... Values>
+  requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) { seen.keys; }
 [[nodiscard]] status prune(const Policy& rule, const Backend& on, const Seen& seen,
                            view<kept_range, 2, typename Seen::memory> kept,
                            workspace<typename Seen::memory> scratch, compaction how,
                            const Values&... values) noexcept {
+  if (!(detail::same_tokens(values, seen) && ...)) return status::invalid_argument;
   const status selected = select(rule, on, seen, kept, scratch);
   if (selected != status::ok) return selected;
-  return compact(on, view<const kept_range, 2, typename Seen::memory>(kept), how, seen.keys,
-                 values...);
+  return detail::compact_all(on, view<const kept_range, 2, typename Seen::memory>(kept), how,
+                             seen.keys, values...);
 }
 
 }  // namespace refreekv::inline v0

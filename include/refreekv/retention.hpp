@@ -2,7 +2,7 @@
 // What a decision leaves of a sequence, and the forms in which engines want to hear it.
 #pragma once
 
-#include <cstddef>
+#include <type_traits>
 
 #include "refreekv/config.hpp"
 
@@ -14,9 +14,11 @@ struct kept_range {
   position_t sinks = 0;
   position_t cut = 0;
   position_t tokens = 0;
-  float loss = 0;          ///< of the norm, at the cut: in [0, threshold]
-  float dropped_mass = 0;  ///< the most attention that any row of the window gives to what went;
-                           ///< its output moves by at most 2 * dropped_mass * max |v| (ours)
+  float loss = 0;  ///< of the norm, at the cut: in [0, threshold]
+  float dropped_mass =
+      0;  ///< the most attention that any row of the window and of this rank's heads
+          ///< gives to what went; its output moves by at most
+          ///< 2 * dropped_mass * max |v| (ours)
 
   /// Tokens that stay: the physical length.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t length() const noexcept {
@@ -27,6 +29,7 @@ struct kept_range {
     return cut - sinks;
   }
   /// The logical position of the next token: rotary embeddings go on from here, not from length().
+  /// If the cache had been pruned before, add what was dropped then.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t next_position() const noexcept {
     return tokens;
   }
@@ -52,7 +55,8 @@ struct kept_range {
 /// A mask of one value for each token, mask [token]: bytes (1, 0), booleans, or an additive mask of
 /// any float type (0, -infinity). O(tokens).
 template <class T>
-constexpr void write_mask(const kept_range& kept, T* mask, T keep, T drop) noexcept {
+constexpr void write_mask(const kept_range& kept, T* mask, std::type_identity_t<T> keep,
+                          std::type_identity_t<T> drop) noexcept {
   for (index_t t = 0; t < kept.tokens; ++t) mask[t] = kept.keeps(t) ? keep : drop;
 }
 
@@ -115,43 +119,57 @@ struct token_move {
   return how == compaction::sinks_up ? index_t{kept.dropped()} : 0;
 }
 
+/// Which pages also belong to others, so must be neither written nor freed: bit i, lowest first, is
+/// page i of the sequence; null where none does.
+using shared_pages = const std::uint8_t*;
+
+[[nodiscard]] constexpr bool is_shared(shared_pages shared, index_t page) noexcept {
+  return shared != nullptr && (shared[page / 8] >> (page % 8) & 1) != 0;
+}
+
 /// Pages that a sequence can give up whole. Pages are counted along the sequence, page i holds
 /// tokens [i * page_tokens, (i + 1) * page_tokens).
 struct page_plan {
   index_t first = 0;        ///< pages [first, last) leave the sequence's page table
   index_t last = 0;         ///< so the table loses last - first entries
-  bool sinks_move = false;  ///< first compact with sinks_up; otherwise the sinks stay in their page
-                            ///< and tokens between them and the cut must be masked
-  index_t first_slot = 0;   ///< of the kept tokens in the new table, if the sinks move; else 0
+  index_t freed = 0;        ///< those of them that nobody shares
+  bool sinks_move = false;  ///< first compact with sinks_up; otherwise sinks stay in their page and
+                            ///< tokens between them and the cut must be masked
+  index_t first_slot = 0;   ///< of the kept tokens in the new table
 };
 
-/// shared: bit i (lowest first) says that page i also belongs to others, so it must not be written;
-/// null where none is. The sinks move if that frees more pages and writes no shared page.
-/// O(pages under the sinks). (ours)
+/// The sinks move if that frees more pages and writes no shared one.
+/// Requires page_tokens >= 1. O(dropped pages). (ours)
 [[nodiscard]] constexpr page_plan plan_pages(const kept_range& kept, index_t page_tokens,
-                                             const std::uint8_t* shared = nullptr) noexcept {
+                                             shared_pages shared = nullptr) noexcept {
   const index_t sinks = kept.sinks, cut = kept.cut;
   if (sinks == cut) return {};
-  page_plan stay{(sinks + page_tokens - 1) / page_tokens, cut / page_tokens, false, 0};
-  if (stay.last < stay.first) stay.last = stay.first;
+  const auto plan = [&](index_t first, index_t last, bool sinks_move, index_t first_slot) {
+    page_plan p{first, last < first ? first : last, 0, sinks_move, first_slot};
+    for (index_t page = p.first; page < p.last; ++page) p.freed += is_shared(shared, page) ? 0 : 1;
+    return p;
+  };
+  const index_t end = cut < kept.tokens ? cut : (cut + page_tokens - 1) / page_tokens * page_tokens;
+  if (sinks == 0) return plan(0, end / page_tokens, false, cut < end ? 0 : cut % page_tokens);
+
+  const page_plan stay = plan((sinks + page_tokens - 1) / page_tokens, end / page_tokens, false, 0);
   const index_t target = cut - sinks;
-  for (index_t page = target / page_tokens; page * page_tokens < cut && sinks > 0; ++page) {
-    if (shared != nullptr && (shared[page / 8] >> (page % 8) & 1) != 0) return stay;
+  for (index_t page = target / page_tokens; page * page_tokens < cut; ++page) {
+    if (is_shared(shared, page)) return stay;
   }
-  if (target / page_tokens <= stay.last - stay.first) return stay;
-  return {0, target / page_tokens, true, target % page_tokens};
+  const page_plan move = plan(0, target / page_tokens, true, target % page_tokens);
+  return move.freed > stay.freed ? move : stay;
 }
 
 /// Takes the plan's pages out of table [page], whose `pages` entries shift down, and appends those
-/// that nobody shares to `freed`: they are the caller's to reuse. Returns how many were freed.
-/// Requires room for last - first ids in `freed`. O(pages).
+/// that nobody shares to `freed` [plan.freed]: they are the caller's to reuse. Returns how many.
+/// O(pages).
 template <class Index>
 constexpr index_t remove_pages(const page_plan& plan, Index* table, index_t pages, Index* freed,
-                               const std::uint8_t* shared = nullptr) noexcept {
+                               shared_pages shared = nullptr) noexcept {
   index_t count = 0;
   for (index_t page = plan.first; page < plan.last; ++page) {
-    const bool mine = shared == nullptr || (shared[page / 8] >> (page % 8) & 1) == 0;
-    if (mine) freed[count++] = table[page];
+    if (!is_shared(shared, page)) freed[count++] = table[page];
   }
   for (index_t page = plan.last; page < pages; ++page) {
     table[plan.first + page - plan.last] = table[page];

@@ -37,11 +37,11 @@ class view {
   template <std::size_t N>
     requires(N == Rank)
   constexpr view(T* data, const index_t (&extents)[N]) noexcept : data_(data) {
-    index_t stride = 1;
+    std::uint64_t stride = 1;  // wraps for extents that no memory holds, which nobody indexes
     for (std::size_t axis = Rank; axis-- > 0;) {
       extents_[axis] = extents[axis];
-      strides_[axis] = stride;
-      stride *= extents[axis];
+      strides_[axis] = static_cast<index_t>(stride);
+      stride *= static_cast<std::uint64_t>(extents[axis]);
     }
   }
 

@@ -45,13 +45,15 @@ class arena {
     next_ = data + (alignment - address % alignment) % alignment;
   }
 
-  /// An array of n elements, uninitialised; null while counting. Requires n >= 0.
-  template <class T>
-  [[nodiscard]] T* take(index_t n) noexcept {
+  /// An array of the product of `extents` elements, uninitialised; null while counting. What no
+  /// memory can hold counts as the largest size there is. Requires extents >= 0.
+  template <class T, class... Extents>
+  [[nodiscard]] T* take(Extents... extents) noexcept {
     static_assert(alignof(T) <= alignment && std::is_trivially_destructible_v<T>);
-    const std::size_t bytes =
-        (static_cast<std::size_t>(n) * sizeof(T) + alignment - 1) / alignment * alignment;
-    taken_ += bytes;
+    std::size_t bytes = sizeof(T);
+    ((bytes = product(bytes, static_cast<std::size_t>(extents))), ...);
+    bytes = bytes < most ? (bytes + alignment - 1) / alignment * alignment : most;
+    taken_ = bytes < most - taken_ ? taken_ + bytes : most;
     if (next_ == nullptr) return nullptr;
     T* array = reinterpret_cast<T*>(next_);
     next_ += bytes;
@@ -64,6 +66,12 @@ class arena {
   }
 
  private:
+  static constexpr std::size_t most = static_cast<std::size_t>(-1) - alignment + 1;
+
+  static constexpr std::size_t product(std::size_t a, std::size_t b) noexcept {
+    return b != 0 && a > most / b ? most : a * b;
+  }
+
   std::byte* next_ = nullptr;
   std::size_t taken_ = 0;
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention is computed from float, half and bfloat16.
-// fails with: no matching function for call to 'widen
+// fails with: keys are float, half or bfloat16
 #include <refreekv/refreekv.hpp>
 
 #ifdef REFREEKV_BAD

@@ -59,7 +59,8 @@ TEST_CASE("the position-ranked toy data of the released code comes out", "[refre
   }
 }
 
-TEST_CASE("a larger threshold never keeps more, a full row never less is dropped", "[refreekv]") {
+TEST_CASE("a larger threshold never keeps more, and a full row never keeps more than candidates",
+          "[refreekv]") {
   for (unsigned seed = base_seed(); seed < base_seed() + 30; ++seed) {
     INFO("REFREEKV_SEED=" << seed);
     random_source random(seed);

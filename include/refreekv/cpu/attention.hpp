@@ -8,8 +8,8 @@ namespace refreekv::inline v0::cpu_detail {
 
 /// What one worker writes to.
 struct tile_scratch {
-  float* values;    ///< [q_head of the group, window, chunk_tokens]
-  float* peaks;     ///< [q_head of the group, window]
+  float* values;    ///< [q_head of the KV head, window, chunk_tokens]
+  float* peaks;     ///< [q_head of the KV head, window]
   float* gathered;  ///< [gather_tokens, head_dim]
   float* energies;  ///< [chunk_tokens]
 };
@@ -25,9 +25,9 @@ template <class Query, class Keys>
 void attend(const query_observation<Query, Keys>& seen, const query_window& window,
             index_t sequence, index_t kv_head, token_range range, const float* queries,
             const tile_scratch& tile) noexcept {
-  const index_t group = seen.q_heads() / seen.kv_heads();
-  const index_t rows = group * window.rows;
-  const index_t first_head = kv_head * group;
+  const index_t heads = seen.q_heads() / seen.kv_heads();
+  const index_t rows = heads * window.rows;
+  const index_t first_head = kv_head * heads;
   dot_range(seen.keys, sequence, kv_head, range,
             queries + (sequence * seen.q_heads() + first_head) * window.rows * seen.head_dim(),
             rows, tile.gathered, tile.values);
@@ -59,15 +59,15 @@ void attend(const query_observation<Query, Keys>& seen, const query_window& wind
 template <class Row>
 void attend(const row_observation<Row>& seen, const query_window& window, index_t sequence,
             index_t kv_head, token_range range, const float*, const tile_scratch& tile) noexcept {
-  const index_t group = seen.q_heads() / seen.kv_heads();
+  const index_t heads = seen.q_heads() / seen.kv_heads();
   const index_t stride = seen.rows.stride(3);
-  for (index_t i = 0; i < group * window.rows; ++i) {
+  for (index_t i = 0; i < heads * window.rows; ++i) {
     const index_t row = i % window.rows;
     row_map x(tile.values + i * chunk_tokens, range.end - range.begin);
     x.setZero();
     if (row >= window.first_row()) {
       const Row* attention = seen.rows.at(sequence, seen.window() - window.rows + row,
-                                          kv_head * group + i / window.rows);
+                                          kv_head * heads + i / window.rows);
       const token_range visible = window.visible(row);
       for (index_t t = std::max(range.begin, visible.begin); t < std::min(range.end, visible.end);
            ++t) {

@@ -2,6 +2,10 @@
 // The CPU backend on Eigen.
 #pragma once
 
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "refreekv decides on NaN and Inf: compile the files that include it without -ffast-math"
+#endif
+
 #include "refreekv/backend.hpp"
 #include "refreekv/cpu/compact.hpp"
 #include "refreekv/cpu/executor.hpp"
@@ -9,14 +13,16 @@
 
 namespace refreekv::inline v0 {
 
-/// Runs on the calling thread, or on an executor: `cpu_backend cpu{pool};` refers to a pool that
-/// must outlive it. Elements are float, Eigen::half, Eigen::bfloat16, f16_bits and bf16_bits.
+/// Where the CPU's work runs: `cpu_backend{}` on the calling thread, `cpu_backend{4}` on four
+/// threads of its own (see thread_pool), `cpu_backend{pool}` on an executor that must outlive it.
+/// Elements are float, Eigen::half, Eigen::bfloat16, f16_bits and bf16_bits.
 template <class Executor = single_thread>
   requires executor<std::remove_reference_t<Executor>>
 struct cpu_backend {
   Executor on{};
 };
 cpu_backend() -> cpu_backend<>;
+cpu_backend(int) -> cpu_backend<thread_pool>;
 template <class Executor>
 cpu_backend(Executor&&) -> cpu_backend<Executor>;
 

@@ -18,8 +18,9 @@ inline constexpr bool is_bf16 = std::is_same_v<T, Eigen::bfloat16> || std::is_sa
 template <class T>
 concept element = std::is_same_v<T, float> || is_f16<T> || is_bf16<T>;
 
-/// Exact, NaN and Inf included. Written without branches and on integers: Eigen 3.4 does not
-/// vectorise its casts from half, compilers do vectorise this.
+/// Exact, NaN and Inf included, unless the engine treats denormals as zero. Written without
+/// branches and on integers: Eigen 3.4 does not vectorise its casts from half, compilers do
+/// vectorise this.
 template <element T>
 [[nodiscard]] inline float widen(T x) noexcept {
   if constexpr (is_bf16<T>) {

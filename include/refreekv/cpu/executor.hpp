@@ -18,7 +18,7 @@ namespace refreekv::inline v0 {
 ///   after the other, and returns when all are done. f does not throw.
 /// OpenMP, for one: `#pragma omp parallel for` over w in `run`.
 template <class E>
-concept executor = requires(E& e, void (&f)(int)) {
+concept executor = requires(const E& e, void (&f)(int)) {
   { e.workers() } -> std::same_as<int>;
   e.run(f);
 };
@@ -37,7 +37,7 @@ struct single_thread {
 class thread_pool {
  public:
   /// The calling thread is one of `threads`; fewer than 1 counts as 1.
-  explicit thread_pool(int threads) {
+  thread_pool(int threads) : thread_pool() {  // delegates: the destructor joins if a thread fails
     for (int w = 1; w < threads; ++w) threads_.emplace_back([this, w] { serve(w); });
   }
   ~thread_pool() {
@@ -51,7 +51,7 @@ class thread_pool {
   [[nodiscard]] int workers() const noexcept { return static_cast<int>(threads_.size()) + 1; }
 
   template <class F>
-  void run(const F& f) noexcept {
+  void run(const F& f) const noexcept {
     job_ = [](const void* work, int w) { (*static_cast<const F*>(work))(w); };
     work_ = std::addressof(f);
     running_.store(workers() - 1, std::memory_order_relaxed);
@@ -61,7 +61,9 @@ class thread_pool {
   }
 
  private:
-  void publish() noexcept {
+  thread_pool() = default;
+
+  void publish() const noexcept {
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
   }
@@ -75,16 +77,16 @@ class thread_pool {
     }
   }
 
-  void (*job_)(const void*, int) = nullptr;
-  const void* work_ = nullptr;
-  std::atomic<unsigned> round_{0};
-  std::atomic<int> running_{0};
+  mutable void (*job_)(const void*, int) = nullptr;
+  mutable const void* work_ = nullptr;
+  mutable std::atomic<unsigned> round_{0};
+  mutable std::atomic<int> running_{0};
   std::vector<std::thread> threads_;
 };
 
 /// Calls f(worker, item) for every item in [0, items), contiguous items on one worker.
 template <class Executor, class F>
-void for_each_item(Executor& on, index_t items, const F& f) noexcept {
+void for_each_item(const Executor& on, index_t items, const F& f) noexcept {
   const index_t workers = on.workers();
   on.run([&](int w) {
     for (index_t i = items * w / workers; i < items * (w + 1) / workers; ++i) f(w, i);

@@ -66,6 +66,8 @@ inline constexpr index_t gather_tokens = 4;
 template <kv_source Keys>
 void dot_range(const Keys& keys, index_t sequence, index_t kv_head, token_range range,
                const float* queries, index_t rows, float* gathered, float* tile) noexcept {
+  static_assert(element<std::remove_const_t<typename Keys::element_type>>,
+                "keys are float, half or bfloat16 (Eigen's types, f16_bits or bf16_bits)");
   const index_t dim = keys.head_dim();
   for (index_t token = range.begin; token < range.end;) {
     const auto run = keys.run_at(sequence, kv_head, token);

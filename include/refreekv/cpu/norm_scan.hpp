@@ -7,6 +7,8 @@
 
 namespace refreekv::inline v0::cpu_detail {
 
+/// 4 * head_dim * window bytes for each query head, and 1024 * window for each query head of a KV
+/// head and worker.
 struct scan_scratch {
   float* queries;  ///< [sequence, q_head, window, head_dim]; null for ready rows
   tile_scratch tiles;
@@ -22,13 +24,12 @@ struct scan_scratch {
     s.tile_rows = padded(seen.q_heads() / seen.kv_heads() * scan.window);
     if constexpr (requires { seen.queries; }) {
       s.head_dim = padded(seen.head_dim());
-      s.queries =
-          from.take<float>(seen.sequences() * seen.q_heads() * scan.window * seen.head_dim());
+      s.queries = from.take<float>(seen.sequences(), seen.q_heads(), scan.window, seen.head_dim());
     }
-    s.tiles.values = from.take<float>(workers * s.tile_rows * chunk_tokens);
-    s.tiles.peaks = from.take<float>(workers * s.tile_rows);
-    s.tiles.gathered = from.take<float>(workers * gather_tokens * s.head_dim);
-    s.tiles.energies = from.take<float>(workers * chunk_tokens);
+    s.tiles.values = from.take<float>(workers, s.tile_rows, chunk_tokens);
+    s.tiles.peaks = from.take<float>(workers, s.tile_rows);
+    s.tiles.gathered = from.take<float>(workers, gather_tokens, s.head_dim);
+    s.tiles.energies = from.take<float>(workers, chunk_tokens);
     return s;
   }
 
@@ -55,15 +56,15 @@ class scanner {
         seen_(seen),
         buffers_(buffers),
         scratch_(scratch),
-        group_(seen.q_heads() / seen.kv_heads()) {}
+        heads_(seen.q_heads() / seen.kv_heads()) {}
 
   /// Reads one chunk of one KV head and leaves its statistics.
   void read_chunk(int worker, index_t sequence, index_t kv_head, index_t chunk) const noexcept {
     const tile_scratch tile = attend_chunk(worker, sequence, kv_head, chunk);
     const index_t tokens = size(chunks_of(sequence)[chunk]);
-    for (index_t i = 0; i < group_ * scan_.window; ++i) {
+    for (index_t i = 0; i < heads_ * scan_.window; ++i) {
       const row_map x(tile.values + i * chunk_tokens, tokens);
-      head(sequence, kv_head * group_ + i / scan_.window)
+      head(sequence, kv_head * heads_ + i / scan_.window)
           .statistics[i % scan_.window * buffers_.chunks + chunk] = {
           tile.peaks[i], tokens == 0 ? 0.0f : x.sum(), tokens == 0 ? 0.0f : x.square().sum()};
     }
@@ -72,9 +73,9 @@ class scanner {
   /// Normalisers of the rows of one query head.
   void normalise_rows(index_t sequence, index_t q_head) const noexcept {
     const index_t chunks = chunks_of(sequence).count();
-    const auto& sinks = seen_.info.attention.sink_logits;
+    const auto& logits = seen_.info.attention.sink_logits;
     const float sink =
-        sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity();
+        logits.data() != nullptr ? logits(q_head) : -std::numeric_limits<float>::infinity();
     const head_view h = head(sequence, q_head);
     for (index_t r = window_of(sequence).first_row(); r < scan_.window; ++r) {
       h.rows[r] = normalise(h.statistics + r * buffers_.chunks, chunks, sink);
@@ -100,8 +101,8 @@ class scanner {
                            index_t chunk) const noexcept {
     const tile_scratch tile = attend_chunk(worker, sequence, kv_head, chunk);
     const token_range range = chunks_of(sequence)[chunk];
-    for (index_t g = 0; g < group_; ++g) {
-      const head_view h = head(sequence, kv_head * group_ + g);
+    for (index_t g = 0; g < heads_; ++g) {
+      const head_view h = head(sequence, kv_head * heads_ + g);
       const double unit = token_energies(tile, h, sequence, g, range);
       h.energies[chunk] =
           size(range) == 0 ? 0 : unit * double{row_map(tile.energies, size(range)).sum()};
@@ -125,8 +126,8 @@ class scanner {
     const tile_scratch tile = attend_chunk(worker, sequence, kv_head, chunk);
     const chunking chunks = chunks_of(sequence);
     const token_range range = chunks[chunk];
-    for (index_t g = 0; g < group_; ++g) {
-      const head_view h = head(sequence, kv_head * group_ + g);
+    for (index_t g = 0; g < heads_; ++g) {
+      const head_view h = head(sequence, kv_head * heads_ + g);
       double suffix = outside_cut(h.energies);
       for (index_t c = chunks.count() - 1; c > chunk; --c) suffix += h.energies[c];
       const double unit = token_energies(tile, h, sequence, g, range);
@@ -180,7 +181,7 @@ class scanner {
     return scan_.norm == norm_scope::full_row ? energies[0] : 0;
   }
 
-  /// tile.energies [range] of query head g of the group, in units of the returned value.
+  /// tile.energies [range] of the KV head's query head g, in units of the returned value.
   double token_energies(const tile_scratch& tile, const head_view& h, index_t sequence, index_t g,
                         token_range range) const noexcept {
     const query_window window = window_of(sequence);
@@ -218,7 +219,7 @@ class scanner {
   const Seen& seen_;
   const norm_scan_buffers& buffers_;
   const scan_scratch& scratch_;
-  index_t group_;
+  index_t heads_;  // query heads of a KV head
 };
 
 /// Folds partial [sequence, kv_head, n] into [sequence, group, n] in place.
@@ -237,11 +238,11 @@ void fold_groups(double* partial, index_t sequences, index_t kv_heads, index_t g
 }
 
 template <class Executor, class Seen>
-void norm_curve(Executor& on, const norm_scan& scan, const Seen& seen,
+void norm_curve(const Executor& on, const norm_scan& scan, const Seen& seen,
                 const norm_scan_buffers& buffers, const scan_scratch& scratch) noexcept {
   const scanner<Seen> scanner(scan, seen, buffers, scratch);
   const index_t kv_heads = seen.kv_heads(), q_heads = seen.q_heads();
-  const index_t group = q_heads / kv_heads;
+  const index_t heads = q_heads / kv_heads;  // of a KV head
 
   if constexpr (requires { seen.queries; }) {
     for_each_item(on, seen.sequences() * q_heads, [&](int, index_t i) {
@@ -260,7 +261,7 @@ void norm_curve(Executor& on, const norm_scan& scan, const Seen& seen,
     scanner.read_chunk(worker, sequence, kv_head, chunk);
   });
   for_each_item(on, seen.sequences() * q_heads, [&](int, index_t i) {
-    scanner.normalise_rows(i / q_heads, i % q_heads);
+    if constexpr (requires { seen.queries; }) scanner.normalise_rows(i / q_heads, i % q_heads);
     if (scan.one_pass()) scanner.energies_from_statistics(i / q_heads, i % q_heads);
   });
   if (!scan.one_pass()) {
@@ -271,8 +272,8 @@ void norm_curve(Executor& on, const norm_scan& scan, const Seen& seen,
   for_each_item(on, seen.sequences() * kv_heads, [&](int, index_t i) {
     double* norms = buffers.norms + i * buffers.chunks;
     std::fill(norms, norms + buffers.chunks, 0.0);
-    for (index_t g = 0; g < group; ++g) {
-      scanner.add_norms(i / kv_heads, i % kv_heads * group + g, norms);
+    for (index_t g = 0; g < heads; ++g) {
+      scanner.add_norms(i / kv_heads, i % kv_heads * heads + g, norms);
     }
   });
   fold_groups(buffers.norms, seen.sequences(), kv_heads, scan.groups(kv_heads), buffers.chunks,
@@ -280,7 +281,7 @@ void norm_curve(Executor& on, const norm_scan& scan, const Seen& seen,
 }
 
 template <class Executor, class Seen>
-void crossing_curve(Executor& on, const norm_scan& scan, const Seen& seen,
+void crossing_curve(const Executor& on, const norm_scan& scan, const Seen& seen,
                     const norm_scan_buffers& buffers, const scan_scratch& scratch) noexcept {
   const scanner<Seen> scanner(scan, seen, buffers, scratch);
   const index_t kv_heads = seen.kv_heads();

@@ -59,7 +59,8 @@ struct refreekv {
   }
 
   /// `reduce` makes one cut of heads that live on several ranks: it sums [sequence, group, chunk]
-  /// norms, then [sequence, group, chunk_tokens].
+  /// norms, then [sequence, group, chunk_tokens]. Ranks with different KV heads share no cut of
+  /// cut_scope::kv_head: they decide without it.
   template <backend Backend, attention_observation Seen, reduction Reduce>
   status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
                 view<kept_range, 2, typename Seen::memory> kept,

@@ -4,7 +4,8 @@
 // While sinks + recent tokens hold all there are and `room` more, all stay. Otherwise the sinks and
 // the last recent - room stay. The same rule serves after a prefill, after every decoded token
 // (room 0) and before a turn that is known to bring `room` tokens. Keys keep their rotation here;
-// the paper rotates them by slot.
+// the paper rotates them by slot. A cache that is pruned again and again keeps its own count of
+// positions.
 #pragma once
 
 #include "refreekv/policy.hpp"
