@@ -7,13 +7,12 @@
 int main() {
   constexpr int q_heads = 32, kv_heads = 8, tokens = 1000, head_dim = 128;
   std::vector<float> K(kv_heads * tokens * head_dim), V(K.size()), Q(q_heads * head_dim);
-  // In place of a prefill: the last token cares for recent tokens, attention falls as exp(-x /
-  // 100).
+  // In place of a prefill: attention of the last token falls with distance, as exp(-x / 100).
   for (int i = 0; i < kv_heads * tokens; ++i) K[i * head_dim] = 0.01f * (i % tokens);
   for (int h = 0; h < q_heads; ++h) Q[h * head_dim] = 11.3137f;  // sqrt(head_dim)
 
   refreekv::policy::refreekv rule;  // 1 % of the norm may go; 4 sinks, first 2 layers stay
-  refreekv::cpu_backend cpu;        // or cpu_backend{pool}, an executor of the engine's own
+  refreekv::cpu_backend cpu;        // or cpu_backend{2}, or {pool}: the engine's own executor
   refreekv::dense keys(refreekv::view(K.data(), {1, kv_heads, tokens, head_dim}));
   refreekv::dense values(refreekv::view(V.data(), {1, kv_heads, tokens, head_dim}));
   refreekv::view last_query(Q.data(), {1, 1, q_heads, head_dim});

@@ -38,7 +38,7 @@ std::string panels(const report& run, const loss_picture& loss) {
           << "set xlabel 'cut: first kept token after the sinks'\nset ylabel 'loss (%)'\n"
              "set xrange [0:"
           << run.prompt_tokens
-          << "]\nset logscale y\nset yrange [0.01:100]\nset key bottom right\n"
+          << "]\nset logscale y\nset yrange [0.01:100]\nset key top left\n"
              "plot $loss with lines lw 2 lc rgb '#4477aa' title 'loss', "
           << 100 * loss.threshold
           << " with lines dt 2 lc rgb '#888888' title 'threshold', "
