@@ -3,6 +3,7 @@
 #pragma once
 
 #include "refreekv/cpu/backend.hpp"
+#include "refreekv/paged.hpp"
 #include "refreekv/policy/refreekv.hpp"
 #include "refreekv/policy/streaming_llm.hpp"
 #include "refreekv/prune.hpp"
