@@ -4,7 +4,8 @@
 
 namespace refreekv::inline v0 {
 
-/// Anything but `ok` means that no output was written and no cache was touched.
+/// After invalid_argument and small_workspace no output was written and no cache was touched; after
+/// device_error, or whatever else a reduction returned, outputs are undefined.
 enum class [[nodiscard]] status {
   ok,
   invalid_argument,  ///< an option or a view is outside its range; `why_invalid` names it
