@@ -78,6 +78,24 @@ TEST_CASE("a value far below its row's peak is not denormal", "[cpu][attention]"
   }
 }
 
+TEST_CASE("NaN shows even where nothing else is visible", "[cpu][attention]") {
+  const float inf = std::numeric_limits<float>::infinity();
+  problem p(1, 1, 1, 1, {3});
+  p.query(0, 0, 0, 0) = 1;
+  for (index_t t = 0; t < 3; ++t) p.keys.at(0, 0, t, 0) = -inf;
+  tile_memory memory(1, 1);
+  const auto sum = [&] {
+    const dense_cache<float> keys(p.keys);
+    cpu_detail::attend(observe(p.query_view(), keys.source(), p.info()), {3, 1, 0}, 0, 0, {0, 3},
+                       p.queries.data(), memory.scratch());
+    return memory.values[0] + memory.values[1] + memory.values[2];
+  };
+  CHECK(sum() == 0);
+  CHECK(memory.peaks[0] == -inf);
+  p.keys.at(0, 0, 1, 0) = std::numeric_limits<float>::quiet_NaN();
+  CHECK(std::isnan(sum()));
+}
+
 TEST_CASE("ready rows become values relative to their peak", "[cpu][attention]") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const std::vector<float> rows{0.5f, 0.25f, nan, 0.125f, 0.5f, 0.25f};
