@@ -1,23 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// What deciding and pruning cost, against reading the keys once in alternating runs.
+// What deciding and pruning cost, against the machine's limits in alternating runs.
+//
+// A row is work/model/keys/cache: cache is "hot" where runs follow each other and "cold" where the
+// keys are flushed from all caches before each. roofline is the time divided by that of the slower
+// limit: reading the keys once, or as many multiply-adds as there are between queries and keys.
 #include <benchmark/benchmark.h>
 
-#include <algorithm>
 #include <chrono>
+#include <stdexcept>
 #include <string>
 
-#include "geometry.hpp"
-#include "read_keys.hpp"
+#include "eigen_peer.hpp"
+#include "limits.hpp"
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 namespace {
 
 using namespace bench;
 
-template <class F>
-double seconds_of(const F& f) {
-  const auto start = std::chrono::steady_clock::now();
-  f();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+/// Takes the keys out of all caches.
+void flush([[maybe_unused]] const std::byte* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(__x86_64__)
+  for (std::size_t i = 0; i < bytes; i += 64) _mm_clflush(data + i);
+  _mm_mfence();
+#endif
 }
 
 double median(std::vector<double>& times) {
@@ -26,74 +34,146 @@ double median(std::vector<double>& times) {
   return *middle;
 }
 
-/// Alternates `work` with a plain read of the keys; reports GB/s of both and the ratio of their
-/// median times.
-template <class Work>
-void against_read_keys(benchmark::State& state, refreekv::thread_pool& pool, const std::byte* keys,
-                       std::size_t bytes, const Work& work) {
-  std::vector<double> work_times, read_times;
+/// Runs all works in turn, `before` before each; returns their median times in seconds. The first
+/// one's is the benchmark's.
+template <class Before, class... Works>
+std::array<double, sizeof...(Works)> alternate(benchmark::State& state, const Before& before,
+                                               const Works&... works) {
+  std::array<std::vector<double>, sizeof...(Works)> times;
+  const auto time = [&](const auto& work, std::vector<double>& into) {
+    before();
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    into.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  };
   for (auto _ : state) {
-    read_times.push_back(
-        seconds_of([&] { benchmark::DoNotOptimize(read_keys(pool, keys, bytes)); }));
-    work_times.push_back(seconds_of(work));
+    std::size_t i = 0;
+    (time(works, times[i++]), ...);
     benchmark::ClobberMemory();
-    state.SetIterationTime(work_times.back());
+    state.SetIterationTime(times[0].back());
   }
-  const double gigabytes = static_cast<double>(bytes) * 1e-9;
-  const double work_time = median(work_times), read_time = median(read_times);
-  state.counters["GB/s"] = gigabytes / work_time;
-  state.counters["read_GB/s"] = gigabytes / read_time;
-  state.counters["ratio"] = work_time / read_time;
+  std::array<double, sizeof...(Works)> medians;
+  std::transform(times.begin(), times.end(), medians.begin(), median);
+  return medians;
 }
 
+/// The rule with the memory it works in.
+template <class Seen>
+class decision {
+ public:
+  decision(const refreekv::thread_pool& pool, const Seen& seen)
+      : cpu_{pool}, seen_(seen), scratch_(refreekv::workspace_size(rule_, cpu_, seen)) {}
+
+  void select() { check(refreekv::select(rule_, cpu_, seen_, cuts(), scratch_)); }
+  template <class Values>
+  void prune(const Values& values) {
+    check(refreekv::prune(rule_, cpu_, seen_, cuts(), scratch_, refreekv::compaction::sinks_up,
+                          values));
+  }
+  const refreekv::kept_range& kept() const { return kept_; }
+  std::size_t workspace() const { return scratch_.size(); }
+
+ private:
+  refreekv::view<refreekv::kept_range, 2> cuts() { return {&kept_, {1, 1}}; }
+  static void check(refreekv::status status) {
+    if (status != refreekv::status::ok) throw std::runtime_error(refreekv::to_string(status));
+  }
+
+  refreekv::policy::refreekv rule_;
+  refreekv::cpu_backend<const refreekv::thread_pool&> cpu_;
+  Seen seen_;
+  std::vector<std::byte> scratch_;
+  refreekv::kept_range kept_{};
+};
+
+enum class cache { hot, cold };
+
+/// The decision alone.
 template <class T>
-void read_keys_alone(benchmark::State& state, const geometry& g) {
-  layer<T> one(g, state.range(0));
-  refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  against_read_keys(state, pool, one.key_bytes(), one.bytes(), [&] {
-    benchmark::DoNotOptimize(read_keys(pool, one.key_bytes(), one.bytes()));
-  });
+void select_layer(benchmark::State& state, const geometry& g, cache keys) {
+  const layer<T> one(g, state.range(0));
+  const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
+  decision rule(pool, one.seen(one.keys()));
+  const auto [time, read, fma] = alternate(
+      state,
+      [&] {
+        if (keys == cache::cold) flush(one.key_bytes(), one.bytes());
+      },
+      [&] { rule.select(); },
+      [&] { benchmark::DoNotOptimize(read_keys(pool, one.key_bytes(), one.bytes())); },
+      [&] { benchmark::DoNotOptimize(fma_peak(pool, g.q_heads * one.tokens() * g.head_dim)); });
+  const double gigabytes = static_cast<double>(one.bytes()) * 1e-9;
+  state.counters["GB/s"] = gigabytes / time;
+  state.counters["read_GB/s"] = gigabytes / read;
+  state.counters["roofline_us"] = std::max(read, fma) * 1e6;
+  state.counters["fma_us"] = fma * 1e6;
+  state.counters["roofline"] = time / std::max(read, fma);
+  state.counters["read"] = time / read;
+  state.counters["kept"] = rule.kept().kept_fraction();
+  state.counters["workspace"] =
+      static_cast<double>(rule.workspace()) / static_cast<double>(2 * one.bytes());
 }
 
-/// The decision alone, or with the compaction of keys and values.
-template <class T, bool compacts>
+/// Deciding and compacting keys and values, against deciding.
+template <class T>
 void prune_layer(benchmark::State& state, const geometry& g) {
+  const layer<T> one(g, state.range(0), state.range(0));
+  const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
+  decision rule(pool, one.seen(one.keys()));
+  const auto [prune, select] =
+      alternate(state, [] {}, [&] { rule.prune(one.values()); }, [&] { rule.select(); });
+  state.counters["prune/select"] = prune / select;
+}
+
+/// Pages of 16 tokens, against the same number of tokens in a row.
+template <class T>
+void select_pages(benchmark::State& state, const geometry& g) {
   layer<T> one(g, state.range(0));
-  refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  const refreekv::cpu_backend cpu{pool};
-  const refreekv::policy::refreekv rule;
-  const auto seen = one.seen();
-  std::vector<std::byte> scratch(refreekv::workspace_size(rule, cpu, seen));
-  refreekv::kept_range kept;
-  const refreekv::view<refreekv::kept_range, 2> cuts(&kept, {1, 1});
-  refreekv::status status{};
-  against_read_keys(state, pool, one.key_bytes(), one.bytes(), [&] {
-    if constexpr (compacts) {
-      status = refreekv::prune(rule, cpu, seen, cuts, scratch, refreekv::compaction::sinks_up,
-                               one.values());
-    } else {
-      status = refreekv::select(rule, cpu, seen, cuts, scratch);
-    }
-  });
-  if (status != refreekv::status::ok) state.SkipWithError(refreekv::to_string(status));
-  state.counters["kept"] = kept.kept_fraction();
+  const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
+  decision paged(pool, one.seen(one.pages())), dense(pool, one.seen(one.keys()));
+  const auto [paged_time, dense_time] =
+      alternate(state, [] {}, [&] { paged.select(); }, [&] { dense.select(); });
+  state.counters["paged/dense"] = paged_time / dense_time;
+}
+
+/// Eigen alone, on one thread, against the decision.
+template <class T>
+void eigen_peer(benchmark::State& state, const geometry& g) {
+  const layer<T> one(g, state.range(0));
+  const refreekv::thread_pool pool(1);
+  decision rule(pool, one.seen(one.keys()));
+  index_t cut = 0;
+  const auto [eigen, select] =
+      alternate(state, [] {}, [&] { cut = eigen_cut(one); }, [&] { rule.select(); });
+  if (cut != rule.kept().cut) state.SkipWithError("the peer decides differently");
+  state.counters["eigen/select"] = eigen / select;
 }
 
 template <class T>
 void add(const char* type) {
+  const auto row = [&](const char* what, const geometry& g, const char* cache, auto f) {
+    const std::string name = std::string(what) + "/" + g.name + "/" + type + cache;
+    return benchmark::RegisterBenchmark(name.c_str(), f)
+        ->ArgNames({"tokens", "threads"})
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond);
+  };
   for (const geometry& g : geometries) {
-    const auto name = [&](const char* what) {
-      return std::string(what) + "/" + g.name + "/" + type;
-    };
-    for (auto* row :
-         {benchmark::RegisterBenchmark(name("read_keys").c_str(), read_keys_alone<T>, g),
-          benchmark::RegisterBenchmark(name("select").c_str(), prune_layer<T, false>, g),
-          benchmark::RegisterBenchmark(name("prune").c_str(), prune_layer<T, true>, g)}) {
-      row->ArgNames({"tokens", "threads"})
-          ->ArgsProduct({{2048, 8192, 32768, 131072}, {1, 2}})
-          ->UseManualTime()
-          ->Unit(benchmark::kMicrosecond);
-    }
+    row("select", g, "/hot", [&](auto& state) {
+      select_layer<T>(state, g, cache::hot);
+    })->ArgsProduct({{1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072}, {1, 2}});
+    row("select", g, "/cold", [&](auto& state) {
+      select_layer<T>(state, g, cache::cold);
+    })->ArgsProduct({{8192}, {1, 2}});
+    row("prune", g, "/hot", [&](auto& state) {
+      prune_layer<T>(state, g);
+    })->ArgsProduct({{8192, 131072}, {1, 2}});
+    row("paged16", g, "/hot", [&](auto& state) {
+      select_pages<T>(state, g);
+    })->ArgsProduct({{8192, 131072}, {1, 2}});
+    row("eigen", g, "/hot", [&](auto& state) {
+      eigen_peer<T>(state, g);
+    })->ArgsProduct({{8192, 131072}, {1}});
   }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "refreekv/attention.hpp"
 
+#include <numbers>
 #include <vector>
 
 #include "catch.hpp"
@@ -31,6 +32,16 @@ TEST_CASE("visible and rows_seeing are two views of one relation", "[attention]"
   }
 }
 
+TEST_CASE("powers of two are exact, zero below and NaN where they must be", "[attention]") {
+  for (int n = -1022; n <= 1023; ++n) {
+    REQUIRE(power_of_two(static_cast<float>(n)) == std::ldexp(1.0, n));
+  }
+  CHECK(power_of_two(-1023) == 0);
+  CHECK(power_of_two(-1e30f) == 0);
+  CHECK(power_of_two(-std::numeric_limits<float>::infinity()) == 0);
+  CHECK(std::isnan(power_of_two(std::numeric_limits<float>::quiet_NaN())));
+}
+
 TEST_CASE("chunk statistics join to the softmax of the whole row", "[attention]") {
   random_source random(base_seed());
   const float none = -std::numeric_limits<float>::infinity();
@@ -39,12 +50,13 @@ TEST_CASE("chunk statistics join to the softmax of the whole row", "[attention]"
     std::vector<chunk_statistics> chunks;
     std::vector<double> logits;
     for (index_t c = random.between(1, 5); c > 0; --c) {
-      std::vector<float> x(static_cast<std::size_t>(random.between(0, 6)));
       chunk_statistics s{none, 0, 0};
-      for (float& v : x) s.peak = std::max(s.peak, v = random.normal(30));
-      for (const float v : x) {
-        s.sum += std::exp(v - s.peak);
-        logits.push_back(double{v});
+      const index_t count = random.between(0, 6);
+      if (count > 0) s.unit = std::round(random.normal(40));
+      for (index_t i = 0; i < count; ++i) {
+        const double x = double{s.unit} * std::numbers::ln2 - std::abs(double{random.normal(3)});
+        logits.push_back(x);
+        s.sum += static_cast<float>(std::exp(x - double{s.unit} * std::numbers::ln2));
       }
       chunks.push_back(s);
     }
@@ -55,8 +67,8 @@ TEST_CASE("chunk statistics join to the softmax of the whole row", "[attention]"
     if (sum == 0) {
       CHECK(std::isnan(attention_at(0, row)));
     } else {
-      for (const float x : {-3.0f, 0.0f, 2.0f}) {
-        CHECK(attention_at(x, row) == Approx(std::exp(double{x}) / sum).epsilon(1e-5));
+      for (const float unit : {-3.0f, 0.0f, 2.0f}) {
+        CHECK(attention_at(unit, row) == Approx(std::exp2(double{unit}) / sum).epsilon(1e-5));
       }
       CHECK(attention_at(none, row) == 0);
     }
@@ -65,9 +77,8 @@ TEST_CASE("chunk statistics join to the softmax of the whole row", "[attention]"
 
 TEST_CASE("NaN in a chunk makes the row NaN", "[attention]") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  for (const chunk_statistics bad :
-       {chunk_statistics{nan, nan, nan}, chunk_statistics{1, nan, 1}}) {
-    const std::vector<chunk_statistics> chunks{{0, 1, 1}, bad, {3, 2, 1}};
+  for (const float unit : {-std::numeric_limits<float>::infinity(), 1.0f, 5.0f}) {
+    const std::vector<chunk_statistics> chunks{{0, 1, 1}, {unit, nan, 1}, {3, 2, 1}};
     CHECK(std::isnan(attention_at(0, normalise(chunks.data(), 3, 0))));
   }
 }

@@ -43,7 +43,8 @@ TEST_CASE("the last allowed index is the last whose loss is at most the threshol
 
 TEST_CASE("stop keeps all where the norm says nothing", "[norm_scan]") {
   const norm_scan scan{0.01, 4, 1, {}, {}, {}};
-  const std::vector<double> inside(chunk_tokens, 1e9), masses(chunk_tokens, 0.5);
+  const std::vector<double> inside(chunk_tokens, 1e9);
+  const std::vector<float> masses(chunk_tokens, 0.5f);
   for (const double norm : {0.0, -1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
     const std::vector<double> norms{0, norm};
     const kept_range kept = stop(scan, 100, norms.data(), inside.data(), masses.data());
@@ -64,10 +65,11 @@ TEST_CASE("stop looks into the chunk where the loss crosses", "[norm_scan]") {
   const norm_scan scan{0.1, 4, 1, {}, {}, {}};
   const index_t tokens = 4 + 2 * chunk_tokens;
   const std::vector<double> norms{0, 10, 9.5};
-  std::vector<double> inside(chunk_tokens), masses(chunk_tokens);
+  std::vector<double> inside(chunk_tokens);
+  std::vector<float> masses(chunk_tokens);
   for (index_t t = 0; t < chunk_tokens; ++t) {
     inside[static_cast<std::size_t>(t)] = 9.5 - 0.01 * static_cast<double>(t);
-    masses[static_cast<std::size_t>(t)] = 0.001 * static_cast<double>(t);
+    masses[static_cast<std::size_t>(t)] = 0.001f * static_cast<float>(t);
   }
   const kept_range kept = stop(scan, tokens, norms.data(), inside.data(), masses.data());
   CHECK(kept.cut == 4 + chunk_tokens + 50);

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <numbers>
 
 #include "refreekv/view.hpp"
 
@@ -67,37 +69,48 @@ struct query_window {
   }
 };
 
-/// What one read of a chunk leaves of one row. The values of the row in the chunk are held relative
-/// to `peak`, so that a float does not underflow where another chunk, the sinks say, has all the
-/// mass: candidates are told apart down to 1e-154 of it, where the square of a double ends.
+/// What one read of a chunk leaves of one row. A row's values in a chunk are exp(logit) / 2^unit,
+/// with 2^unit near the largest, so that a float does not underflow where another chunk, the sinks
+/// say, has all the mass: candidates are told apart down to 1e-154 of it, where the square of a
+/// double ends. Units are whole, so that chunks are compared without an exp. (ours)
 struct chunk_statistics {
-  float peak;         ///< the largest logit of the chunk, -inf where the row sees none of it
-  float sum;          ///< sum of exp(logit - peak)
-  float sum_squares;  ///< sum of exp(logit - peak)^2
+  float unit;         ///< -inf where the row sees nothing of the chunk
+  float sum;          ///< of the values
+  float sum_squares;  ///< of the values
 };
 
 /// The softmax normaliser of one row.
 struct row_normaliser {
-  float peak;  ///< the largest logit of the row
-  double sum;  ///< sum of exp(logit - peak)
+  float unit;  ///< the largest of its chunks
+  double sum;  ///< of exp(logit) / 2^unit
 };
 
-/// The attention that a value exp(logit - chunk_peak) of 1 stands for. NaN for a row without
-/// a normaliser: nothing is decided on it.
-[[nodiscard]] REFREEKV_HOST_DEVICE inline double attention_at(float chunk_peak,
+/// 2^n for a whole n < 1024; 0 where that would be denormal. NaN stays NaN.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline double power_of_two(float n) noexcept {
+  if (!(n >= -1022)) return n < 0 ? 0 : double{n};
+  const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<int>(n) + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+/// The attention that a value of 1 in a chunk stands for. NaN for a row without a normaliser:
+/// nothing is decided on it.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline double attention_at(float unit,
                                                               const row_normaliser& row) noexcept {
-  return std::exp(double{chunk_peak} - double{row.peak}) / row.sum;
+  return power_of_two(unit - row.unit) / row.sum;
 }
 
 /// Joins the statistics [chunk] of a row; `sink_logit` is -inf where the model has none.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline row_normaliser normalise(const chunk_statistics* row,
                                                                    index_t chunks,
                                                                    float sink_logit) noexcept {
-  row_normaliser n{sink_logit, 0};
-  for (index_t c = 0; c < chunks; ++c) n.peak = row[c].peak > n.peak ? row[c].peak : n.peak;
-  n.sum = std::exp(double{sink_logit} - double{n.peak});
+  const double sink = double{sink_logit} / std::numbers::ln2;
+  row_normaliser n{static_cast<float>(std::rint(sink)), 0};
+  for (index_t c = 0; c < chunks; ++c) n.unit = row[c].unit > n.unit ? row[c].unit : n.unit;
+  n.sum = std::exp2(sink - double{n.unit});
   for (index_t c = 0; c < chunks; ++c) {
-    n.sum += row[c].sum * std::exp(double{row[c].peak} - double{n.peak});
+    n.sum += double{row[c].sum} * power_of_two(row[c].unit - n.unit);
   }
   return n;
 }

@@ -91,15 +91,14 @@ struct norm_scan {
 };
 
 /// What a scan works in. Carved by `take`; shapes in brackets, `chunk` padded to `chunks`.
-/// (12 * window + 8) * chunks bytes for each query head, and 8 * chunks + 4096 for each KV head.
+/// 12 * chunks + 16 bytes for each row of a query head, and 8 * chunks + 3072 for each group.
 struct norm_scan_buffers {
   index_t chunks;                ///< of the longest sequence the cache can hold
   chunk_statistics* statistics;  ///< [sequence, q_head, window, chunk]
   row_normaliser* rows;          ///< [sequence, q_head, window]
-  double* energies;              ///< [sequence, q_head, chunk]
   double* norms;                 ///< [sequence, group, chunk]: the partial curve, summed over ranks
-  double* chunk_norms;   ///< [sequence, group, chunk_tokens]: the curve inside the crossing chunk
-  double* chunk_masses;  ///< [sequence, group, chunk_tokens]: attention dropped by a cut there
+  double* chunk_norms;  ///< [sequence, group, chunk_tokens]: the curve inside the crossing chunk
+  float* chunk_masses;  ///< [sequence, group, chunk_tokens]: attention dropped by a cut there
 
   template <class Observation>
   [[nodiscard]] static norm_scan_buffers take(arena& from, const norm_scan& scan,
@@ -107,14 +106,13 @@ struct norm_scan_buffers {
     const index_t chunks = chunking{seen.capacity(), scan.sinks}.count();
     const index_t sequences = seen.sequences();
     const index_t q_heads = seen.q_heads();
-    const index_t kv_heads = seen.kv_heads();  // partial sums are kept for each
+    const index_t groups = scan.groups(seen.kv_heads());
     return {chunks,
             from.take<chunk_statistics>(sequences, q_heads, scan.window, chunks),
             from.take<row_normaliser>(sequences, q_heads, scan.window),
-            from.take<double>(sequences, q_heads, chunks),
-            from.take<double>(sequences, kv_heads, chunks),
-            from.take<double>(sequences, kv_heads, chunk_tokens),
-            from.take<double>(sequences, kv_heads, chunk_tokens)};
+            from.take<double>(sequences, groups, chunks),
+            from.take<double>(sequences, groups, chunk_tokens),
+            from.take<float>(sequences, groups, chunk_tokens)};
   }
 };
 
@@ -123,7 +121,7 @@ struct norm_scan_buffers {
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range stop(const norm_scan& scan, index_t tokens,
                                                              const double* norms,
                                                              const double* chunk_norms,
-                                                             const double* chunk_masses) noexcept {
+                                                             const float* chunk_masses) noexcept {
   const position_ranking ranking(tokens, scan.sinks);
   const chunking chunks{tokens, scan.sinks};
   if (chunks.count() == 1 || !norm_scan::decidable(norms[1])) return ranking.all();
@@ -135,7 +133,7 @@ struct norm_scan_buffers {
     // Two roundings meet here, of a sum over chunks and of one over tokens.
     const double loss = norm_scan::loss(chunk_norms[last], norms[1]);
     kept.loss = static_cast<float>(loss < 0 ? 0 : loss < scan.threshold ? loss : scan.threshold);
-    kept.dropped_mass = static_cast<float>(chunk_masses[last]);
+    kept.dropped_mass = chunk_masses[last];
   }
   return kept;
 }

@@ -29,13 +29,10 @@ concept observation = requires(const O& seen, index_t sequence) {
 };
 
 /// An observation that shows attention: the last `window()` rows of each query head.
-/// - `attention_at(peak, row)`: the attention that a value of 1 relative to `peak` stands for.
 template <class O>
-concept attention_observation =
-    observation<O> && requires(const O& seen, float peak, const row_normaliser& row) {
-      { seen.window() } -> std::same_as<index_t>;
-      { O::attention_at(peak, row) } -> std::same_as<double>;
-    };
+concept attention_observation = observation<O> && requires(const O& seen) {
+  { seen.window() } -> std::same_as<index_t>;
+};
 
 namespace detail {
 
@@ -81,10 +78,6 @@ struct query_observation {
   [[nodiscard]] constexpr index_t window() const noexcept { return queries.extent(1); }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return keys.tokens(sequence);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE static double attention_at(
-      float peak, const row_normaliser& row) noexcept {
-    return refreekv::attention_at(peak, row);
   }
 
   /// Multiplies q.k: the model's scale, or its default.
@@ -139,10 +132,6 @@ struct row_observation {
   [[nodiscard]] constexpr index_t window() const noexcept { return rows.extent(1); }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return lengths.data() == nullptr ? rows.extent(3) : index_t{lengths(sequence)};
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE static double attention_at(float peak,
-                                                                const row_normaliser&) noexcept {
-    return double{peak};
   }
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {

@@ -10,52 +10,156 @@ using namespace refreekv;
 namespace {
 
 struct tile_memory {
-  std::vector<float> values, peaks, gathered, energies;
+  std::vector<float> values;
+  std::vector<chunk_statistics> statistics;
+  std::vector<float> gathered;
   tile_memory(index_t rows, index_t dim)
-      : values(size(rows * chunk_tokens), -7),
-        peaks(size(rows)),
-        gathered(size(cpu_detail::gather_tokens * dim)),
-        energies(size(chunk_tokens)) {}
-  cpu_detail::tile_scratch scratch() {
-    return {values.data(), peaks.data(), gathered.data(), energies.data()};
+      : values(size(rows * cpu_detail::tile_stride), -7),
+        statistics(size(rows)),
+        gathered(size(cpu_detail::tile_tokens * dim)) {}
+  cpu_detail::tile_scratch scratch() { return {values.data(), statistics.data(), gathered.data()}; }
+  float value(index_t row, index_t token) const {
+    return values[size(row * cpu_detail::tile_stride + token)];
   }
 };
 
+template <class Seen>
+auto packed_queries(const Seen& seen, index_t sequence, index_t kv_head, index_t window) {
+  using product = cpu_detail::product_of<Seen>;
+  const index_t heads = seen.q_heads() / seen.kv_heads();
+  std::vector<typename product::packed> packed(
+      size(heads * window * cpu_detail::packed_dim<product>(seen.head_dim())));
+  for (index_t h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
+    cpu_detail::pack_queries(seen, sequence, h, window, packed.data());
+  }
+  return packed;
+}
+
+/// attend, or summarise, on one block.
+template <class Seen>
+void attend(const Seen& seen, const query_window& window, const cpu_detail::key_block& block,
+            tile_memory& memory) {
+  const cpu_detail::block_addresses keys(seen.keys, block, block);
+  const auto packed = packed_queries(seen, block.sequence, block.kv_head, window.rows);
+  cpu_detail::attend(seen, window, block, keys, packed.data(), memory.scratch());
+}
+template <class Seen>
+bool summarise(const Seen& seen, const query_window& window, const cpu_detail::key_block& block,
+               tile_memory& memory) {
+  const cpu_detail::block_addresses keys(seen.keys, block, block);
+  const auto packed = packed_queries(seen, block.sequence, block.kv_head, window.rows);
+  return cpu_detail::summarise(seen, window, block, keys, packed.data(), memory.scratch());
+}
+
 }  // namespace
 
-TEST_CASE("a tile of queries and keys is attention up to each row's factor", "[cpu][attention]") {
+TEST_CASE("a tile of queries and keys is attention up to each row's unit", "[cpu][attention]") {
   random_source random(base_seed());
   problem p(2, 3, 16, 5, {30, 3});
   fill(p, random);
   p.sliding_window = 9;
   const dense_cache<float> keys(p.keys);
   const auto seen = observe(p.query_view(), keys.source(), p.info());
-  std::vector<float> packed(p.queries.size());
-  for (index_t s = 0; s < 2; ++s) {
-    for (index_t h = 0; h < 6; ++h) {
-      cpu_detail::pack_queries(seen, s, h, 5, packed.data() + (s * 6 + h) * 5 * 16);
-    }
-  }
   for (index_t s = 0; s < 2; ++s) {
     const auto exact = reference::attend(p, s);
     const query_window window{p.lengths[size(s)], 5, 9};
     tile_memory memory(15, 16);
     const token_range range{1, p.lengths[size(s)]};
-    cpu_detail::attend(seen, window, s, 1, range, packed.data(), memory.scratch());
+    attend(seen, window, {s, 1, range}, memory);
     for (index_t i = 0; i < 15; ++i) {
       const index_t head = 3 + i / 5, row = i % 5;
-      // The factor is the attention of the row's best token in the range.
-      double best = 0;
-      for (index_t t = range.begin; t < range.end; ++t)
-        best = std::max(best, exact.at(head, row, t));
-      CHECK((memory.peaks[size(i)] == -std::numeric_limits<float>::infinity()) == (best == 0));
+      const chunk_statistics& statistics = memory.statistics[size(i)];
+      double best = 0, total = 0;
       for (index_t t = range.begin; t < range.end; ++t) {
-        const float value = memory.values[size(i * chunk_tokens + t - range.begin)];
-        CAPTURE(s, head, row, t);
-        CHECK(double{value} * best == Approx(exact.at(head, row, t)).epsilon(1e-5).margin(1e-15));
-        CHECK(value <= 1);
+        best = std::max(best, exact.at(head, row, t));
+        total += exact.at(head, row, t);
       }
+      CAPTURE(s, head, row);
+      REQUIRE((statistics.unit == -std::numeric_limits<float>::infinity()) == (best == 0));
+      if (best == 0) continue;
+      CHECK(std::round(statistics.unit) == statistics.unit);
+      // One factor turns the values of a row into its attention.
+      const double factor = total / double{statistics.sum};
+      double squares = 0;
+      for (index_t t = range.begin; t < range.end; ++t) {
+        const double value = memory.value(i, t - range.begin);
+        CHECK(value * factor == Approx(exact.at(head, row, t)).epsilon(1e-5).margin(1e-15));
+        CHECK(value <= std::sqrt(2.0) * 1.00001);
+        squares += value * value;
+      }
+      CHECK(double{statistics.sum_squares} == Approx(squares).epsilon(1e-6));
     }
+  }
+}
+
+TEST_CASE("statistics without values are those of the values", "[cpu][attention]") {
+  random_source random(base_seed());
+  INFO("REFREEKV_SEED=" << base_seed());
+  int fits = 0;
+  for (int round = 0; round < 300; ++round) {
+    const index_t group = random.between(1, 7), rows = random.between(1, 3);
+    const auto tokens = static_cast<position_t>(random.between(8, 400));
+    problem p(2, group, 32, rows, {tokens});
+    fill(p, random);
+    p.scale = random.chance(0.3) ? 20.0f : 0.2f;  // steep ones do not fit
+    const dense_cache<float> keys(p.keys);
+    const auto seen = observe(p.query_view(), keys.source(), p.info());
+    const query_window window{tokens, rows, 0};
+    const index_t count = random.between(1, std::min<index_t>(tokens - rows + 1, 256) / 4) * 4;
+    const index_t first = random.between(0, std::max<index_t>(0, tokens - rows + 1 - count));
+    const cpu_detail::key_block block{0, 1, {first, first + count}};
+    tile_memory summary(group * rows, 32), whole(group * rows, 32);
+    if (block.tokens.end > tokens - rows + 1) continue;
+    if (!summarise(seen, window, block, summary)) continue;
+    ++fits;
+    attend(seen, window, block, whole);
+    for (index_t i = 0; i < group * rows; ++i) {
+      const chunk_statistics &got = summary.statistics[size(i)],
+                             &expected = whole.statistics[size(i)];
+      const double factor = std::exp2(double{got.unit} - double{expected.unit});
+      CHECK(double{got.sum} * factor == Approx(double{expected.sum}).epsilon(2e-6));
+      CHECK(double{got.sum_squares} * factor * factor ==
+            Approx(double{expected.sum_squares}).epsilon(2e-6));
+    }
+  }
+  CHECK(fits > 100);
+}
+
+TEST_CASE("what does not fit the first unit is told", "[cpu][attention]") {
+  const float inf = std::numeric_limits<float>::infinity();
+  for (const auto& [last, fits] :
+       {std::pair{30.0f, true}, {36.0f, false}, {1e30f, false}, {inf, false}}) {
+    problem p(1, 1, 1, 1, {8});
+    p.scale = 1;
+    p.query(0, 0, 0, 0) = 1;
+    p.keys.at(0, 0, 7, 0) = last;
+    const dense_cache<float> keys(p.keys);
+    tile_memory memory(1, 1);
+    CAPTURE(last);
+    CHECK(summarise(observe(p.query_view(), keys.source(), p.info()), {8, 1, 0}, {0, 0, {0, 8}},
+                    memory) == fits);
+    if (fits) CHECK(double{memory.statistics[0].sum} == Approx(7 + std::exp(double{last})));
+  }
+}
+
+TEST_CASE("logits of any size are decided on", "[cpu][attention]") {
+  // Far beyond the digits of a float the peak still has all the weight.
+  for (const float base : {0.0f, 1e4f, -3e5f, 1e7f, -1e30f}) {
+    problem p(1, 1, 1, 1, {3});
+    p.scale = 1;
+    p.query(0, 0, 0, 0) = 1;
+    for (index_t t = 0; t < 3; ++t) {
+      p.keys.at(0, 0, t, 0) = t == 1 ? base + std::abs(base) * 0.5f + 100 : base;
+    }
+    const dense_cache<float> keys(p.keys);
+    tile_memory memory(1, 1);
+    attend(observe(p.query_view(), keys.source(), p.info()), {3, 1, 0}, {0, 0, {0, 3}}, memory);
+    CAPTURE(base);
+    CHECK(memory.value(0, 1) > 0.7f);
+    CHECK(memory.value(0, 1) < 1.5f);
+    CHECK(memory.value(0, 0) < 1e-17f);
+    CHECK(memory.value(0, 2) < 1e-17f);
+    CHECK(memory.statistics[0].sum == memory.value(0, 1));
   }
 }
 
@@ -68,8 +172,7 @@ TEST_CASE("a value far below its row's peak is not denormal", "[cpu][attention]"
   }
   const dense_cache<float> keys(p.keys);
   tile_memory memory(1, 1);
-  cpu_detail::attend(observe(p.query_view(), keys.source(), p.info()), {3, 1, 0}, 0, 0, {0, 3},
-                     p.queries.data(), memory.scratch());
+  attend(observe(p.query_view(), keys.source(), p.info()), {3, 1, 0}, {0, 0, {0, 3}}, memory);
   CHECK(memory.values[0] == 1);
   for (const std::size_t t : {1u, 2u}) {
     CHECK(memory.values[t] < 1e-17f);
@@ -86,26 +189,45 @@ TEST_CASE("NaN shows even where nothing else is visible", "[cpu][attention]") {
   tile_memory memory(1, 1);
   const auto sum = [&] {
     const dense_cache<float> keys(p.keys);
-    cpu_detail::attend(observe(p.query_view(), keys.source(), p.info()), {3, 1, 0}, 0, 0, {0, 3},
-                       p.queries.data(), memory.scratch());
-    return memory.values[0] + memory.values[1] + memory.values[2];
+    attend(observe(p.query_view(), keys.source(), p.info()), {3, 1, 0}, {0, 0, {0, 3}}, memory);
+    return memory.statistics[0].sum;
   };
-  CHECK(sum() == 0);
-  CHECK(memory.peaks[0] == -inf);
+  CHECK(sum() < 1e-17f);
+  CHECK(memory.statistics[0].unit == -inf);
   p.keys.at(0, 0, 1, 0) = std::numeric_limits<float>::quiet_NaN();
   CHECK(std::isnan(sum()));
 }
 
-TEST_CASE("ready rows become values relative to their peak", "[cpu][attention]") {
+TEST_CASE("ready rows become values in units of a power of two", "[cpu][attention]") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  const std::vector<float> rows{0.5f, 0.25f, nan, 0.125f, 0.5f, 0.25f};
+  const std::vector<float> rows{0.5f, 0.25f, nan, 0.125f, 0.75f, 0.25f};
   const auto seen = observe_rows(view(rows.data(), {1, 2, 1, 3}), 1);
   tile_memory memory(2, 1);
-  cpu_detail::attend(seen, {3, 2, 0}, 0, 0, {1, 3}, nullptr, memory.scratch());
-  CHECK(memory.peaks[0] == 0.25f);
-  CHECK(memory.values[0] == 1);
-  CHECK(memory.values[1] == 0);  // the row of token 1 cannot see token 2, whatever stands there
-  CHECK(memory.peaks[1] == 0.5f);
-  CHECK(memory.values[chunk_tokens] == 1);
-  CHECK(memory.values[chunk_tokens + 1] == 0.5f);
+  cpu_detail::attend(seen, {3, 2, 0}, {0, 0, {1, 3}}, memory.scratch());
+  CHECK(memory.statistics[0].unit == -2);
+  CHECK(memory.value(0, 0) == 1);
+  CHECK(memory.value(0, 1) == 0);  // the row of token 1 cannot see token 2, whatever stands there
+  CHECK(memory.statistics[1].unit == -1);
+  CHECK(memory.value(1, 0) == 1.5f);
+  CHECK(memory.value(1, 1) == 0.5f);
+  CHECK(memory.statistics[1].sum == 2);
+  CHECK(memory.statistics[1].sum_squares == 2.5f);
+}
+
+TEST_CASE("ready rows may be tiny, empty or no numbers", "[cpu][attention]") {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  tile_memory memory(1, 1);
+  const auto statistics = [&](std::vector<float> row) {
+    const auto seen = observe_rows(view(row.data(), {1, 1, 1, 2}), 1);
+    cpu_detail::attend(seen, {2, 1, 0}, {0, 0, {0, 2}}, memory.scratch());
+    return memory.statistics[0];
+  };
+  CHECK(statistics({0, 0}).unit == -inf);
+  CHECK(statistics({0, 0}).sum == 0);
+  const chunk_statistics tiny = statistics({1e-44f, 3e-45f});
+  CHECK(tiny.unit == static_cast<float>(std::ilogb(1e-44f)));
+  CHECK(tiny.sum == std::ldexp(1e-44f + 3e-45f, -std::ilogb(1e-44f)));
+  CHECK(std::isnan(statistics({0.5f, nan}).sum));
+  CHECK(std::isnan(statistics({nan, nan}).sum));
+  CHECK(!std::isfinite(statistics({0.5f, inf}).sum));
 }

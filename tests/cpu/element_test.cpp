@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "refreekv/cpu/element.hpp"
 
+#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -26,8 +27,18 @@ TEMPLATE_TEST_CASE("widening is exact for every 16-bit number", "[cpu][element]"
     }
     all.push_back(x);
   }
-  const cpu_detail::lane_array some = cpu_detail::load(all.data() + 0x3c01);
-  for (int i = 0; i < cpu_detail::lanes; ++i) {
-    REQUIRE(some[i] == static_cast<float>(all[static_cast<std::size_t>(0x3c01 + i)]));
+  // Whole registers, from any address.
+  for (std::size_t first = 1; first + cpu_detail::lane_count <= all.size();
+       first += cpu_detail::lane_count) {
+    const cpu_detail::lanes some = cpu_detail::load(all.data() + first);
+    for (int i = 0; i < cpu_detail::lane_count; ++i) {
+      const float expected = cpu_detail::widen(all[first + static_cast<std::size_t>(i)]);
+      if (std::isnan(expected)) {
+        REQUIRE(std::isnan(some[i]));
+      } else {
+        REQUIRE(std::bit_cast<std::uint32_t>(float{some[i]}) ==
+                std::bit_cast<std::uint32_t>(expected));
+      }
+    }
   }
 }

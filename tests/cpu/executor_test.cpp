@@ -22,20 +22,32 @@ TEST_CASE("a pool calls each worker once in every run", "[cpu][executor]") {
 
 TEST_CASE("a pool that was never used ends", "[cpu][executor]") { thread_pool pool(4); }
 
-TEST_CASE("for_each_item visits each item once, contiguous items on one worker",
-          "[cpu][executor]") {
-  thread_pool pool(3);
+TEST_CASE("items are visited once each, consecutive ones by one worker", "[cpu][executor]") {
+  const thread_pool pool(3);
   for (const index_t items : {0, 1, 2, 3, 4, 100}) {
-    std::vector<int> worker_of(static_cast<std::size_t>(items), -1), visits(worker_of.size());
-    for_each_item(pool, items, [&](int w, index_t i) {
-      visits[static_cast<std::size_t>(i)] += 1;
-      worker_of[static_cast<std::size_t>(i)] = w;
-    });
-    CHECK(std::is_sorted(worker_of.begin(), worker_of.end()));
-    CHECK(visits == std::vector<int>(visits.size(), 1));
+    for (const index_t elements : {0, 1 << 20}) {
+      std::vector<int> worker_of(static_cast<std::size_t>(items), -1), visits(worker_of.size());
+      for_each_item(pool, items, elements, [&](int w, index_t i) {
+        visits[static_cast<std::size_t>(i)] += 1;
+        worker_of[static_cast<std::size_t>(i)] = w;
+      });
+      CHECK(std::is_sorted(worker_of.begin(), worker_of.end()));
+      CHECK(visits == std::vector<int>(visits.size(), 1));
+      const bool shared = items > 1 && elements > 0;
+      CHECK((items == 0 || worker_of.back() == 0) == !shared);
+    }
   }
-  single_thread alone;
-  index_t sum = 0;
-  for_each_item(alone, 10, [&](int, index_t i) { sum += i; });
-  CHECK(sum == 45);
+}
+
+TEST_CASE("workers share items evenly", "[cpu][executor]") {
+  const thread_pool pool(3);
+  for (const index_t items : {0, 1, 2, 3, 100}) {
+    std::vector<index_t> ends(3, -1);
+    for_each_range(pool, items, [&](int w, index_t begin, index_t end) {
+      CHECK(begin < end);
+      CHECK(end - begin <= items / 3 + 1);
+      ends[static_cast<std::size_t>(w)] = end;
+    });
+    CHECK(*std::max_element(ends.begin(), ends.end()) == (items == 0 ? -1 : items));
+  }
 }

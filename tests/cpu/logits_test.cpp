@@ -6,27 +6,44 @@
 
 using namespace refreekv;
 
-TEST_CASE("dot products are right for every size of tile, head and run", "[cpu][logits]") {
-  random_source random(base_seed());
-  for (const index_t dim : {1, 3, 16, 31, 64, 96}) {
-    for (const index_t rows : {1, 3, 4, 9}) {
+namespace {
+
+template <class Query, class Key>
+void check_products(random_source& random) {
+  using product = cpu_detail::product<Query, Key>;
+  for (const index_t dim : {1, 3, 16, 31, 64, 80, 96, 112, 128, 192}) {
+    for (const index_t rows : {1, 2, 3, 4, 7, 16}) {
       problem p(2, 1, dim, 1, {70});
       fill(p, random);
-      round_to<Eigen::bfloat16>(p.keys.values[0]);
+      round_to<Key>(p.keys.values[0]);
       std::vector<float> queries(size(rows * dim));
       for (float& q : queries) q = random.normal();
-      for_each_layout<Eigen::bfloat16>(p.keys, [&](const char* layout, const auto& cache) {
+      round_to<Query>(queries);
+      std::vector<typename product::packed> packed(
+          size(rows * cpu_detail::packed_dim<product>(dim)));
+      for (index_t r = 0; r < rows; ++r) {
+        std::vector<Query> row;
+        for (index_t d = 0; d < dim; ++d)
+          row.push_back(to_element<Query>(queries[size(r * dim + d)]));
+        cpu_detail::pack<product>(row.data(), 1, dim, r, rows, packed.data());
+      }
+      for_each_layout<Key>(p.keys, [&](const char* layout, const auto& cache) {
         CAPTURE(layout, dim, rows);
         for (const token_range range : {token_range{0, 70}, {0, 1}, {3, 10}, {64, 70}, {5, 5}}) {
-          std::vector<float> gathered(size(cpu_detail::gather_tokens * dim));
-          std::vector<float> tile(size(rows * chunk_tokens), -7);
-          cpu_detail::dot_range(cache.source(), 0, 1, range, queries.data(), rows, gathered.data(),
-                                tile.data());
+          std::vector<Key> gathered(size(cpu_detail::tile_tokens * dim));
+          std::vector<float> tile(size(rows * cpu_detail::tile_stride), -7);
+          const auto source = cache.source();
+          const cpu_detail::key_block block{0, 1, range};
+          const cpu_detail::block_addresses keys(source, block, {0, 0, {2, 30}});
+          REQUIRE(keys.count() == range.end - range.begin);
+          cpu_detail::store_logits<product>(keys, packed.data(), rows, dim, 0.5f, gathered.data(),
+                                            tile.data());
+          const index_t written = (keys.count() + 3) / 4 * 4;
           for (index_t r = 0; r < rows; ++r) {
-            for (index_t t = 0; t < chunk_tokens; ++t) {
-              const float got = tile[size(r * chunk_tokens + t)];
-              if (range.begin + t >= range.end) {
-                REQUIRE(got == -7);
+            for (index_t t = 0; t < cpu_detail::tile_stride; ++t) {
+              const float got = tile[size(r * cpu_detail::tile_stride + t)];
+              if (t >= keys.count()) {
+                REQUIRE((t < written || got == -7));
                 continue;
               }
               double dot = 0, scale = 0;
@@ -37,7 +54,7 @@ TEST_CASE("dot products are right for every size of tile, head and run", "[cpu][
                 scale += std::abs(term);
               }
               // dim additions and products, each within 2^-24 of the terms' sizes.
-              REQUIRE(std::abs(double{got} - dot) <=
+              REQUIRE(std::abs(2 * double{got} - dot) <=
                       static_cast<double>(dim + 1) * 0x1p-24 * scale);
             }
           }
@@ -45,6 +62,18 @@ TEST_CASE("dot products are right for every size of tile, head and run", "[cpu][
       });
     }
   }
+}
+
+}  // namespace
+
+TEST_CASE("dot products are right for every type, size of tile, head and run", "[cpu][logits]") {
+  random_source random(base_seed());
+  INFO("REFREEKV_SEED=" << base_seed());
+  check_products<float, float>(random);
+  check_products<Eigen::half, Eigen::half>(random);
+  check_products<Eigen::bfloat16, Eigen::bfloat16>(random);
+  check_products<float, Eigen::bfloat16>(random);
+  check_products<bf16_bits, f16_bits>(random);
 }
 
 TEST_CASE("queries are packed from the last rows of any strides and type", "[cpu][logits]") {
@@ -55,16 +84,25 @@ TEST_CASE("queries are packed from the last rows of any strides and type", "[cpu
   // [sequence, window, q_head, dim] of a tensor [dim, q_head, window, sequence]
   const view<const Eigen::half, 4> queries(q.data(), {2, 3, 4, 8}, {1, 2, 6, 24});
   const auto seen = observe(queries, keys.source());
-  std::vector<float> packed(2 * 8);
+  using product = cpu_detail::product_of<std::remove_const_t<decltype(seen)>>;
+  static_assert(std::is_same_v<product::packed, float>);
+  // Two heads of two rows make four, tile by tile; head 2 is the first of its KV head.
+  const index_t dim = cpu_detail::packed_dim<product>(8);
+  std::vector<float> packed(size(4 * dim), -7);
   cpu_detail::pack_queries(seen, 1, 2, 2, packed.data());
-  for (index_t r = 0; r < 2; ++r) {
-    for (index_t d = 0; d < 8; ++d) {
-      CHECK(packed[size(r * 8 + d)] == static_cast<float>(1 + 2 * (1 + r) + 6 * 2 + 24 * d));
+  cpu_detail::pack_queries(seen, 1, 3, 2, packed.data());
+  for (index_t row = 0; row < 4; ++row) {
+    const index_t tile = std::min<index_t>(cpu_detail::tile_rows, 4);
+    for (index_t d = 0; d < dim; ++d) {
+      const index_t i = row / tile * tile * dim +
+                        (d / product::dims * tile + row % tile) * product::dims + d % product::dims;
+      const index_t expected = 1 + 2 * (1 + row % 2) + 6 * (2 + row / 2) + 24 * d;
+      CHECK(packed[size(i)] == (d < 8 ? static_cast<float>(expected) : 0.0f));
     }
   }
 }
 
-TEST_CASE("logits are scaled, capped, biased and masked in this order", "[cpu][logits]") {
+TEST_CASE("logits are capped, biased and masked in this order", "[cpu][logits]") {
   const problem p(1, 2, 16, 4, {20});
   const dense_cache<float> keys(p.keys);
   const std::vector<float> slopes{0.0f, 0.25f};
@@ -75,7 +113,7 @@ TEST_CASE("logits are scaled, capped, biased and masked in this order", "[cpu][l
   info.attention.alibi_slopes = {slopes.data(), {2}};
   const auto seen = observe(p.query_view(), keys.source(), info);
   const query_window window{20, 4, 6};
-  std::vector<float> x(10, 30.0f);
+  std::vector<float> x(10, 0.5f * 30);
   cpu_detail::finish_logits(seen, window, 1, 2, {8, 18}, x.data());  // the query of position 18
   for (index_t t = 8; t < 18; ++t) {
     const double capped = 10 * std::tanh(0.5 * 30 / 10) + 0.25 * static_cast<double>(t - 18);
@@ -83,6 +121,23 @@ TEST_CASE("logits are scaled, capped, biased and masked in this order", "[cpu][l
       CHECK(x[size(t - 8)] == Approx(capped));
     } else {
       CHECK(x[size(t - 8)] == -std::numeric_limits<float>::infinity());
+    }
+  }
+}
+
+TEST_CASE("a soft cap is tanh, and keeps NaN", "[cpu][logits]") {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  std::vector<float> x{0, 1e-30f, -0.1f, 3, -40, 1e4f, 1e30f, inf, -inf, nan};
+  for (int i = 0; i < 200; ++i) x.push_back(0.37f * static_cast<float>(i - 100));
+  std::vector<float> capped = x;
+  cpu_detail::cap_softly(capped.data(), static_cast<index_t>(x.size()), 50);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const double exact = 50 * std::tanh(double{x[i]} / 50);
+    CAPTURE(x[i]);
+    if (std::isnan(x[i])) {
+      CHECK(std::isnan(capped[i]));
+    } else {
+      CHECK(std::abs(double{capped[i]} - exact) <= 0x1p-24 * std::abs(exact) + 1e-13);
     }
   }
 }

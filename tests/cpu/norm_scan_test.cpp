@@ -6,24 +6,35 @@
 
 using namespace refreekv;
 
-TEST_CASE("folding sums the KV heads of each sequence in place", "[cpu][norm_scan]") {
-  for (const index_t sequences : {0, 1, 3}) {
-    for (const index_t heads : {1, 2, 5}) {
-      std::vector<double> partial(size(sequences * heads * 4));
-      for (std::size_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<double>(i * i);
-      std::vector<double> expected(size(sequences * 4));
-      for (std::size_t i = 0; i < partial.size(); ++i) {
-        expected[i / (4 * size(heads)) * 4 + i % 4] += partial[i];
+TEST_CASE("every chunk of every KV head is read once, whatever the lengths", "[cpu][norm_scan]") {
+  const plain_rows rows(3, 4, {5000, 0, 4, 261, 260});
+  const dense_cache<float> keys(rows);
+  const auto seen = observe(keys.source());
+  const index_t expected = 3 * (21 + 1 + 1 + 3 + 2);
+  for (const int threads : {1, 2, 7, 200}) {
+    const thread_pool pool(threads);
+    std::vector<std::vector<cpu_detail::chunk_index>> visits(size(threads)), announced = visits;
+    cpu_detail::for_each_chunk(pool, seen, 4, [&](int w, const auto& at, const auto& next) {
+      visits[size(w)].push_back(at);
+      announced[size(w)].push_back(next);
+    });
+    index_t count = 0;
+    const auto order = [&](const cpu_detail::chunk_index& i) {
+      return (i.sequence * 1000 + i.chunk) * 1000 + i.kv_head;
+    };
+    index_t last = -1;
+    for (int w = 0; w < threads; ++w) {
+      const auto& of_worker = visits[size(w)];
+      for (std::size_t i = 0; i < of_worker.size(); ++i) {
+        CHECK(order(of_worker[i]) > last);
+        last = order(of_worker[i]);
+        CHECK(of_worker[i].chunk < chunking{rows.lengths[size(of_worker[i].sequence)], 4}.count());
+        const std::size_t after = std::min(i + 1, of_worker.size() - 1);
+        CHECK(order(announced[size(w)][i]) == order(of_worker[after]));
       }
-      std::vector<double> folded = partial;
-      const auto add = [](double a, double b) { return a + b; };
-      cpu_detail::fold_groups(folded.data(), sequences, heads, 1, 4, add);
-      folded.resize(expected.size());
-      CHECK(folded == expected);
-      std::vector<double> same = partial;
-      cpu_detail::fold_groups(same.data(), sequences, heads, heads, 4, add);
-      CHECK(same == partial);
+      count += static_cast<index_t>(of_worker.size());
     }
+    CHECK(count == expected);
   }
 }
 

@@ -1,82 +1,211 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of a window to one chunk of tokens, relative to each row's peak in the chunk.
+// Attention of a window to one block of tokens, in units of each row's own.
 #pragma once
 
+#include "refreekv/cpu/exp.hpp"
 #include "refreekv/cpu/logits.hpp"
 
 namespace refreekv::inline v0::cpu_detail {
 
 /// What one worker writes to.
 struct tile_scratch {
-  float* values;    ///< [q_head of the KV head, window, chunk_tokens]
-  float* peaks;     ///< [q_head of the KV head, window]
-  float* gathered;  ///< [gather_tokens, head_dim]
-  float* energies;  ///< [chunk_tokens]
+  float* values;                 ///< [q_head of the KV head, window, tile_stride]
+  chunk_statistics* statistics;  ///< [q_head of the KV head, window]
+  void* gathered;                ///< [tile_tokens, head_dim] of the keys' type
 };
 
-/// Below this a value's square would be denormal, which costs more than it weighs: 2e-19 of the
-/// chunk's largest.
-inline constexpr float lowest_exponent = -43;
+/// Makes the logits [count] of one row whole registers, of which the last are -inf, and returns the
+/// unit of their values: the power of two that is nearest to the largest. O(count).
+inline float unit_of(float* logits, index_t count) noexcept {
+  constexpr float none = -std::numeric_limits<float>::infinity();
+  const index_t padded = (count + lane_count - 1) / lane_count * lane_count;
+  std::fill(logits + count, logits + padded, none);
+  lanes largest = splat(none);
+  for (index_t t = 0; t < padded; t += lane_count) largest = larger(largest, load(logits + t));
+  const float peak = largest_of(largest);
+  const float unit = std::rint(peak * std::numbers::log2e_v<float>);
+  if (peak > none && !(std::abs(unit) < unit_limit)) {
+    // Logits without digits after the point. Relative to their peak they are exact.
+    for (index_t t = 0; t < count; ++t) logits[t] -= peak;
+  }
+  return unit;
+}
 
-/// Fills values with exp(logit - peak), 0 (or nearly so) where a row does not see the token, and
-/// peaks, -inf where it sees none. NaN and Inf among a row's logits make all its values NaN.
-/// queries: [sequence, q_head, window, head_dim]
+/// Turns logits into values exp(logit) / 2^unit: nearly 0 where a logit is -inf, NaN where it is
+/// NaN or +Inf. After unit_of. O(count).
+inline chunk_statistics exponentiate(float* values, index_t count, float unit) noexcept {
+  const float local = std::abs(unit) < unit_limit ? unit : 0;
+  const lanes lowest = splat((local + lowest_power) * std::numbers::ln2_v<float>);
+  const lanes shifted_unit = splat(local + integer_shift);
+  lanes sum = splat(0), sum_squares = splat(0);
+  for (index_t t = 0; t < count; t += lane_count) {
+    const lanes value = exponential(larger(load(values + t), lowest), shifted_unit);
+    store(value, values + t);
+    sum += value;
+    sum_squares += value * value;
+  }
+  return {unit, sum_of(sum), sum_of(sum_squares)};
+}
+
+/// The statistics of four tokens at a time, without a look back: units are those of the first four.
+/// What is more than 2^highest_power above them does not fit.
+class running_statistics {
+ public:
+  static constexpr float highest_power = 50;
+
+  REFREEKV_ALWAYS_INLINE void start(const lanes& x) noexcept {
+    const auto fold = [](const lanes& y, auto swapped) {
+      return larger(y, shuffle(y, y, swapped));
+    };
+    const lanes first = fold(fold(x, [](int i) { return i ^ 1; }), [](int i) { return i ^ 2; });
+    // Beyond the limits `fits` says no; within them this is a whole number.
+    shifted_unit_ = first * std::numbers::log2e_v<float> + integer_shift;
+    lowest_ = (shifted_unit_ - integer_shift + lowest_power) * std::numbers::ln2_v<float>;
+    largest_ = first;
+    pending_ = x;
+  }
+  REFREEKV_ALWAYS_INLINE void add(const lanes& x) noexcept {
+    flush();
+    pending_ = x;
+  }
+  REFREEKV_ALWAYS_INLINE void flush() noexcept {
+    const lanes value = exponential(larger(pending_, lowest_), shifted_unit_);
+    largest_ = larger(largest_, pending_);
+    sum_ += value;
+    sum_squares_ += value * value;
+  }
+  /// Writes the statistics of `rows` rows; false where they have to be found another way.
+  bool finish(index_t rows, chunk_statistics* statistics) const noexcept {
+    for (index_t r = 0; r < rows; ++r) {
+      const auto total = [&](const lanes& x) {
+        const auto i = [&](int t) { return x[static_cast<int>(r * tile_tokens) + t]; };
+        return (i(0) + i(1)) + (i(2) + i(3));
+      };
+      const float unit = shifted_unit_[static_cast<int>(r * tile_tokens)] - integer_shift;
+      for (int t = 0; t < tile_tokens; ++t) {
+        const float x = largest_[static_cast<int>(r * tile_tokens) + t];
+        const float power = x * std::numbers::log2e_v<float> - unit;
+        if (!(std::abs(unit) < unit_limit) || !(power < highest_power)) return false;
+      }
+      statistics[r] = {unit, total(sum_), total(sum_squares_)};
+    }
+    return true;
+  }
+
+ private:
+  lanes shifted_unit_ = splat(0), lowest_ = splat(0), largest_ = splat(0), pending_ = splat(0);
+  lanes sum_ = splat(0), sum_squares_ = splat(0);
+};
+
+/// Whether each row sees all of a block, and its logits are scaled products and no more.
 template <class Query, class Keys>
+bool is_plain(const query_observation<Query, Keys>& seen, const query_window& window,
+              token_range tokens) noexcept {
+  const auto& params = seen.info.attention;
+  return window.first_row() == 0 && window.visible(0).end >= tokens.end &&
+         window.visible(window.rows - 1).begin <= tokens.begin && !(params.soft_cap > 0) &&
+         params.alibi_slopes.data() == nullptr;
+}
+
+/// Leaves the statistics of a block's rows and no values; false where they have to be found by
+/// `attend`. Its exponentials hide behind the reading of the keys. packed: as `attend`.
+template <class Query, class Keys, class Packed>
+bool summarise(const query_observation<Query, Keys>& seen, const query_window& window,
+               const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
+               const tile_scratch& tile) noexcept {
+  using product = product_of<query_observation<Query, Keys>>;
+  if (keys.count() == 0 || keys.count() % tile_tokens != 0 || keys.dim_stride() != 1 ||
+      !is_plain(seen, window, block.tokens)) {
+    return false;
+  }
+  const index_t rows = seen.q_heads() / seen.kv_heads() * window.rows;
+  const float scale = seen.scale();
+  auto at = keys.from(0);
+  bool fit = true;
+  for_each_tile<product>(packed, rows, seen.head_dim(), [&](auto n, index_t row, const auto* q) {
+    running_statistics running[std::size_t{result_registers(n())}];
+    dot_rows<product, n()>(q, at, keys.count(), seen.head_dim(),
+                           [&](index_t i, index_t t, const lanes& x) {
+                             const lanes logits = x * scale;
+                             if (t == 0) {
+                               running[i].start(logits);
+                             } else {
+                               running[i].add(logits);
+                             }
+                           });
+    for (index_t i = 0; i < result_registers(n()); ++i) {
+      const index_t first = i * rows_a_register;
+      running[i].flush();
+      fit = running[i].finish(std::min(n() - first, rows_a_register),
+                              tile.statistics + row + first) &&
+            fit;
+    }
+    at.soon = at.later = at.now;
+  });
+  return fit;
+}
+
+/// Fills values and statistics of a block. Nothing of a row that does not exist is seen.
+/// packed: [q_head of the KV head, window, packed_dim]
+template <class Query, class Keys, class Packed>
 void attend(const query_observation<Query, Keys>& seen, const query_window& window,
-            index_t sequence, index_t kv_head, token_range range, const float* queries,
+            const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
             const tile_scratch& tile) noexcept {
   const index_t heads = seen.q_heads() / seen.kv_heads();
   const index_t rows = heads * window.rows;
-  const index_t first_head = kv_head * heads;
-  dot_range(seen.keys, sequence, kv_head, range,
-            queries + (sequence * seen.q_heads() + first_head) * window.rows * seen.head_dim(),
-            rows, tile.gathered, tile.values);
+  const index_t count = keys.count();
+  store_logits<product_of<query_observation<Query, Keys>>>(
+      keys, packed, rows, seen.head_dim(), seen.scale(),
+      static_cast<typename block_addresses<Keys>::key*>(tile.gathered), tile.values);
   for (index_t i = 0; i < rows; ++i) {
-    float* values = tile.values + i * chunk_tokens;
-    row_map x(values, range.end - range.begin);
-    if (i % window.rows < window.first_row()) {
-      x.setZero();
-      tile.peaks[i] = -std::numeric_limits<float>::infinity();
-      continue;
-    }
-    finish_logits(seen, window, first_head + i / window.rows, i % window.rows, range, values);
-    const float peak =
-        x.size() == 0 ? -std::numeric_limits<float>::infinity() : x.maxCoeff<Eigen::PropagateNaN>();
-    tile.peaks[i] = peak;
-    if (peak == -std::numeric_limits<float>::infinity()) {
-      x.setZero();
+    float* values = tile.values + i * tile_stride;
+    const index_t row = i % window.rows;
+    if (row < window.first_row()) {
+      std::fill(values, values + count, -std::numeric_limits<float>::infinity());
     } else {
-      for (float& value : x) {
-        value -= peak;
-        value = value < lowest_exponent ? lowest_exponent : value;  // keeps NaN
-      }
-      x = x.exp();
+      finish_logits(seen, window, block.kv_head * heads + i / window.rows, row, block.tokens,
+                    values);
     }
+    tile.statistics[i].unit = unit_of(values, count);
+  }
+  for (index_t i = 0; i < rows; ++i) {
+    tile.statistics[i] =
+        exponentiate(tile.values + i * tile_stride, count, tile.statistics[i].unit);
   }
 }
 
-/// The same for ready rows: values are attention / peak, peaks the largest attention.
+/// The same for ready rows: values are attention / 2^unit.
 template <class Row>
-void attend(const row_observation<Row>& seen, const query_window& window, index_t sequence,
-            index_t kv_head, token_range range, const float*, const tile_scratch& tile) noexcept {
+void attend(const row_observation<Row>& seen, const query_window& window, const key_block& block,
+            const tile_scratch& tile) noexcept {
   const index_t heads = seen.q_heads() / seen.kv_heads();
   const index_t stride = seen.rows.stride(3);
+  const auto [begin, end] = block.tokens;
   for (index_t i = 0; i < heads * window.rows; ++i) {
     const index_t row = i % window.rows;
-    row_map x(tile.values + i * chunk_tokens, range.end - range.begin);
+    Eigen::Map<Eigen::ArrayXf> x(tile.values + i * tile_stride, end - begin);
     x.setZero();
+    float peak = 0;
     if (row >= window.first_row()) {
-      const Row* attention = seen.rows.at(sequence, seen.window() - window.rows + row,
-                                          kv_head * heads + i / window.rows);
+      const Row* attention = seen.rows.at(block.sequence, seen.window() - window.rows + row,
+                                          block.kv_head * heads + i / window.rows);
       const token_range visible = window.visible(row);
-      for (index_t t = std::max(range.begin, visible.begin); t < std::min(range.end, visible.end);
-           ++t) {
-        x(t - range.begin) = widen(attention[t * stride]);
+      for (index_t t = std::max(begin, visible.begin); t < std::min(end, visible.end); ++t) {
+        x(t - begin) = widen(attention[t * stride]);
+        peak = std::max(peak, x(t - begin));
       }
     }
-    const float peak = x.size() == 0 ? 0.0f : x.maxCoeff<Eigen::PropagateNaN>();
-    tile.peaks[i] = peak;
-    if (peak != 0) x /= peak;
+    chunk_statistics& s = tile.statistics[i];
+    s = {0, 0, 0};
+    if (peak == 0) s.unit = -std::numeric_limits<float>::infinity();
+    if (peak > 0 && std::isfinite(peak)) {
+      s.unit = static_cast<float>(std::ilogb(peak));
+      x = (x.template cast<double>() / refreekv::power_of_two(s.unit)).template cast<float>();
+    }
+    if (begin < end) {
+      s.sum = x.sum();
+      s.sum_squares = x.square().sum();
+    }
   }
 }
 

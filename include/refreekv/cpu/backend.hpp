@@ -78,10 +78,14 @@ struct ops<cpu_backend<Executor>> {
   static status compact(const backend_type& b, const Source& source, view<const kept_range, 2> kept,
                         compaction how) noexcept {
     const index_t kv_heads = source.kv_heads();
-    for_each_item(b.on, source.sequences() * kv_heads, [&](int, index_t i) {
-      const index_t sequence = i / kv_heads, kv_head = i % kv_heads;
-      cpu_detail::move_rows(source, sequence, kv_head,
-                            move_of(kept(sequence, kept.extent(1) == 1 ? 0 : kv_head), how));
+    const auto move = [&](index_t i) {
+      return move_of(kept(i / kv_heads, kept.extent(1) == 1 ? 0 : i % kv_heads), how);
+    };
+    const index_t items = source.sequences() * kv_heads;
+    index_t tokens = 0;
+    for (index_t i = 0; i < items; ++i) tokens += move(i).tokens;
+    for_each_item(b.on, items, tokens * source.head_dim(), [&](int, index_t i) {
+      cpu_detail::move_rows(source, i / kv_heads, i % kv_heads, move(i));
     });
     return status::ok;
   }

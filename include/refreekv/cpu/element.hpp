@@ -2,30 +2,32 @@
 // The element types of a cache on the CPU, and how they become floats.
 #pragma once
 
-#include <Eigen/Core>
 #include <bit>
 #include <type_traits>
 
+#include "refreekv/cpu/lanes.hpp"
 #include "refreekv/view.hpp"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace refreekv::inline v0::cpu_detail {
 
 template <class T>
-inline constexpr bool is_f16 = std::is_same_v<T, Eigen::half> || std::is_same_v<T, f16_bits>;
+concept half_element = std::is_same_v<T, Eigen::half> || std::is_same_v<T, f16_bits>;
 template <class T>
-inline constexpr bool is_bf16 = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<T, bf16_bits>;
-
+concept bfloat16_element = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<T, bf16_bits>;
 template <class T>
-concept element = std::is_same_v<T, float> || is_f16<T> || is_bf16<T>;
+concept element = std::is_same_v<T, float> || half_element<T> || bfloat16_element<T>;
 
 /// Exact, NaN and Inf included, unless the engine treats denormals as zero. Written without
 /// branches and on integers: Eigen 3.4 does not vectorise its casts from half, compilers do
 /// vectorise this.
 template <element T>
 [[nodiscard]] inline float widen(T x) noexcept {
-  if constexpr (is_bf16<T>) {
+  if constexpr (bfloat16_element<T>) {
     return std::bit_cast<float>(std::uint32_t{std::bit_cast<std::uint16_t>(x)} << 16);
-  } else if constexpr (is_f16<T>) {
+  } else if constexpr (half_element<T>) {
     const std::uint32_t bits = std::bit_cast<std::uint16_t>(x);
     const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
     // 2^112 moves the exponent from half's bias to float's and makes subnormals normal.
@@ -37,21 +39,20 @@ template <element T>
   }
 }
 
-/// Floats of one vector register.
-inline constexpr int lanes =
-    EIGEN_MAX_STATIC_ALIGN_BYTES > 16 ? EIGEN_MAX_STATIC_ALIGN_BYTES / int{sizeof(float)} : 4;
-using lane_array = Eigen::Array<float, lanes, 1>;
-
-/// `lanes` elements from anywhere.
+/// `lane_count` elements from anywhere.
 template <element T>
-[[nodiscard]] inline lane_array load(const T* data) noexcept {
-  if constexpr (std::is_same_v<T, float>) {
-    return Eigen::Map<const lane_array>(data);
-  } else {
-    lane_array out;
-    for (int i = 0; i < lanes; ++i) out[i] = widen(data[i]);
-    return out;
+  requires(!std::is_same_v<T, float>)
+REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {
+#if defined(REFREEKV_VECTOR_LANES) && defined(__F16C__)
+  if constexpr (half_element<T> && lane_count == 16) {
+    return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+  } else if constexpr (half_element<T> && lane_count == 8) {
+    return (lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
   }
+#endif
+  float out[lane_count];
+  for (int i = 0; i < lane_count; ++i) out[i] = widen(data[i]);
+  return load(out);
 }
 
 }  // namespace refreekv::inline v0::cpu_detail

@@ -84,13 +84,29 @@ class thread_pool {
   std::vector<std::thread> threads_;
 };
 
-/// Calls f(worker, item) for every item in [0, items), contiguous items on one worker.
+/// Calls f(worker, begin, end) with a part of [0, items) for each worker that has one.
 template <class Executor, class F>
-void for_each_item(const Executor& on, index_t items, const F& f) noexcept {
+void for_each_range(const Executor& on, index_t items, const F& f) noexcept {
   const index_t workers = on.workers();
   on.run([&](int w) {
-    for (index_t i = items * w / workers; i < items * (w + 1) / workers; ++i) f(w, i);
+    const index_t begin = items * w / workers, end = items * (w + 1) / workers;
+    if (begin < end) f(w, begin, end);
   });
+}
+
+/// Calls f(worker, item) for every item in [0, items), consecutive items on one worker. Workers
+/// take longer to wake up than a thread takes to touch some ten thousand elements: `elements`, of
+/// all items together and roughly, says whether they are asked.
+template <class Executor, class F>
+void for_each_item(const Executor& on, index_t items, index_t elements, const F& f) noexcept {
+  const auto all = [&](int w, index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) f(w, i);
+  };
+  if (items > 1 && elements >= index_t{1} << 16) {
+    for_each_range(on, items, all);
+  } else {
+    all(0, 0, items);
+  }
 }
 
 }  // namespace refreekv::inline v0

@@ -1,140 +1,171 @@
 // SPDX-License-Identifier: Apache-2.0
-// Logits of a window of queries against a range of keys, whatever the keys' type and layout.
+// Logits of a window of queries against a block of keys, whatever the keys' type and layout.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "refreekv/cpu/element.hpp"
+#include "refreekv/cpu/dot_bf16.hpp"
 #include "refreekv/norm_scan.hpp"
 #include "refreekv/observation.hpp"
 
 namespace refreekv::inline v0::cpu_detail {
 
-using row_map = Eigen::Map<Eigen::ArrayXf>;
+/// Tokens of one KV head, at most chunk_tokens, that are worked on together.
+struct key_block {
+  index_t sequence;
+  index_t kv_head;
+  token_range tokens;
+};
 
-/// A register tile: out [row, token] = queries [row, dim] . keys [token, dim].
-template <index_t rows, index_t tokens, class T>
-void dot_tile(const T* keys, index_t token_stride, const float* queries, index_t dim, float* out,
-              index_t out_stride) noexcept {
-  lane_array sums[std::size_t{rows}][std::size_t{tokens}];
-  for (auto& row : sums) {
-    for (lane_array& sum : row) sum.setZero();
-  }
-  index_t d = 0;
-  for (; d + lanes <= dim; d += lanes) {
-    lane_array key[std::size_t{tokens}];
-    for (index_t t = 0; t < tokens; ++t) {
-      key[t] = load(keys + t * token_stride + d);
-    }
-    for (index_t r = 0; r < rows; ++r) {
-      const lane_array query = Eigen::Map<const lane_array>(queries + r * dim + d);
-      for (index_t t = 0; t < tokens; ++t) sums[r][t] += query * key[t];
-    }
-  }
-  for (index_t r = 0; r < rows; ++r) {
-    for (index_t t = 0; t < tokens; ++t) {
-      float sum = sums[r][t].sum();
-      for (index_t i = d; i < dim; ++i) {
-        sum += queries[r * dim + i] * widen(keys[t * token_stride + i]);
-      }
-      out[r * out_stride + t] = sum;
-    }
-  }
-}
+/// From one row of a tile to the next. Not a power of two: rows would share their place in the
+/// caches, with each other and with keys.
+inline constexpr index_t tile_stride = chunk_tokens + 16;
 
-/// out [row, token] for any number of rows.
-template <index_t tokens, class T>
-void dot_rows(const T* keys, index_t token_stride, const float* queries, index_t rows, index_t dim,
-              float* out, index_t out_stride) noexcept {
-  index_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    dot_tile<4, tokens>(keys, token_stride, queries + r * dim, dim, out + r * out_stride,
-                        out_stride);
-  }
-  for (; r < rows; ++r) {
-    dot_tile<1, tokens>(keys, token_stride, queries + r * dim, dim, out + r * out_stride,
-                        out_stride);
-  }
-}
+/// Keys are fetched when they are this many bytes ahead, counting keys alone: the hardware sees
+/// several short streams and guesses too late. At most fetched_tokens ahead.
+inline constexpr index_t fetched_soon = 4 << 10, fetched_later = 16 << 10, fetched_tokens = 128;
 
-/// Tokens whose keys are gathered at a time where head_dim is not contiguous.
-inline constexpr index_t gather_tokens = 4;
-
-/// tile [row, chunk_tokens] = queries [row, dim] . keys [range]. gathered: [gather_tokens, dim].
-template <kv_source Keys>
-void dot_range(const Keys& keys, index_t sequence, index_t kv_head, token_range range,
-               const float* queries, index_t rows, float* gathered, float* tile) noexcept {
+/// How the queries and keys of an observation are multiplied.
+template <class Seen>
+struct product_of;
+template <class Query, class Keys>
+struct product_of<query_observation<Query, Keys>>
+    : product<Query, std::remove_const_t<typename Keys::element_type>> {
   static_assert(element<std::remove_const_t<typename Keys::element_type>>,
                 "keys are float, half or bfloat16 (Eigen's types, f16_bits or bf16_bits)");
-  const index_t dim = keys.head_dim();
-  for (index_t token = range.begin; token < range.end;) {
-    const auto run = keys.run_at(sequence, kv_head, token);
-    const auto* data = static_cast<const typename Keys::element_type*>(run.data);
-    const index_t count = std::min(run.tokens, range.end - token);
-    float* out = tile + (token - range.begin);
-    for (index_t t = 0; t < count;) {
-      const index_t step = t + gather_tokens <= count ? gather_tokens : 1;
-      const auto dot = [&](const auto* rows_of_keys, index_t token_stride) {
-        if (step == 1) {
-          dot_rows<1>(rows_of_keys, token_stride, queries, rows, dim, out + t, chunk_tokens);
-        } else {
-          dot_rows<gather_tokens>(rows_of_keys, token_stride, queries, rows, dim, out + t,
-                                  chunk_tokens);
-        }
-      };
-      if (run.dim_stride == 1) {
-        dot(data + t * run.token_stride, run.token_stride);
-      } else {
-        for (index_t i = 0; i < step * dim; ++i) {
-          gathered[i] = widen(data[(t + i / dim) * run.token_stride + i % dim * run.dim_stride]);
-        }
-        dot(gathered, dim);
-      }
-      t += step;
+};
+
+/// Where the keys of a block are, and those that come after them.
+template <kv_source Keys>
+class block_addresses {
+ public:
+  using key = std::remove_const_t<typename Keys::element_type>;
+
+  block_addresses(const Keys& keys, const key_block& block, const key_block& next) noexcept
+      : count_(locate(keys, block, chunk_tokens, at_, dim_stride_)) {
+    if (count_ == 0) return;
+    const index_t key_bytes = keys.head_dim() * static_cast<index_t>(sizeof(key));
+    soon_ = std::min(fetched_soon / key_bytes, fetched_tokens);
+    later_ = std::min(fetched_later / key_bytes, fetched_tokens);
+    const index_t tiles = (count_ + tile_tokens - 1) / tile_tokens * tile_tokens;
+    std::fill(at_ + count_, at_ + tiles, at_[count_ - 1]);
+    index_t unused;
+    const index_t last = tiles + locate(keys, next, later_, at_ + tiles, unused) - 1;
+    std::fill(at_ + last + 1, at_ + tiles + later_, at_[last]);
+  }
+
+  [[nodiscard]] index_t count() const noexcept { return count_; }
+  [[nodiscard]] index_t dim_stride() const noexcept { return dim_stride_; }
+  /// From token t on.
+  [[nodiscard]] key_addresses<key> from(index_t t) const noexcept {
+    return {at_ + t, at_ + t + soon_, at_ + t + later_};
+  }
+
+ private:
+  /// Writes where the first `most` tokens of a block are, and returns how many there are.
+  static index_t locate(const Keys& keys, const key_block& block, index_t most, const key** at,
+                        index_t& dim_stride) noexcept {
+    const index_t count = std::min(most, block.tokens.end - block.tokens.begin);
+    for (index_t done = 0; done < count;) {
+      const auto run = keys.run_at(block.sequence, block.kv_head, block.tokens.begin + done);
+      const index_t tokens = std::min(run.tokens, count - done);
+      for (index_t t = 0; t < tokens; ++t) at[done + t] = run.data + t * run.token_stride;
+      dim_stride = run.dim_stride;
+      done += tokens;
     }
-    token += count;
+    return count;
+  }
+
+  const key* at_[static_cast<std::size_t>(chunk_tokens + tile_tokens + fetched_tokens)];
+  index_t dim_stride_ = 1, soon_ = 0, later_ = 0;
+  index_t count_;
+};
+
+/// values [row, tile_stride] = scale * queries [row, packed_dim] . keys [block]. gathered:
+/// [tile_tokens, head_dim], used where head_dim is not contiguous. Writes up to three results past
+/// the block's end.
+template <class Product, class Keys>
+void store_logits(const block_addresses<Keys>& keys, const typename Product::packed* queries,
+                  index_t rows, index_t head_dim, float scale,
+                  typename block_addresses<Keys>::key* gathered, float* values) noexcept {
+  using key = typename block_addresses<Keys>::key;
+  const auto multiply = [&](key_addresses<key> at, index_t start, index_t count) {
+    for_each_tile<Product>(queries, rows, head_dim, [&](auto n, index_t row, const auto* tile) {
+      dot_rows<Product, n()>(tile, at, count, head_dim, [&](index_t i, index_t t, const lanes& x) {
+        float results[lane_count];
+        store(x * scale, results);
+        const index_t first = i * rows_a_register;
+        for (index_t r = first; r < std::min(first + rows_a_register, n()); ++r) {
+          std::memcpy(values + (row + r) * tile_stride + start + t,
+                      results + (r - first) * tile_tokens, sizeof(float[4]));
+        }
+      });
+      at.soon = at.later = at.now;  // what is fetched for one tile is there for all
+    });
+  };
+  if (keys.dim_stride() == 1) {
+    multiply(keys.from(0), 0, keys.count());
+    return;
+  }
+  for (index_t t = 0; t < keys.count(); t += tile_tokens) {
+    const key* copies[4];
+    for (index_t i = 0; i < tile_tokens; ++i) {
+      key* copy = gathered + i * head_dim;
+      for (index_t d = 0; d < head_dim; ++d) {
+        copy[d] = keys.from(t).now[i][d * keys.dim_stride()];
+      }
+      copies[i] = copy;
+    }
+    multiply({copies, copies, copies}, t, tile_tokens);
   }
 }
 
-/// Queries as floats, [sequence, q_head, window, head_dim]: the last `window` rows of each.
+/// Packs the last `window` queries of one query head, into packed [q_head of the KV head, window,
+/// packed_dim].
 template <class Query, class Keys>
 void pack_queries(const query_observation<Query, Keys>& seen, index_t sequence, index_t q_head,
-                  index_t window, float* packed) noexcept {
-  const index_t dim = seen.head_dim();
-  const index_t stride = seen.queries.stride(3);
+                  index_t window,
+                  typename product_of<query_observation<Query, Keys>>::packed* packed) noexcept {
+  const index_t heads = seen.q_heads() / seen.kv_heads();
   for (index_t r = 0; r < window; ++r) {
-    const Query* query = seen.queries.at(sequence, seen.window() - window + r, q_head);
-    for (index_t d = 0; d < dim; ++d) packed[r * dim + d] = widen(query[d * stride]);
+    pack<product_of<query_observation<Query, Keys>>>(
+        seen.queries.at(sequence, seen.window() - window + r, q_head), seen.queries.stride(3),
+        seen.head_dim(), q_head % heads * window + r, heads * window, packed);
   }
 }
 
-/// Turns q.k of one row into logits, -inf where the row does not see the token.
+/// x becomes cap * tanh(x / cap). In double: a soft cap of 50 would turn float tanh's last digit
+/// into 3e-6 of a logit.
+inline void cap_softly(float* logits, index_t count, double cap) noexcept {
+  using doubles = Eigen::Array<double, Eigen::Dynamic, 1, 0, chunk_tokens, 1>;
+  Eigen::Map<Eigen::ArrayXf> x(logits, count);
+  const doubles e = (x.cast<double>() * (2 / cap)).exp();
+  const doubles capped = cap * (1 - 2 / (e + 1));
+  x = (x == x).select(capped.cast<float>(), x);  // Eigen's exp does not promise to keep NaN
+}
+
+/// Turns scaled q.k of one row into logits, -inf where the row does not see the token.
 template <class Query, class Keys>
 void finish_logits(const query_observation<Query, Keys>& seen, const query_window& window,
                    index_t q_head, index_t row, token_range range, float* logits) noexcept {
   const auto& params = seen.info.attention;
-  row_map x(logits, range.end - range.begin);
-  x *= seen.scale();
-  if (params.soft_cap > 0) {
-    // In double: a soft cap of 50 would turn float tanh's last digit into 3e-6 of a logit.
-    const double cap = params.soft_cap;
-    for (float& logit : x) logit = static_cast<float>(cap * std::tanh(double{logit} / cap));
-  }
+  const index_t count = range.end - range.begin;
+  if (params.soft_cap > 0) cap_softly(logits, count, double{params.soft_cap});
   const token_range visible = window.visible(row);
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
     for (index_t t = range.begin; t < range.end; ++t) {
-      float& logit = x(t - range.begin);
+      float& logit = logits[t - range.begin];
       logit = static_cast<float>(logit + slope * static_cast<double>(t - (visible.end - 1)));
     }
   }
   const float hidden = -std::numeric_limits<float>::infinity();
   const index_t first = std::clamp(visible.begin, range.begin, range.end) - range.begin;
   const index_t last = std::clamp(visible.end, range.begin, range.end) - range.begin;
-  if (first > 0) x.head(first).setConstant(hidden);
-  if (last < x.size()) x.tail(x.size() - last).setConstant(hidden);
+  std::fill(logits, logits + first, hidden);
+  std::fill(logits + last, logits + count, hidden);
 }
 
 }  // namespace refreekv::inline v0::cpu_detail

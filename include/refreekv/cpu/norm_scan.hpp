@@ -7,87 +7,87 @@
 
 namespace refreekv::inline v0::cpu_detail {
 
-/// Folds partial [sequence, kv_head, n] into [sequence, group, n] in place.
-template <class Fold>
-void fold_groups(double* partial, index_t sequences, index_t kv_heads, index_t groups, index_t n,
-                 const Fold& fold) noexcept {
-  if (groups == kv_heads) return;
-  for (index_t s = 0; s < sequences; ++s) {
-    const double* from = partial + s * kv_heads * n;
-    double* to = partial + s * n;  // never ahead of `from`
-    for (index_t i = 0; i < n; ++i) to[i] = from[i];
-    for (index_t h = 1; h < kv_heads; ++h) {
-      for (index_t i = 0; i < n; ++i) to[i] = fold(to[i], from[h * n + i]);
+/// Calls f(worker, chunk, next) for every chunk of every KV head; each worker has consecutive ones
+/// of about the same number, `next` is its next one. The KV heads of a chunk follow each other, so
+/// that a cache in which a token's heads are neighbours is read as it lies in memory.
+template <class Executor, class Seen, class F>
+void for_each_chunk(const Executor& on, const Seen& seen, index_t sinks, const F& f) noexcept {
+  const index_t kv_heads = seen.kv_heads();
+  const auto items = [&](index_t sequence) {
+    return chunking{seen.tokens(sequence), sinks}.count() * kv_heads;
+  };
+  index_t total = 0;
+  for (index_t s = 0; s < seen.sequences(); ++s) total += items(s);
+  for_each_range(on, total, [&](int worker, index_t begin, index_t end) {
+    index_t sequence = 0, first = 0;  // the item that the sequence starts with
+    const auto at = [&](index_t i) {
+      while (i - first >= items(sequence)) first += items(sequence++);
+      return chunk_index{sequence, (i - first) / kv_heads, (i - first) % kv_heads};
+    };
+    chunk_index here = at(begin);
+    for (index_t i = begin; i < end; ++i) {
+      const chunk_index next = i + 1 < end ? at(i + 1) : here;
+      f(worker, here, next);
+      here = next;
     }
-  }
+  });
 }
 
 template <class Executor, class Seen>
 void norm_curve(const Executor& on, const norm_scan& scan, const Seen& seen,
                 const norm_scan_buffers& buffers, const scan_scratch& scratch) noexcept {
   const scanner<Seen> scanner(scan, seen, buffers, scratch);
-  const index_t kv_heads = seen.kv_heads(), q_heads = seen.q_heads();
-  const index_t heads = q_heads / kv_heads;  // of a KV head
+  const index_t q_heads = seen.q_heads();
+  const index_t groups = scan.groups(seen.kv_heads());
+  const index_t heads = q_heads / groups;  // of a group
+  const index_t all_heads = seen.sequences() * q_heads;
 
-  if constexpr (requires { seen.queries; }) {
-    for_each_item(on, seen.sequences() * q_heads, [&](int, index_t i) {
-      pack_queries(seen, i / q_heads, i % q_heads, scan.window,
-                   scratch.queries + i * scan.window * seen.head_dim());
-    });
+  if constexpr (has_queries<Seen>) {
+    for_each_item(on, all_heads, all_heads * scan.window * seen.head_dim(),
+                  [&](int, index_t i) { scanner.pack(i / q_heads, i % q_heads); });
   }
-  const auto for_each_chunk = [&](const auto& f) {
-    for_each_item(on, seen.sequences() * kv_heads * buffers.chunks, [&](int worker, index_t i) {
-      const index_t chunk = i % buffers.chunks, head = i / buffers.chunks;
-      const index_t sequence = head / kv_heads;
-      if (chunk < scanner.chunks_of(sequence).count()) f(worker, sequence, head % kv_heads, chunk);
-    });
-  };
-  for_each_chunk([&](int worker, index_t sequence, index_t kv_head, index_t chunk) {
-    scanner.read_chunk(worker, sequence, kv_head, chunk);
+  for_each_chunk(on, seen, scan.sinks, [&](int worker, const auto& chunk, const auto& next) {
+    scanner.read_chunk(worker, chunk, next);
   });
-  for_each_item(on, seen.sequences() * q_heads, [&](int, index_t i) {
-    if constexpr (requires { seen.queries; }) scanner.normalise_rows(i / q_heads, i % q_heads);
-    if (scan.one_pass()) scanner.energies_from_statistics(i / q_heads, i % q_heads);
-  });
+  for_each_item(on, all_heads, all_heads * scan.window * buffers.chunks,
+                [&](int, index_t i) { scanner.normalise_rows(i / q_heads, i % q_heads); });
   if (!scan.one_pass()) {
-    for_each_chunk([&](int worker, index_t sequence, index_t kv_head, index_t chunk) {
-      scanner.energies_from_chunk(worker, sequence, kv_head, chunk);
+    for_each_chunk(on, seen, scan.sinks, [&](int worker, const auto& chunk, const auto& next) {
+      scanner.read_chunk_again(worker, chunk, next);
     });
   }
-  for_each_item(on, seen.sequences() * kv_heads, [&](int, index_t i) {
-    double* norms = buffers.norms + i * buffers.chunks;
-    std::fill(norms, norms + buffers.chunks, 0.0);
-    for (index_t g = 0; g < heads; ++g) {
-      scanner.add_norms(i / kv_heads, i % kv_heads * heads + g, norms);
-    }
-  });
-  fold_groups(buffers.norms, seen.sequences(), kv_heads, scan.groups(kv_heads), buffers.chunks,
-              [](double a, double b) { return a + b; });
+  for_each_item(on, seen.sequences() * groups, all_heads * scan.window * buffers.chunks,
+                [&](int, index_t i) {
+                  double* norms = buffers.norms + i * buffers.chunks;
+                  std::fill(norms, norms + buffers.chunks, 0.0);
+                  for (index_t h = 0; h < heads; ++h) {
+                    scanner.add_norms(i / groups, i % groups * heads + h, norms);
+                  }
+                });
 }
 
 template <class Executor, class Seen>
 void crossing_curve(const Executor& on, const norm_scan& scan, const Seen& seen,
                     const norm_scan_buffers& buffers, const scan_scratch& scratch) noexcept {
   const scanner<Seen> scanner(scan, seen, buffers, scratch);
-  const index_t kv_heads = seen.kv_heads();
-  const index_t groups = scan.groups(kv_heads);
-  for_each_item(on, seen.sequences() * kv_heads, [&](int worker, index_t i) {
-    const index_t sequence = i / kv_heads, kv_head = i % kv_heads;
+  const index_t groups = scan.groups(seen.kv_heads());
+  const index_t kv_heads = seen.kv_heads() / groups;  // of a group
+  const index_t values = seen.sequences() * seen.q_heads() * scan.window * chunk_tokens;
+  for_each_item(on, seen.sequences() * groups, 8 * values, [&](int worker, index_t i) {
+    const index_t sequence = i / groups;
     const index_t chunks = scanner.chunks_of(sequence).count();
-    const double* norms =
-        buffers.norms + (sequence * groups + kv_head * groups / kv_heads) * buffers.chunks;
+    const double* norms = buffers.norms + i * buffers.chunks;
     double* chunk_norms = buffers.chunk_norms + i * chunk_tokens;
-    double* chunk_masses = buffers.chunk_masses + i * chunk_tokens;
+    float* chunk_masses = buffers.chunk_masses + i * chunk_tokens;
     std::fill(chunk_norms, chunk_norms + chunk_tokens, 0.0);
-    std::fill(chunk_masses, chunk_masses + chunk_tokens, 0.0);
+    std::fill(chunk_masses, chunk_masses + chunk_tokens, 0.0f);
     if (chunks == 1 || !norm_scan::decidable(norms[1])) return;
-    scanner.add_chunk_norms(worker, sequence, kv_head, scan.crossing(norms, chunks), chunk_norms,
-                            chunk_masses);
+    const index_t crossing = scan.crossing(norms, chunks);
+    for (index_t h = 0; h < kv_heads; ++h) {
+      scanner.add_chunk_norms(worker, {sequence, crossing, i % groups * kv_heads + h}, chunk_norms,
+                              chunk_masses);
+    }
   });
-  fold_groups(buffers.chunk_norms, seen.sequences(), kv_heads, groups, chunk_tokens,
-              [](double a, double b) { return a + b; });
-  fold_groups(buffers.chunk_masses, seen.sequences(), kv_heads, groups, chunk_tokens,
-              [](double a, double b) { return std::max(a, b); });
 }
 
 }  // namespace refreekv::inline v0::cpu_detail

@@ -1,49 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norm scan does with one chunk, one query head or one KV head: the work of one worker.
+// What the norm scan does with one chunk or one query head: the work of one worker.
 #pragma once
 
 #include "refreekv/cpu/attention.hpp"
 
 namespace refreekv::inline v0::cpu_detail {
 
-/// 4 * head_dim * window bytes for each query head, and 1024 * window for each query head of a KV
-/// head and worker.
+/// Whether an observation has keys and queries, not ready rows.
+template <class Seen>
+concept has_queries = requires(const Seen& seen) { seen.queries; };
+
+/// A packed query for each row, and for each worker a KV head's tile: 1088 bytes for each query
+/// head and row, and four keys.
 struct scan_scratch {
-  float* queries;  ///< [sequence, q_head, window, head_dim]; null for ready rows
+  void* queries;  ///< [sequence, q_head, window, packed_dim]; null for ready rows
   tile_scratch tiles;
-  index_t tile_rows;  ///< of a worker
-  index_t head_dim;
+  // What each worker has of them; no two share a line of the cache.
+  index_t values_of, statistics_of, gathered_of;
 
   template <class Seen>
   static scan_scratch take(arena& from, index_t workers, const norm_scan& scan,
                            const Seen& seen) noexcept {
-    constexpr index_t line = arena::alignment / sizeof(float);  // no two workers share one
-    const auto padded = [](index_t n) { return (n + line - 1) / line * line; };
+    constexpr index_t line = arena::alignment;
+    const auto whole_lines = [](index_t n) { return (n + line - 1) / line * line; };
+    const index_t rows = seen.q_heads() / seen.kv_heads() * scan.window;  // of a KV head
     scan_scratch s{};
-    s.tile_rows = padded(seen.q_heads() / seen.kv_heads() * scan.window);
-    if constexpr (requires { seen.queries; }) {
-      s.head_dim = padded(seen.head_dim());
-      s.queries = from.take<float>(seen.sequences(), seen.q_heads(), scan.window, seen.head_dim());
+    if constexpr (has_queries<Seen>) {
+      using product = product_of<Seen>;
+      const index_t dim = seen.head_dim();
+      s.queries = from.take<typename product::packed>(seen.sequences(), seen.q_heads(), scan.window,
+                                                      packed_dim<product>(dim));
+      using key = typename decltype(seen.keys)::element_type;
+      s.gathered_of = whole_lines(tile_tokens * dim * index_t{sizeof(key)});
     }
-    s.tiles.values = from.take<float>(workers, s.tile_rows, chunk_tokens);
-    s.tiles.peaks = from.take<float>(workers, s.tile_rows);
-    s.tiles.gathered = from.take<float>(workers, gather_tokens, s.head_dim);
-    s.tiles.energies = from.take<float>(workers, chunk_tokens);
+    s.values_of = rows * tile_stride;
+    s.statistics_of = (rows + 15) / 16 * 16;  // 12 bytes each
+    s.tiles.values = from.take<float>(workers, rows, tile_stride);
+    s.tiles.statistics = from.take<chunk_statistics>(workers, s.statistics_of);
+    s.tiles.gathered = from.take<std::byte>(workers, s.gathered_of);
     return s;
   }
 
   [[nodiscard]] tile_scratch of(index_t worker) const noexcept {
-    return {tiles.values + worker * tile_rows * chunk_tokens, tiles.peaks + worker * tile_rows,
-            tiles.gathered + worker * gather_tokens * head_dim,
-            tiles.energies + worker * chunk_tokens};
+    return {tiles.values + worker * values_of, tiles.statistics + worker * statistics_of,
+            static_cast<std::byte*>(tiles.gathered) + worker * gathered_of};
   }
 };
 
-/// The arrays of one sequence's query head.
-struct head_view {
-  chunk_statistics* statistics;  ///< [window, chunk]
-  row_normaliser* rows;          ///< [window]
-  double* energies;              ///< [chunk]
+/// One chunk of one KV head of one sequence.
+struct chunk_index {
+  index_t sequence;
+  index_t chunk;
+  index_t kv_head;
 };
 
 template <class Seen>
@@ -57,95 +65,99 @@ class scanner {
         scratch_(scratch),
         heads_(seen.q_heads() / seen.kv_heads()) {}
 
-  /// Reads one chunk of one KV head and leaves its statistics.
-  void read_chunk(int worker, index_t sequence, index_t kv_head, index_t chunk) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, sequence, kv_head, chunk);
-    const index_t tokens = size(chunks_of(sequence)[chunk]);
-    for (index_t i = 0; i < heads_ * scan_.window; ++i) {
-      const row_map x(tile.values + i * chunk_tokens, tokens);
-      head(sequence, kv_head * heads_ + i / scan_.window)
-          .statistics[i % scan_.window * buffers_.chunks + chunk] = {
-          tile.peaks[i], tokens == 0 ? 0.0f : x.sum(), tokens == 0 ? 0.0f : x.square().sum()};
-    }
+  /// Packs the queries of one query head.
+  void pack(index_t sequence, index_t q_head) const noexcept
+    requires has_queries<Seen>
+  {
+    pack_queries(seen_, sequence, q_head, scan_.window, packed(sequence, q_head / heads_));
   }
 
-  /// Normalisers of the rows of one query head.
+  /// Reads one chunk of one KV head and leaves its statistics, while the next one is on its way.
+  void read_chunk(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
+    const tile_scratch tile = scratch_.of(worker);
+    const key_block block = block_of(at);
+    if constexpr (has_queries<Seen>) {
+      const block_addresses keys(seen_.keys, block, block_of(next));
+      const auto* queries = packed(at.sequence, at.kv_head);
+      const query_window window = window_of(at.sequence);
+      if (!summarise(seen_, window, block, keys, queries, tile)) {
+        attend(seen_, window, block, keys, queries, tile);
+      }
+    } else {
+      attend(seen_, window_of(at.sequence), block, tile);
+    }
+    store_statistics(tile, at);
+  }
+
+  /// Normalisers of the rows of one query head. Ready rows are normalised.
   void normalise_rows(index_t sequence, index_t q_head) const noexcept {
-    const index_t chunks = chunks_of(sequence).count();
     const auto& logits = seen_.info.attention.sink_logits;
     const float sink =
         logits.data() != nullptr ? logits(q_head) : -std::numeric_limits<float>::infinity();
     const head_view h = head(sequence, q_head);
     for (index_t r = window_of(sequence).first_row(); r < scan_.window; ++r) {
-      h.rows[r] = normalise(h.statistics + r * buffers_.chunks, chunks, sink);
-    }
-  }
-
-  /// Chunk energies of one query head from its statistics: for what is one pass.
-  void energies_from_statistics(index_t sequence, index_t q_head) const noexcept {
-    const head_view h = head(sequence, q_head);
-    for (index_t c = 0; c < chunks_of(sequence).count(); ++c) {
-      double energy = 0;
-      for (index_t r = window_of(sequence).first_row(); r < scan_.window; ++r) {
-        const chunk_statistics& s = h.statistics[r * buffers_.chunks + c];
-        const double attention = Seen::attention_at(s.peak, h.rows[r]);
-        energy += attention * attention * double{s.sum_squares};
+      h.rows[r] = {0, 1};
+      if constexpr (has_queries<Seen>) {
+        h.rows[r] =
+            normalise(h.statistics + r * buffers_.chunks, chunks_of(sequence).count(), sink);
       }
-      h.energies[c] = energy;
     }
   }
 
-  /// Chunk energies of one KV head's query heads from a second read of the chunk.
-  void energies_from_chunk(int worker, index_t sequence, index_t kv_head,
-                           index_t chunk) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, sequence, kv_head, chunk);
-    const token_range range = chunks_of(sequence)[chunk];
+  /// A mean over rows needs their normalisers: from a second read of a chunk, its energy takes the
+  /// place of the first row's sum of squares.
+  void read_chunk_again(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
+    const tile_scratch tile = attend_chunk(worker, at, next);
+    const token_range range = chunks_of(at.sequence)[at.chunk];
+    const index_t first = window_of(at.sequence).first_row();
+    if (first == scan_.window) return;
+    store_statistics(tile, at);  // the first read may have had other units
     for (index_t g = 0; g < heads_; ++g) {
-      const head_view h = head(sequence, kv_head * heads_ + g);
-      const double unit = token_energies(tile, h, sequence, g, range);
-      h.energies[chunk] =
-          size(range) == 0 ? 0 : unit * double{row_map(tile.energies, size(range)).sum()};
+      const head_view h = head(at.sequence, at.kv_head * heads_ + g);
+      const auto energies = token_energies(tile, h, at, g);
+      h.statistics[first * buffers_.chunks + at.chunk].sum_squares =
+          size(range) == 0 ? 0 : energies.tokens.sum();
     }
   }
 
   /// Adds a query head's norms at the chunks' starts to norms [chunk].
   void add_norms(index_t sequence, index_t q_head, double* norms) const noexcept {
-    const double* energies = head(sequence, q_head).energies;
-    double suffix = outside_cut(energies);
+    const head_view h = head(sequence, q_head);
+    double suffix = outside_cut(h, sequence);
     for (index_t c = chunks_of(sequence).count() - 1; c >= 1; --c) {
-      suffix += energies[c];
+      suffix += energy(h, sequence, c);
       norms[c] += std::sqrt(suffix);
     }
   }
 
   /// Adds the norms of one KV head's query heads inside a chunk to norms [chunk_tokens], and raises
   /// masses [chunk_tokens] to the most that a row gives to candidates before each token.
-  void add_chunk_norms(int worker, index_t sequence, index_t kv_head, index_t chunk, double* norms,
-                       double* masses) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, sequence, kv_head, chunk);
-    const chunking chunks = chunks_of(sequence);
-    const token_range range = chunks[chunk];
+  void add_chunk_norms(int worker, const chunk_index& at, double* norms,
+                       float* masses) const noexcept {
+    const tile_scratch tile = attend_chunk(worker, at, at);
+    const chunking chunks = chunks_of(at.sequence);
+    const index_t tokens = size(chunks[at.chunk]);
     for (index_t g = 0; g < heads_; ++g) {
-      const head_view h = head(sequence, kv_head * heads_ + g);
-      double suffix = outside_cut(h.energies);
-      for (index_t c = chunks.count() - 1; c > chunk; --c) suffix += h.energies[c];
-      const double unit = token_energies(tile, h, sequence, g, range);
-      for (index_t t = size(range) - 1; t >= 0; --t) {
-        suffix += unit * double{tile.energies[t]};
-        norms[t] += std::sqrt(suffix);
-      }
-      for (index_t r = window_of(sequence).first_row(); r < scan_.window; ++r) {
+      const head_view h = head(at.sequence, at.kv_head * heads_ + g);
+      for (index_t r = window_of(at.sequence).first_row(); r < scan_.window; ++r) {
         const chunk_statistics* row = h.statistics + r * buffers_.chunks;
         double mass = 0;
-        for (index_t c = 1; c < chunk; ++c) {
-          mass += Seen::attention_at(row[c].peak, h.rows[r]) * double{row[c].sum};
+        for (index_t c = 1; c < at.chunk; ++c) {
+          mass += attention_at(row[c].unit, h.rows[r]) * double{row[c].sum};
         }
         const index_t i = g * scan_.window + r;
-        const double attention = Seen::attention_at(tile.peaks[i], h.rows[r]);
-        for (index_t t = 0; t < size(range); ++t) {
-          masses[t] = std::max(masses[t], mass);
-          mass += attention * double{tile.values[i * chunk_tokens + t]};
+        const double attention = attention_at(tile.statistics[i].unit, h.rows[r]);
+        for (index_t t = 0; t < tokens; ++t) {
+          masses[t] = std::max(masses[t], static_cast<float>(mass));
+          mass += attention * double{tile.values[i * tile_stride + t]};
         }
+      }
+      double suffix = outside_cut(h, at.sequence);
+      for (index_t c = chunks.count() - 1; c > at.chunk; --c) suffix += energy(h, at.sequence, c);
+      const auto energies = token_energies(tile, h, at, g);
+      for (index_t t = tokens - 1; t >= 0; --t) {
+        suffix += energies.unit * double{energies.tokens[t]};
+        norms[t] += std::sqrt(suffix);
       }
     }
   }
@@ -155,6 +167,17 @@ class scanner {
   }
 
  private:
+  /// The arrays of one sequence's query head.
+  struct head_view {
+    chunk_statistics* statistics;  ///< [window, chunk]
+    row_normaliser* rows;          ///< [window]
+  };
+  /// Energies of a chunk's tokens, in units of `unit`.
+  struct energy_view {
+    double unit;
+    Eigen::Map<Eigen::ArrayXf> tokens;
+  };
+
   [[nodiscard]] static index_t size(token_range range) noexcept { return range.end - range.begin; }
 
   [[nodiscard]] query_window window_of(index_t sequence) const noexcept {
@@ -162,56 +185,107 @@ class scanner {
   }
 
   [[nodiscard]] head_view head(index_t sequence, index_t q_head) const noexcept {
-    const index_t i = sequence * seen_.q_heads() + q_head;
-    return {buffers_.statistics + i * scan_.window * buffers_.chunks,
-            buffers_.rows + i * scan_.window, buffers_.energies + i * buffers_.chunks};
+    const index_t i = (sequence * seen_.q_heads() + q_head) * scan_.window;
+    return {buffers_.statistics + i * buffers_.chunks, buffers_.rows + i};
   }
 
-  tile_scratch attend_chunk(int worker, index_t sequence, index_t kv_head,
-                            index_t chunk) const noexcept {
+  /// The packed queries of a KV head.
+  [[nodiscard]] auto* packed(index_t sequence, index_t kv_head) const noexcept {
+    const index_t row = (sequence * seen_.kv_heads() + kv_head) * heads_ * scan_.window;
+    return static_cast<typename product_of<Seen>::packed*>(scratch_.queries) +
+           row * packed_dim<product_of<Seen>>(seen_.head_dim());
+  }
+
+  [[nodiscard]] key_block block_of(const chunk_index& at) const noexcept {
+    return {at.sequence, at.kv_head, chunks_of(at.sequence)[at.chunk]};
+  }
+
+  void store_statistics(const tile_scratch& tile, const chunk_index& at) const noexcept {
+    for (index_t i = 0; i < heads_ * scan_.window; ++i) {
+      head(at.sequence, at.kv_head * heads_ + i / scan_.window)
+          .statistics[i % scan_.window * buffers_.chunks + at.chunk] = tile.statistics[i];
+    }
+  }
+
+  /// The values of a chunk, while the next one is on its way.
+  tile_scratch attend_chunk(int worker, const chunk_index& at,
+                            const chunk_index& next) const noexcept {
     const tile_scratch tile = scratch_.of(worker);
-    attend(seen_, window_of(sequence), sequence, kv_head, chunks_of(sequence)[chunk],
-           scratch_.queries, tile);
+    const query_window window = window_of(at.sequence);
+    if constexpr (has_queries<Seen>) {
+      const block_addresses keys(seen_.keys, block_of(at), block_of(next));
+      attend(seen_, window, block_of(at), keys, packed(at.sequence, at.kv_head), tile);
+    } else {
+      attend(seen_, window, block_of(at), tile);
+    }
     return tile;
   }
 
   /// Energy that no cut removes.
-  [[nodiscard]] double outside_cut(const double* energies) const noexcept {
-    return scan_.norm == norm_scope::full_row ? energies[0] : 0;
+  [[nodiscard]] double outside_cut(const head_view& h, index_t sequence) const noexcept {
+    return scan_.norm == norm_scope::full_row ? energy(h, sequence, 0) : 0;
   }
 
-  /// tile.energies [range] of the KV head's query head g, in units of the returned value.
-  double token_energies(const tile_scratch& tile, const head_view& h, index_t sequence, index_t g,
-                        token_range range) const noexcept {
-    const query_window window = window_of(sequence);
-    const float* peaks = tile.peaks + g * window.rows;
-    double largest = 0;  // NaN once any row's attention is
-    for (index_t r = window.first_row(); r < window.rows; ++r) {
-      const double attention = Seen::attention_at(peaks[r], h.rows[r]);
+  /// The energy of a chunk.
+  [[nodiscard]] double energy(const head_view& h, index_t sequence, index_t chunk) const noexcept {
+    const chunk_statistics* s = h.statistics + chunk;
+    const index_t first = window_of(sequence).first_row();
+    if (!scan_.one_pass()) {
+      const double largest = largest_attention(h, s, buffers_.chunks, first);
+      return largest * largest * double{s[first * buffers_.chunks].sum_squares};
+    }
+    double energy = 0;
+    for (index_t r = first; r < scan_.window; ++r) {
+      const chunk_statistics& row = s[r * buffers_.chunks];
+      const double attention = attention_at(row.unit, h.rows[r]);
+      energy += attention * attention * double{row.sum_squares};
+    }
+    return energy;
+  }
+
+  /// Of the rows from `first` on, the most that a value of 1 in their chunk stands for. NaN once
+  /// any row's is. statistics: [window] with a stride.
+  [[nodiscard]] double largest_attention(const head_view& h, const chunk_statistics* statistics,
+                                         index_t stride, index_t first) const noexcept {
+    double largest = 0;
+    for (index_t r = first; r < scan_.window; ++r) {
+      const double attention = attention_at(statistics[r * stride].unit, h.rows[r]);
       if (!(attention <= largest)) largest = attention;
       if (std::isnan(largest)) break;
     }
-    row_map energies(tile.energies, size(range));
-    energies.setZero();
-    if (largest == 0) return 0;
+    return largest;
+  }
+
+  /// Energies of the tokens of the KV head's query head g. They take the place of its values.
+  energy_view token_energies(const tile_scratch& tile, const head_view& h, const chunk_index& at,
+                             index_t g) const noexcept {
+    const query_window window = window_of(at.sequence);
+    const token_range range = chunks_of(at.sequence)[at.chunk];
+    const chunk_statistics* statistics = tile.statistics + g * scan_.window;
+    const auto values_of = [&](index_t row) {
+      return Eigen::Map<Eigen::ArrayXf>(tile.values + (g * scan_.window + row) * tile_stride,
+                                        size(range));
+    };
+    auto energies = values_of(0);
+    const double largest = largest_attention(h, statistics, 1, window.first_row());
+    if (largest == 0 || window.first_row() > 0) energies.setZero();
+    if (largest == 0) return {0, energies};
     for (index_t r = window.first_row(); r < window.rows; ++r) {
-      const auto weight = static_cast<float>(Seen::attention_at(peaks[r], h.rows[r]) / largest);
-      const row_map values(tile.values + (g * window.rows + r) * chunk_tokens, size(range));
-      if (scan_.average == row_average::frobenius) {
-        energies += (weight * values).square();
-      } else {
-        energies += weight * values;
-      }
+      const auto weight = static_cast<float>(attention_at(statistics[r].unit, h.rows[r]) / largest);
+      auto values = values_of(r);
+      values *= weight;
+      if (scan_.average == row_average::frobenius) values = values.square();
+      if (r > 0) energies += values;
     }
     if (scan_.average == row_average::mean) {
       for (index_t t = range.begin; t < range.end; ++t) {
         const index_t rows = window.rows_seeing(t);
-        float& energy = energies(t - range.begin);
-        energy = rows == 0 ? 0.0f : energy / static_cast<float>(rows);
-        energy *= energy;
+        float& mean = energies(t - range.begin);
+        mean = rows == 0 ? 0.0f : mean / static_cast<float>(rows);
+        mean *= mean;
       }
     }
-    return largest * largest;
+    return {largest * largest, energies};
   }
 
   const norm_scan& scan_;
