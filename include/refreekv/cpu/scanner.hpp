@@ -137,6 +137,11 @@ class scanner {
     const tile_scratch tile = attend_chunk(worker, at, at);
     const chunking chunks = chunks_of(at.sequence);
     const index_t tokens = size(chunks[at.chunk]);
+    // Sums in order first, then what is done to each of them alone, in whole registers.
+    double sums[static_cast<std::size_t>(chunk_tokens)];
+    const Eigen::Map<Eigen::ArrayXd> sum(sums, tokens);
+    Eigen::Map<Eigen::ArrayXd> norm(norms, tokens);
+    Eigen::Map<Eigen::ArrayXf> most(masses, tokens);
     for (index_t g = 0; g < heads_; ++g) {
       const head_view h = head(at.sequence, at.kv_head * heads_ + g);
       for (index_t r = window_of(at.sequence).first_row(); r < scan_.window; ++r) {
@@ -148,17 +153,19 @@ class scanner {
         const index_t i = g * scan_.window + r;
         const double attention = attention_at(tile.statistics[i].unit, h.rows[r]);
         for (index_t t = 0; t < tokens; ++t) {
-          masses[t] = std::max(masses[t], static_cast<float>(mass));
+          sums[t] = mass;
           mass += attention * double{tile.values[i * tile_stride + t]};
         }
+        most = most.max(sum.cast<float>());
       }
       double suffix = outside_cut(h, at.sequence);
       for (index_t c = chunks.count() - 1; c > at.chunk; --c) suffix += energy(h, at.sequence, c);
       const auto energies = token_energies(tile, h, at, g);
       for (index_t t = tokens - 1; t >= 0; --t) {
         suffix += energies.unit * double{energies.tokens[t]};
-        norms[t] += std::sqrt(suffix);
+        sums[t] = suffix;
       }
+      norm += sum.sqrt();
     }
   }
 
