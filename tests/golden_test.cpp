@@ -106,10 +106,10 @@ problem query_and_keys(const csv_line& line) {
   return p;
 }
 
-/// Cuts on one thread and on two.
+/// Cuts on one thread, on two and on seven.
 template <class Seen>
 std::vector<position_t> cuts(const refreekv::policy::refreekv& rule, const Seen& seen) {
-  static refreekv::thread_pool pool(2);
+  static refreekv::thread_pool two(2), seven(7);
   const auto of = [](const selection& s) {
     REQUIRE(s.status == refreekv::status::ok);
     std::vector<position_t> c;
@@ -117,7 +117,8 @@ std::vector<position_t> cuts(const refreekv::policy::refreekv& rule, const Seen&
     return c;
   };
   const std::vector<position_t> one = of(run_select(rule, refreekv::cpu_backend{}, seen));
-  REQUIRE(of(run_select(rule, refreekv::cpu_backend{pool}, seen)) == one);
+  REQUIRE(of(run_select(rule, refreekv::cpu_backend{two}, seen)) == one);
+  REQUIRE(of(run_select(rule, refreekv::cpu_backend{seven}, seen)) == one);
   return one;
 }
 

@@ -2,8 +2,8 @@
 // Attention of a window to one block of tokens, in units of each row's own.
 #pragma once
 
-#include "refreekv/cpu/exp.hpp"
 #include "refreekv/cpu/logits.hpp"
+#include "refreekv/cpu/statistics.hpp"
 
 namespace refreekv::inline v0::cpu_detail {
 
@@ -12,89 +12,6 @@ struct tile_scratch {
   float* values;                 ///< [q_head of the KV head, window, tile_stride]
   chunk_statistics* statistics;  ///< [q_head of the KV head, window]
   void* gathered;                ///< [tile_tokens, head_dim] of the keys' type
-};
-
-/// Makes the logits [count] of one row whole registers, of which the last are -inf, and returns the
-/// unit of their values: the power of two that is nearest to the largest. O(count).
-inline float unit_of(float* logits, index_t count) noexcept {
-  constexpr float none = -std::numeric_limits<float>::infinity();
-  const index_t padded = (count + lane_count - 1) / lane_count * lane_count;
-  std::fill(logits + count, logits + padded, none);
-  lanes largest = splat(none);
-  for (index_t t = 0; t < padded; t += lane_count) largest = larger(largest, load(logits + t));
-  const float peak = largest_of(largest);
-  const float unit = std::rint(peak * std::numbers::log2e_v<float>);
-  if (peak > none && !(std::abs(unit) < unit_limit)) {
-    // Logits without digits after the point. Relative to their peak they are exact.
-    for (index_t t = 0; t < count; ++t) logits[t] -= peak;
-  }
-  return unit;
-}
-
-/// Turns logits into values exp(logit) / 2^unit: nearly 0 where a logit is -inf, NaN where it is
-/// NaN or +Inf. After unit_of. O(count).
-inline chunk_statistics exponentiate(float* values, index_t count, float unit) noexcept {
-  const float local = std::abs(unit) < unit_limit ? unit : 0;
-  const lanes lowest = splat((local + lowest_power) * std::numbers::ln2_v<float>);
-  const lanes shifted_unit = splat(local + integer_shift);
-  lanes sum = splat(0), sum_squares = splat(0);
-  for (index_t t = 0; t < count; t += lane_count) {
-    const lanes value = exponential(larger(load(values + t), lowest), shifted_unit);
-    store(value, values + t);
-    sum += value;
-    sum_squares += value * value;
-  }
-  return {unit, sum_of(sum), sum_of(sum_squares)};
-}
-
-/// The statistics of four tokens at a time, without a look back: units are those of the first four.
-/// What is more than 2^highest_power above them does not fit.
-class running_statistics {
- public:
-  static constexpr float highest_power = 50;
-
-  REFREEKV_ALWAYS_INLINE void start(const lanes& x) noexcept {
-    const auto fold = [](const lanes& y, auto swapped) {
-      return larger(y, shuffle(y, y, swapped));
-    };
-    const lanes first = fold(fold(x, [](int i) { return i ^ 1; }), [](int i) { return i ^ 2; });
-    // Beyond the limits `fits` says no; within them this is a whole number.
-    shifted_unit_ = first * std::numbers::log2e_v<float> + integer_shift;
-    lowest_ = (shifted_unit_ - integer_shift + lowest_power) * std::numbers::ln2_v<float>;
-    largest_ = first;
-    pending_ = x;
-  }
-  REFREEKV_ALWAYS_INLINE void add(const lanes& x) noexcept {
-    flush();
-    pending_ = x;
-  }
-  REFREEKV_ALWAYS_INLINE void flush() noexcept {
-    const lanes value = exponential(larger(pending_, lowest_), shifted_unit_);
-    largest_ = larger(largest_, pending_);
-    sum_ += value;
-    sum_squares_ += value * value;
-  }
-  /// Writes the statistics of `rows` rows; false where they have to be found another way.
-  bool finish(index_t rows, chunk_statistics* statistics) const noexcept {
-    for (index_t r = 0; r < rows; ++r) {
-      const auto total = [&](const lanes& x) {
-        const auto i = [&](int t) { return x[static_cast<int>(r * tile_tokens) + t]; };
-        return (i(0) + i(1)) + (i(2) + i(3));
-      };
-      const float unit = shifted_unit_[static_cast<int>(r * tile_tokens)] - integer_shift;
-      for (int t = 0; t < tile_tokens; ++t) {
-        const float x = largest_[static_cast<int>(r * tile_tokens) + t];
-        const float power = x * std::numbers::log2e_v<float> - unit;
-        if (!(std::abs(unit) < unit_limit) || !(power < highest_power)) return false;
-      }
-      statistics[r] = {unit, total(sum_), total(sum_squares_)};
-    }
-    return true;
-  }
-
- private:
-  lanes shifted_unit_ = splat(0), lowest_ = splat(0), largest_ = splat(0), pending_ = splat(0);
-  lanes sum_ = splat(0), sum_squares_ = splat(0);
 };
 
 /// Whether each row sees all of a block, and its logits are scaled products and no more.
@@ -135,10 +52,8 @@ bool summarise(const query_observation<Query, Keys>& seen, const query_window& w
                            });
     for (index_t i = 0; i < result_registers(n()); ++i) {
       const index_t first = i * rows_a_register;
-      running[i].flush();
-      fit = running[i].finish(std::min(n() - first, rows_a_register),
-                              tile.statistics + row + first) &&
-            fit;
+      fit &=
+          running[i].finish(std::min(n() - first, rows_a_register), tile.statistics + row + first);
     }
     at.soon = at.later = at.now;
   });

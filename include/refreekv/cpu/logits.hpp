@@ -78,7 +78,7 @@ class block_addresses {
     return count;
   }
 
-  const key* at_[static_cast<std::size_t>(chunk_tokens + tile_tokens + fetched_tokens)];
+  alignas(64) const key* at_[static_cast<std::size_t>(chunk_tokens + tile_tokens + fetched_tokens)];
   index_t dim_stride_ = 1, soon_ = 0, later_ = 0;
   index_t count_;
 };
