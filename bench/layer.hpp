@@ -36,7 +36,7 @@ class array {
  public:
   explicit array(index_t count) : count_(static_cast<std::size_t>(count)) {
     constexpr std::size_t page = std::size_t{2} << 20;
-    const std::size_t size = (count_ * sizeof(T) + page - 1) / page * page;
+    const std::size_t size = (count_ * sizeof(T) / page + 1) * page;
     void* memory = std::aligned_alloc(page, size);
     if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)

@@ -6,13 +6,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tests/install_packages.sh libeigen3-dev libbenchmark-dev gnuplot-nox
+tests/install_packages.sh libeigen3-dev libbenchmark-dev gnuplot-nox python3
 command -v ninja > /dev/null && export CMAKE_GENERATOR="${CMAKE_GENERATOR-Ninja}"
 cmake -S . -B build/bench -DCMAKE_CXX_FLAGS=-march=native -DREFREEKV_TESTS=OFF \
   -DREFREEKV_EXAMPLES=OFF
 cmake --build build/bench --parallel "$(nproc)"
 
-rows='select/llama3_8b/|(select|paged16|prune|eigen)/(llama3_8b|qwen2_5_7b|smollm2)/.*tokens:(8192|131072)/'
+rows='select/(llama3_8b/|qwen2_5_7b/bf16/.*:(8192|131072)/|smollm2/(bf16|fp32)/.*:8192/)'
+rows+='|(paged16|prune)/(llama3_8b|smollm2)/(bf16|fp32)/.*:(8192|131072)/|eigen/llama3_8b/'
 build/bench/bench/refreekv_bench --benchmark_filter="$rows" --benchmark_out=build/bench/rows.json "$@"
 
 # model, keys, cache, tokens, threads, microseconds, roofline, the limit's microseconds of each row

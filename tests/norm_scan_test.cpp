@@ -8,19 +8,22 @@
 using namespace refreekv;
 
 TEST_CASE("chunks cover the sequence, sinks first and alone", "[norm_scan]") {
-  for (const index_t sinks : {0, 1, 4, 300}) {
+  for (const index_t sinks : {0, 1, 4, 256, 257, 300, 1000}) {
     for (const index_t tokens : {0, 1, 4, 5, 255, 256, 257, 260, 261, 516, 517, 5000}) {
       CAPTURE(sinks, tokens);
       const chunking chunks{tokens, sinks};
       REQUIRE(chunks.count() >= 1);
-      CHECK(chunks[0].begin == 0);
-      CHECK(chunks[0].end == std::min(sinks, tokens));
-      index_t end = chunks[0].end;
-      for (index_t c = 1; c < chunks.count(); ++c) {
+      index_t end = 0;
+      for (index_t c = 0; c < chunks.count(); ++c) {
         CHECK(chunks[c].begin == end);
-        CHECK(chunks[c].end > chunks[c].begin);
+        CHECK((chunks[c].end > chunks[c].begin || c == 0));
         CHECK(chunks[c].end - chunks[c].begin <= chunk_tokens);
         end = chunks[c].end;
+        if (c < chunking::of_sinks(sinks)) {
+          CHECK(end <= sinks);
+        } else {
+          CHECK(chunks[c].begin >= sinks);
+        }
       }
       CHECK(end == tokens);
     }

@@ -11,7 +11,7 @@ constexpr int problems_of_each_type = 700;
 refreekv::policy::refreekv random_rule(random_source& random, index_t window) {
   refreekv::policy::refreekv rule;
   rule.threshold = random.one_of({0.0, 0.001, 0.01, 0.05, 0.3, 0.9, 1.0});
-  rule.sinks = random.one_of<count_t>({0, 1, 4, 7});
+  rule.sinks = random.one_of<count_t>({0, 1, 4, 4, 7, 255, 256, 257, 300});
   rule.window = static_cast<count_t>(random.between(1, window));
   rule.average = random.one_of({refreekv::row_average::mean, refreekv::row_average::frobenius});
   rule.norm = random.one_of({refreekv::norm_scope::candidates, refreekv::norm_scope::full_row});

@@ -148,6 +148,25 @@ TEST_CASE("every run and every number of threads gives the same bits", "[contrac
   });
 }
 
+TEST_CASE("many threads share what is left after the keys were read", "[contract]") {
+  // Rows and chunks enough that normalisers, norms and crossings are worth waking workers for.
+  problem p(8, 2, 4, 64, {20000, 9000});
+  random_source random(base_seed() + 5);
+  fill(p, random);
+  const dense_cache<Eigen::bfloat16> keys(p.keys);
+  const auto seen = observe(p.query_view(), keys.source(), p.info());
+  const thread_pool pool(7);
+  for (const auto average : {row_average::mean, row_average::frobenius}) {
+    for (const auto scope : {cut_scope::layer, cut_scope::kv_head}) {
+      const policy::refreekv rule{
+          .threshold = 0.1, .window = 64, .average = average, .scope = scope};
+      const selection one = ok(run_select(rule, cpu_backend{}, seen));
+      const selection seven = ok(run_select(rule, cpu_backend{pool}, seen));
+      for (std::size_t i = 0; i < one.kept.size(); ++i) CHECK(one.kept[i] == seven.kept[i]);
+    }
+  }
+}
+
 TEST_CASE("a workspace one byte short is refused and nothing is written", "[contract]") {
   const problem p = random_problem(base_seed() + 4);
   const dense_cache<float> keys(p.keys);
@@ -407,8 +426,10 @@ TEST_CASE("prune refuses values of other sequences before anything is written", 
 TEST_CASE("sizes that no memory holds are refused, not wrapped", "[contract]") {
   // Broadcast views: a few elements that claim to be a great many.
   float one = 1;
-  const auto small = [&](index_t heads, index_t window, index_t dim, index_t tokens) {
-    const dense keys(view(&one, {1, heads, tokens, dim}, {0, 0, 0, 0}));
+  const auto small = [&](index_t heads, index_t window, index_t dim, index_t tokens,
+                         index_t kv_heads = 0) {
+    if (kv_heads == 0) kv_heads = heads;
+    const dense keys(view(&one, {1, kv_heads, tokens, dim}, {0, 0, 0, 0}));
     const view<const float, 4> queries(&one, {1, window, heads, dim}, {0, 0, 0, 0});
     const auto seen = observe(queries, keys, {.layer = 5});
     const policy::refreekv rule{.window = static_cast<count_t>(window)};
@@ -421,6 +442,7 @@ TEST_CASE("sizes that no memory holds are refused, not wrapped", "[contract]") {
   CHECK(small(1, 1, most, 10) == status::small_workspace);
   CHECK(small(most, most, most, most) == status::small_workspace);
   CHECK(small(most, most, 1, 5) == status::small_workspace);
+  CHECK(small(most, most, most, most, 1) == status::small_workspace);
   const auto invalid = [&](index_t heads, index_t dim, index_t tokens) {
     const dense keys(view(&one, {1, heads, tokens, dim}, {0, 0, 0, 0}));
     const view<const float, 4> queries(&one, {1, 1, heads, dim}, {0, 0, 0, 0});
@@ -492,6 +514,28 @@ TEST_CASE("NaN, Inf and empty norms keep everything", "[contract]") {
           });
         }
       }
+    }
+  }
+  // Ready rows: in the sinks, in the middle and in a chunk of one token that one row sees.
+  for (const index_t poisoned : {0, 100, 260}) {
+    for (const auto average : {row_average::mean, row_average::frobenius}) {
+      std::vector<float> rows(2 * 2 * 261, 1.0f / 261);
+      rows[static_cast<std::size_t>((1 * 2 + 0) * 261 + poisoned)] = nan;
+      const float sink = 1;  // of one head of two: ready rows have no use for it
+      layer_info<> info{.layer = 5};
+      info.attention.sink_logits = {&sink, {1}};
+      const auto seen = observe_rows(view(rows.data(), {1, 2, 2, 261}), 2, {}, info);
+      // Attention to the sinks counts in a full row only: the rows are normalised already.
+      const auto norm = poisoned < 4 ? norm_scope::full_row : norm_scope::candidates;
+      const policy::refreekv rule{.threshold = 0.3,
+                                  .window = 2,
+                                  .average = average,
+                                  .norm = norm,
+                                  .scope = cut_scope::kv_head};
+      const selection s = ok(run_select(rule, cpu_backend{}, seen));
+      CAPTURE(poisoned);
+      CHECK(s.at(0, 0).dropped() == 0);
+      CHECK(s.at(0, 1).dropped() > 0);
     }
   }
   // A query of zeros: uniform attention. Keys that no query sees at all: nothing to lose.

@@ -70,9 +70,9 @@ struct query_window {
 };
 
 /// What one read of a chunk leaves of one row. A row's values in a chunk are exp(logit) / 2^unit,
-/// with 2^unit near the largest, so that a float does not underflow where another chunk, the sinks
-/// say, has all the mass: candidates are told apart down to 1e-154 of it, where the square of a
-/// double ends. Units are whole, so that chunks are compared without an exp. (ours)
+/// with 2^unit at most 2^50 below the largest, so that a float does not underflow where another
+/// chunk, the sinks say, has all the mass: candidates are told apart down to 1e-154 of it, where
+/// the square of a double ends. Units are whole, so that chunks are compared without an exp. (ours)
 struct chunk_statistics {
   float unit;         ///< -inf where the row sees nothing of the chunk
   float sum;          ///< of the values

@@ -21,10 +21,9 @@ namespace refreekv::inline v0 {
 ///   norm_scan_buffers.
 ///
 /// - `norm_curve(B, norm_scan, seen, buffers, scratch)`: reads the keys once (twice for a mean over
-///   several rows) and leaves `norms` [sequence, group, chunk]: entry c >= 1 is the norm, summed
-///   over the group's query heads, of a cut at the start of chunk c; entries of chunks that a
-///   sequence lacks are 0, entry 0 is unused and 0. `statistics` and `rows` stay for the next
-///   step. O(q_heads * window * tokens * head_dim).
+///   several rows) and leaves `norms` [sequence, group, chunk]: the entry of a chunk of candidates
+///   is the norm, summed over the group's query heads, of a cut at its start; all others are 0.
+///   `statistics` and `rows` stay for the next step. O(q_heads * window * tokens * head_dim).
 ///
 /// - `crossing_curve(B, norm_scan, seen, buffers, scratch)`: with `norms` summed over ranks, reads
 ///   the one chunk again in which each group's loss crosses the threshold and leaves `chunk_norms`

@@ -25,21 +25,30 @@ enum class cut_scope {
 /// Tokens whose statistics are kept as one.
 inline constexpr index_t chunk_tokens = 256;
 
-/// Chunk 0 is the sinks, alone so that their mass cannot drown the candidates' digits; chunks
-/// 1 .. are the candidates, `chunk_tokens` each, the last one maybe shorter.
+/// The sinks have chunks of their own, so that their mass cannot drown the candidates' digits: the
+/// first one, which may be empty, and more where there are many. The candidates' chunks follow.
+/// Each has `chunk_tokens` but the last of the sinks and of the candidates.
 struct chunking {
   index_t tokens;
   index_t sinks;
 
+  /// Chunks of that many sinks: the first of the candidates.
+  [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr index_t of_sinks(index_t sinks) noexcept {
+    return sinks <= chunk_tokens ? 1 : (sinks + chunk_tokens - 1) / chunk_tokens;
+  }
+
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t count() const noexcept {
-    if (tokens <= sinks) return 1;
-    return 1 + (tokens - sinks + chunk_tokens - 1) / chunk_tokens;
+    if (tokens <= sinks) return of_sinks(tokens);
+    return of_sinks(sinks) + (tokens - sinks + chunk_tokens - 1) / chunk_tokens;
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_range operator[](
       index_t chunk) const noexcept {
-    if (chunk == 0) return {0, sinks < tokens ? sinks : tokens};
-    const index_t begin = sinks + (chunk - 1) * chunk_tokens;
-    return {begin, begin + chunk_tokens < tokens ? begin + chunk_tokens : tokens};
+    const index_t first = of_sinks(sinks);
+    const bool is_sinks = chunk < first;
+    const index_t begin =
+        (is_sinks ? 0 : sinks) + (is_sinks ? chunk : chunk - first) * chunk_tokens;
+    const index_t end = is_sinks && sinks < tokens ? sinks : tokens;
+    return {begin, begin + chunk_tokens < end ? begin + chunk_tokens : end};
   }
 };
 
@@ -57,6 +66,11 @@ struct norm_scan {
   /// Cuts of each sequence.
   [[nodiscard]] constexpr index_t groups(index_t kv_heads) const noexcept {
     return scope == cut_scope::layer ? 1 : kv_heads;
+  }
+
+  /// The first chunk of candidates, where there are any.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_chunk() const noexcept {
+    return chunking::of_sinks(sinks);
   }
 
   /// One read of the keys gives chunk energies from statistics; a mean of several rows does not.
@@ -83,15 +97,17 @@ struct norm_scan {
   }
 
   /// The chunk in which the cut lies, from norms [chunk] at the chunks' starts. Requires a
-  /// decidable norm[1].
+  /// decidable norm of the first chunk of candidates.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t crossing(const double* norms,
                                                                 index_t chunks) const noexcept {
-    return 1 + last_allowed(norms + 1, chunks - 1, norms[1]);
+    const index_t first = first_chunk();
+    return first + last_allowed(norms + first, chunks - first, norms[first]);
   }
 };
 
 /// What a scan works in. Carved by `take`; shapes in brackets, `chunk` padded to `chunks`.
-/// 12 * chunks + 16 bytes for each row of a query head, and 8 * chunks + 3072 for each group.
+/// Of each sequence 12 * chunks + 16 bytes for each row of a query head, and 8 * chunks + 3072 for
+/// each group.
 struct norm_scan_buffers {
   index_t chunks;                ///< of the longest sequence the cache can hold
   chunk_statistics* statistics;  ///< [sequence, q_head, window, chunk]
@@ -124,14 +140,17 @@ struct norm_scan_buffers {
                                                              const float* chunk_masses) noexcept {
   const position_ranking ranking(tokens, scan.sinks);
   const chunking chunks{tokens, scan.sinks};
-  if (chunks.count() == 1 || !norm_scan::decidable(norms[1])) return ranking.all();
+  if (tokens <= scan.sinks || !norm_scan::decidable(norms[scan.first_chunk()])) {
+    return ranking.all();
+  }
+  const double baseline = norms[scan.first_chunk()];
   const index_t crossing = scan.crossing(norms, chunks.count());
   const token_range range = chunks[crossing];
-  const index_t last = scan.last_allowed(chunk_norms, range.end - range.begin, norms[1]);
+  const index_t last = scan.last_allowed(chunk_norms, range.end - range.begin, baseline);
   kept_range kept = ranking.from(range.begin + last);
   if (kept.dropped() > 0) {
     // Two roundings meet here, of a sum over chunks and of one over tokens.
-    const double loss = norm_scan::loss(chunk_norms[last], norms[1]);
+    const double loss = norm_scan::loss(chunk_norms[last], baseline);
     kept.loss = static_cast<float>(loss < 0 ? 0 : loss < scan.threshold ? loss : scan.threshold);
     kept.dropped_mass = chunk_masses[last];
   }

@@ -76,6 +76,38 @@ TEST_CASE("dot products are right for every type, size of tile, head and run", "
   check_products<bf16_bits, f16_bits>(random);
 }
 
+TEST_CASE("keys are asked for in time, over the ends of blocks", "[cpu][logits]") {
+  for (const index_t dim : {1, 20, 5000}) {
+    const plain_rows rows(2, dim, {90, 0, 7});
+    for_each_layout<Eigen::half>(rows, [&](const char* layout, const auto& cache) {
+      const auto source = cache.source();
+      const cpu_detail::key_block block{0, 1, {2, 71}};
+      for (const cpu_detail::key_block& next :
+           {cpu_detail::key_block{0, 1, {71, 90}}, {2, 0, {0, 7}}, {1, 0, {0, 0}}}) {
+        CAPTURE(layout, dim, next.sequence);
+        const cpu_detail::block_addresses keys(source, block, next);
+        std::vector<const Eigen::half*> expected;
+        for (const auto& b : {block, next}) {
+          for (index_t t = b.tokens.begin; t < b.tokens.end; ++t) {
+            expected.push_back(source.run_at(b.sequence, b.kv_head, t).data);
+          }
+          // Whole tiles, and the last key again where there is no other.
+          while (expected.size() % 4 != 0) expected.push_back(expected.back());
+        }
+        const index_t soon = std::min<index_t>(4096 / (2 * dim), 128);
+        const index_t later = std::min<index_t>(16384 / (2 * dim), 128);
+        expected.resize(size(72 + later), expected.back());
+        const auto at = keys.from(0);
+        for (index_t i = 0; i < 72; ++i) {
+          REQUIRE(at.now[i] == expected[size(i)]);
+          REQUIRE(at.soon[i] == expected[size(i + soon)]);
+          REQUIRE(at.later[i] == expected[size(i + later)]);
+        }
+      }
+    });
+  }
+}
+
 TEST_CASE("queries are packed from the last rows of any strides and type", "[cpu][logits]") {
   std::vector<Eigen::half> q(2 * 3 * 4 * 8);
   for (std::size_t i = 0; i < q.size(); ++i) q[i] = Eigen::half(static_cast<float>(i));

@@ -112,7 +112,6 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
     }
     chunk_statistics& s = tile.statistics[i];
     s = {0, 0, 0};
-    if (peak == 0) s.unit = -std::numeric_limits<float>::infinity();
     if (peak > 0 && std::isfinite(peak)) {
       s.unit = static_cast<float>(std::ilogb(peak));
       x = (x.template cast<double>() / refreekv::power_of_two(s.unit)).template cast<float>();
@@ -121,6 +120,8 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
       s.sum = x.sum();
       s.sum_squares = x.square().sum();
     }
+    // Not where there is NaN: it has no peak.
+    if (s.sum == 0) s.unit = -std::numeric_limits<float>::infinity();
   }
 }
 

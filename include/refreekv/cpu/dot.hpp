@@ -38,7 +38,7 @@ struct product {
   }
 };
 
-#if defined(REFREEKV_VECTOR_LANES)
+#if defined(REFREEKV_VECTOR_LANES) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 
 /// bfloat16 is the upper half of a float: of 32 bits that hold two keys, one is widened by a shift
 /// and one by a mask, and queries are packed to match, the even dimensions before the odd ones.
@@ -251,12 +251,12 @@ REFREEKV_ALWAYS_INLINE void dot_rows(const typename Product::packed* queries,
 template <class Product, class F>
 void for_each_tile(const typename Product::packed* queries, index_t rows, index_t head_dim,
                    const F& f) noexcept {
-  static_assert(tile_rows <= 4);
+  static_assert(tile_rows == 4 || tile_rows == 2);
   for (index_t r = 0; r < rows; r += tile_rows) {
     const auto* tile = queries + r * packed_dim<Product>(head_dim);
     switch (std::min(rows - r, tile_rows)) {
-      case 4: f(std::integral_constant<index_t, 4>(), r, tile); break;
-      case 3: f(std::integral_constant<index_t, 3>(), r, tile); break;
+      case 4: f(std::integral_constant<index_t, tile_rows>(), r, tile); break;
+      case 3: f(std::integral_constant<index_t, tile_rows - 1>(), r, tile); break;
       case 2: f(std::integral_constant<index_t, 2>(), r, tile); break;
       case 1: f(std::integral_constant<index_t, 1>(), r, tile); break;
     }

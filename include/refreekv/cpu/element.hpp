@@ -44,10 +44,14 @@ template <element T>
   requires(!std::is_same_v<T, float>)
 REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {
 #if defined(REFREEKV_VECTOR_LANES) && defined(__F16C__)
-  if constexpr (half_element<T> && lane_count == 16) {
-    return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
-  } else if constexpr (half_element<T> && lane_count == 8) {
-    return (lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+  if constexpr (half_element<T>) {
+#if defined(__AVX512F__)
+    return std::bit_cast<lanes>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data))));
+#else
+    return std::bit_cast<lanes>(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data))));
+#endif
   }
 #endif
   float out[lane_count];

@@ -29,7 +29,6 @@ inline constexpr int lane_count = 4, lane_registers = 16;
 
 using lanes = float __attribute__((vector_size(lane_count * 4)));
 using lane_bits = std::uint32_t __attribute__((vector_size(lane_count * 4)));
-using lane_words = std::uint16_t __attribute__((vector_size(lane_count * 2)));
 
 REFREEKV_ALWAYS_INLINE lanes splat(float x) noexcept { return x - lanes{}; }
 
@@ -47,7 +46,7 @@ namespace detail {
 template <std::size_t... i, class Index>
 REFREEKV_ALWAYS_INLINE lanes shuffle(lanes a, lanes b, Index index,
                                      std::index_sequence<i...>) noexcept {
-#if defined(__clang__) || __GNUC__ >= 12
+#if defined(__clang__)
   return __builtin_shufflevector(a, b, index(int{i})...);
 #else
   using lane_ints = std::int32_t __attribute__((vector_size(lane_count * 4)));

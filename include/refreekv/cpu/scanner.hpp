@@ -10,21 +10,22 @@ namespace refreekv::inline v0::cpu_detail {
 template <class Seen>
 concept has_queries = requires(const Seen& seen) { seen.queries; };
 
-/// A packed query for each row, and for each worker a KV head's tile: 1088 bytes for each query
+/// A packed query for each row, and for each worker a KV head's tile: 1100 bytes for each query
 /// head and row, and four keys.
 struct scan_scratch {
   void* queries;  ///< [sequence, q_head, window, packed_dim]; null for ready rows
   tile_scratch tiles;
   // What each worker has of them; no two share a line of the cache.
-  index_t values_of, statistics_of, gathered_of;
+  index_t rows, statistics_of, gathered_of;
 
   template <class Seen>
   static scan_scratch take(arena& from, index_t workers, const norm_scan& scan,
                            const Seen& seen) noexcept {
     constexpr index_t line = arena::alignment;
     const auto whole_lines = [](index_t n) { return (n + line - 1) / line * line; };
-    const index_t rows = seen.q_heads() / seen.kv_heads() * scan.window;  // of a KV head
     scan_scratch s{};
+    s.rows = seen.q_heads() / seen.kv_heads() * scan.window;  // of a KV head
+    s.statistics_of = (s.rows + 15) / 16 * 16;                // 12 bytes each
     if constexpr (has_queries<Seen>) {
       using product = product_of<Seen>;
       const index_t dim = seen.head_dim();
@@ -33,16 +34,14 @@ struct scan_scratch {
       using key = typename decltype(seen.keys)::element_type;
       s.gathered_of = whole_lines(tile_tokens * dim * index_t{sizeof(key)});
     }
-    s.values_of = rows * tile_stride;
-    s.statistics_of = (rows + 15) / 16 * 16;  // 12 bytes each
-    s.tiles.values = from.take<float>(workers, rows, tile_stride);
+    s.tiles.values = from.take<float>(workers, s.rows, tile_stride);
     s.tiles.statistics = from.take<chunk_statistics>(workers, s.statistics_of);
     s.tiles.gathered = from.take<std::byte>(workers, s.gathered_of);
     return s;
   }
 
   [[nodiscard]] tile_scratch of(index_t worker) const noexcept {
-    return {tiles.values + worker * values_of, tiles.statistics + worker * statistics_of,
+    return {tiles.values + worker * rows * tile_stride, tiles.statistics + worker * statistics_of,
             static_cast<std::byte*>(tiles.gathered) + worker * gathered_of};
   }
 };
@@ -91,15 +90,15 @@ class scanner {
 
   /// Normalisers of the rows of one query head. Ready rows are normalised.
   void normalise_rows(index_t sequence, index_t q_head) const noexcept {
-    const auto& logits = seen_.info.attention.sink_logits;
-    const float sink =
-        logits.data() != nullptr ? logits(q_head) : -std::numeric_limits<float>::infinity();
     const head_view h = head(sequence, q_head);
     for (index_t r = window_of(sequence).first_row(); r < scan_.window; ++r) {
-      h.rows[r] = {0, 1};
       if constexpr (has_queries<Seen>) {
-        h.rows[r] =
-            normalise(h.statistics + r * buffers_.chunks, chunks_of(sequence).count(), sink);
+        const auto& sinks = seen_.info.attention.sink_logits;
+        h.rows[r] = normalise(
+            h.statistics + r * buffers_.chunks, chunks_of(sequence).count(),
+            sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
+      } else {
+        h.rows[r] = {0, 1};
       }
     }
   }
@@ -124,7 +123,7 @@ class scanner {
   void add_norms(index_t sequence, index_t q_head, double* norms) const noexcept {
     const head_view h = head(sequence, q_head);
     double suffix = outside_cut(h, sequence);
-    for (index_t c = chunks_of(sequence).count() - 1; c >= 1; --c) {
+    for (index_t c = chunks_of(sequence).count() - 1; c >= scan_.first_chunk(); --c) {
       suffix += energy(h, sequence, c);
       norms[c] += std::sqrt(suffix);
     }
@@ -147,7 +146,7 @@ class scanner {
       for (index_t r = window_of(at.sequence).first_row(); r < scan_.window; ++r) {
         const chunk_statistics* row = h.statistics + r * buffers_.chunks;
         double mass = 0;
-        for (index_t c = 1; c < at.chunk; ++c) {
+        for (index_t c = scan_.first_chunk(); c < at.chunk; ++c) {
           mass += attention_at(row[c].unit, h.rows[r]) * double{row[c].sum};
         }
         const index_t i = g * scan_.window + r;
@@ -230,22 +229,28 @@ class scanner {
 
   /// Energy that no cut removes.
   [[nodiscard]] double outside_cut(const head_view& h, index_t sequence) const noexcept {
-    return scan_.norm == norm_scope::full_row ? energy(h, sequence, 0) : 0;
+    double energies = 0;
+    if (scan_.norm == norm_scope::full_row) {
+      const index_t tokens = std::min(seen_.tokens(sequence), scan_.sinks);
+      for (index_t c = 0; c < chunking::of_sinks(tokens); ++c) energies += energy(h, sequence, c);
+    }
+    return energies;
   }
 
   /// The energy of a chunk.
   [[nodiscard]] double energy(const head_view& h, index_t sequence, index_t chunk) const noexcept {
     const chunk_statistics* s = h.statistics + chunk;
     const index_t first = window_of(sequence).first_row();
+    if (first == scan_.window) return 0;
     if (!scan_.one_pass()) {
       const double largest = largest_attention(h, s, buffers_.chunks, first);
-      return largest * largest * double{s[first * buffers_.chunks].sum_squares};
+      return largest * (largest * double{s[first * buffers_.chunks].sum_squares});
     }
     double energy = 0;
     for (index_t r = first; r < scan_.window; ++r) {
       const chunk_statistics& row = s[r * buffers_.chunks];
       const double attention = attention_at(row.unit, h.rows[r]);
-      energy += attention * attention * double{row.sum_squares};
+      energy += attention * (attention * double{row.sum_squares});
     }
     return energy;
   }
