@@ -50,7 +50,7 @@ struct product<Query, Key> {
   };
   using key_lanes = lane_bits;
 
-  static constexpr index_t dims = 2 * lane_count;
+  static constexpr index_t dims = index_t{2} * lane_count;
 
   static constexpr index_t place(index_t d) noexcept { return d % 2 * lane_count + d / 2; }
   static packed pack(Query x) noexcept { return widen(x); }

@@ -16,7 +16,7 @@ struct product<Query, Key> {
   using query_lanes = __m512bh;
   using key_lanes = __m512bh;
 
-  static constexpr index_t dims = 2 * lane_count;
+  static constexpr index_t dims = index_t{2} * lane_count;
 
   static constexpr index_t place(index_t d) noexcept { return d; }
   static packed pack(Query x) noexcept { return std::bit_cast<std::uint16_t>(x); }
