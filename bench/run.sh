@@ -39,32 +39,37 @@ awk '$4 == 8192 || $4 == 131072 {
 for terminal in svg pngcairo; do
   extension=${terminal%cairo}
   gnuplot << EOF
-set terminal $terminal size 900,480 font "sans,12" background "white"
+set terminal $terminal size 900,520 font "sans,12" background "white"
 set output "build/bench/roofline.$extension"
-set title "Time of a decision, as a multiple of the machine's limit"
-set ylabel "select / max(reading the keys, multiply-adds)"
+set title "Time of a decision / time of the slower limit: reading the keys once, or the multiply-adds"
 set style data histograms
 set style fill solid border -1
-set xtics rotate by -40 scale 0
+set xtics rotate by 40 right scale 0
 set yrange [0:*]
+set bmargin 9
+set lmargin 14
 set key top left
 set grid ytics
 plot "build/bench/roofline.txt" using 2:xtic(1) title "1 thread" linecolor rgb "#4477aa", \
      "" using 3 title "2 threads" linecolor rgb "#ddaa33", 1 title "" linecolor rgb "black"
 
 set output "build/bench/scaling.$extension"
-set title "Time for each token of one layer of llama3-8b, one thread"
+set title "One layer of llama3-8b on one thread: a decision (solid) and the limit (dashed)"
 set xlabel "tokens"
-set ylabel "ns"
-unset style
-set style data linespoints
+set ylabel "ns for each token"
 set logscale x 2
+set xrange [1024:1048576]
 set format x "%.0f"
-set xtics autofreq norotate
-set key top right
+unset bmargin
+unset lmargin
+set rmargin 6
+set xtics autofreq norotate center
+set key outside top center horizontal
 row(type) = sprintf("< awk '\$1 == \"llama3_8b\" && \$2 == \"%s\" && \$3 == \"hot\" && \$5 == 1' build/bench/select.txt | sort -n -k4", type)
-plot for [type in "fp32 fp16 bf16"] row(type) using 4:(1000 * \$6 / \$4) title type." select", \
-     for [type in "fp32 fp16 bf16"] row(type) using 4:(1000 * \$8 / \$4) dashtype 2 pointtype 0 title type." limit"
+array types[3] = ["fp32", "fp16", "bf16"]
+array colors[3] = [0xcc6677, 0xddaa33, 0x4477aa]
+plot for [i = 1:3] row(types[i]) using 4:(1000 * \$6 / \$4) with linespoints pointtype 7 linecolor rgb colors[i] title types[i], \
+     for [i = 1:3] row(types[i]) using 4:(1000 * \$8 / \$4) with lines dashtype 2 linecolor rgb colors[i] title ""
 EOF
 done
 echo "pictures: build/bench/roofline.svg, build/bench/scaling.svg (and .png)"

@@ -22,7 +22,7 @@ struct product<Query, Key> {
   static packed pack(Query x) noexcept { return std::bit_cast<std::uint16_t>(x); }
 
   REFREEKV_ALWAYS_INLINE static query_lanes load_query(const packed* query) noexcept {
-    query_lanes q = (__m512bh)_mm512_loadu_si512(query);
+    auto q = (__m512bh)_mm512_loadu_si512(query);
     keep(q);
     return q;
   }
