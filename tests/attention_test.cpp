@@ -37,6 +37,9 @@ TEST_CASE("powers of two are exact, zero below and NaN where they must be", "[at
     REQUIRE(power_of_two(static_cast<float>(n)) == std::ldexp(1.0, n));
   }
   CHECK(power_of_two(-1023) == 0);
+  CHECK(power_of_two(1024) == std::numeric_limits<double>::infinity());
+  CHECK(power_of_two(std::numeric_limits<float>::infinity()) ==
+        std::numeric_limits<double>::infinity());
   CHECK(power_of_two(-1e30f) == 0);
   CHECK(power_of_two(-std::numeric_limits<float>::infinity()) == 0);
   CHECK(std::isnan(power_of_two(std::numeric_limits<float>::quiet_NaN())));

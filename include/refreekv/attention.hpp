@@ -85,9 +85,10 @@ struct row_normaliser {
   double sum;  ///< of exp(logit) / 2^unit
 };
 
-/// 2^n for a whole n < 1024; 0 where that would be denormal. NaN stays NaN.
+/// 2^n for a whole n; 0 where that would be denormal, infinity from n = 1024 on. NaN stays NaN.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double power_of_two(float n) noexcept {
-  if (!(n >= -1022)) return n < 0 ? 0 : double{n};
+  if (n < -1022) return 0;
+  if (!(n < 1024)) return n * std::numeric_limits<double>::infinity();
   const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<int>(n) + 1023) << 52;
   double power;
   std::memcpy(&power, &bits, sizeof power);
