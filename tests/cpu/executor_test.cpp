@@ -42,12 +42,19 @@ TEST_CASE("items are visited once each, consecutive ones by one worker", "[cpu][
 TEST_CASE("workers share items evenly", "[cpu][executor]") {
   const thread_pool pool(3);
   for (const index_t items : {0, 1, 2, 3, 100}) {
-    std::vector<index_t> ends(3, -1);
+    std::vector<index_t> begins(3), ends(3);
     for_each_range(pool, items, [&](int w, index_t begin, index_t end) {
-      CHECK(begin < end);
-      CHECK(end - begin <= items / 3 + 1);
+      begins[static_cast<std::size_t>(w)] = begin;
       ends[static_cast<std::size_t>(w)] = end;
     });
-    CHECK(*std::max_element(ends.begin(), ends.end()) == (items == 0 ? -1 : items));
+    index_t last = 0;
+    for (std::size_t w = 0; w < 3; ++w) {
+      if (ends[w] == 0) continue;  // had nothing to do
+      CHECK(begins[w] == last);
+      CHECK(ends[w] > begins[w]);
+      CHECK(ends[w] - begins[w] <= items / 3 + 1);
+      last = ends[w];
+    }
+    CHECK(last == items);
   }
 }
