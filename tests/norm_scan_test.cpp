@@ -58,7 +58,7 @@ TEST_CASE("stop keeps all where the norm says nothing", "[norm_scan]") {
     CHECK(kept.dropped_mass == 0);
   }
   for (const index_t tokens : {0, 3, 4}) {
-    const std::vector<double> norms{0, 5};
+    const std::vector<double> norms(chunk_tokens, 5.0);
     const kept_range kept = stop(scan, tokens, norms.data(), inside.data(), masses.data());
     CHECK(kept.length() == tokens);
   }
