@@ -2,49 +2,9 @@
 // What the norm scan does with one chunk or one query head: the work of one worker.
 #pragma once
 
-#include "refreekv/cpu/attention.hpp"
+#include "refreekv/cpu/scan_scratch.hpp"
 
 namespace refreekv::inline v0::cpu_detail {
-
-/// Whether an observation has keys and queries, not ready rows.
-template <class Seen>
-concept has_queries = requires(const Seen& seen) { seen.queries; };
-
-/// A packed query for each row, and for each worker a KV head's tile: 1100 bytes for each query
-/// head and row, and four keys.
-struct scan_scratch {
-  void* queries;  ///< [sequence, q_head, window, packed_dim]; null for ready rows
-  tile_scratch tiles;
-  // What each worker has of them; no two share a line of the cache.
-  index_t rows, statistics_of, gathered_of;
-
-  template <class Seen>
-  static scan_scratch take(arena& from, index_t workers, const norm_scan& scan,
-                           const Seen& seen) noexcept {
-    constexpr index_t line = arena::alignment;
-    const auto whole_lines = [](index_t n) { return (n + line - 1) / line * line; };
-    scan_scratch s{};
-    s.rows = seen.q_heads() / seen.kv_heads() * scan.window;  // of a KV head
-    s.statistics_of = (s.rows + 15) / 16 * 16;                // 12 bytes each
-    if constexpr (has_queries<Seen>) {
-      using product = product_of<Seen>;
-      const index_t dim = seen.head_dim();
-      s.queries = from.take<typename product::packed>(seen.sequences(), seen.q_heads(), scan.window,
-                                                      packed_dim<product>(dim));
-      using key = typename decltype(seen.keys)::element_type;
-      s.gathered_of = whole_lines(tile_tokens * dim * index_t{sizeof(key)});
-    }
-    s.tiles.values = from.take<float>(workers, s.rows, tile_stride);
-    s.tiles.statistics = from.take<chunk_statistics>(workers, s.statistics_of);
-    s.tiles.gathered = from.take<std::byte>(workers, s.gathered_of);
-    return s;
-  }
-
-  [[nodiscard]] tile_scratch of(index_t worker) const noexcept {
-    return {tiles.values + worker * rows * tile_stride, tiles.statistics + worker * statistics_of,
-            static_cast<std::byte*>(tiles.gathered) + worker * gathered_of};
-  }
-};
 
 /// One chunk of one KV head of one sequence.
 struct chunk_index {
@@ -73,18 +33,7 @@ class scanner {
 
   /// Reads one chunk of one KV head and leaves its statistics, while the next one is on its way.
   void read_chunk(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
-    const tile_scratch tile = scratch_.of(worker);
-    const key_block block = block_of(at);
-    if constexpr (has_queries<Seen>) {
-      const block_addresses keys(seen_.keys, block, block_of(next));
-      const auto* queries = packed(at.sequence, at.kv_head);
-      const query_window window = window_of(at.sequence);
-      if (!summarise(seen_, window, block, keys, queries, tile)) {
-        attend(seen_, window, block, keys, queries, tile);
-      }
-    } else {
-      attend(seen_, window_of(at.sequence), block, tile);
-    }
+    const tile_scratch tile = attend_chunk(worker, at, next, leaves::statistics);
     store_statistics(tile, at);
   }
 
@@ -106,7 +55,7 @@ class scanner {
   /// A mean over rows needs their normalisers: from a second read of a chunk, its energy takes the
   /// place of the first row's sum of squares.
   void read_chunk_again(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, at, next);
+    const tile_scratch tile = attend_chunk(worker, at, next, leaves::values);
     const token_range range = chunks_of(at.sequence)[at.chunk];
     const index_t first = window_of(at.sequence).first_row();
     if (first == scan_.window) return;
@@ -133,7 +82,7 @@ class scanner {
   /// masses [chunk_tokens] to the most that a row gives to candidates before each token.
   void add_chunk_norms(int worker, const chunk_index& at, double* norms,
                        float* masses) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, at, at);
+    const tile_scratch tile = attend_chunk(worker, at, at, leaves::values);
     const chunking chunks = chunks_of(at.sequence);
     const index_t tokens = size(chunks[at.chunk]);
     // Sums in order first, then what is done to each of them alone, in whole registers.
@@ -213,16 +162,23 @@ class scanner {
     }
   }
 
-  /// The values of a chunk, while the next one is on its way.
-  tile_scratch attend_chunk(int worker, const chunk_index& at,
-                            const chunk_index& next) const noexcept {
+  enum class leaves { statistics, values };
+
+  /// The statistics of a chunk, and its values where they are asked for, while the next one is on
+  /// its way.
+  tile_scratch attend_chunk(int worker, const chunk_index& at, const chunk_index& next,
+                            leaves what) const noexcept {
     const tile_scratch tile = scratch_.of(worker);
     const query_window window = window_of(at.sequence);
+    const key_block block = block_of(at);
     if constexpr (has_queries<Seen>) {
-      const block_addresses keys(seen_.keys, block_of(at), block_of(next));
-      attend(seen_, window, block_of(at), keys, packed(at.sequence, at.kv_head), tile);
+      const block_addresses keys(seen_.keys, block, block_of(next));
+      const auto* queries = packed(at.sequence, at.kv_head);
+      if (what == leaves::values || !summarise(seen_, window, block, keys, queries, tile)) {
+        attend(seen_, window, block, keys, queries, tile);
+      }
     } else {
-      attend(seen_, window, block_of(at), tile);
+      attend(seen_, window, block, tile);
     }
     return tile;
   }

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the norm scan works in on the CPU, besides norm_scan_buffers.
+#pragma once
+
+#include "refreekv/cpu/attention.hpp"
+
+namespace refreekv::inline v0::cpu_detail {
+
+/// Whether an observation has keys and queries, not ready rows.
+template <class Seen>
+concept has_queries = requires(const Seen& seen) { seen.queries; };
+
+/// A packed query for each row, and for each worker a KV head's tile: 1100 bytes for each query
+/// head and row, and four keys.
+struct scan_scratch {
+  void* queries;  ///< [sequence, q_head, window, packed_dim]; null for ready rows
+  tile_scratch tiles;
+  // What each worker has of them; no two share a line of the cache.
+  index_t rows, statistics_of, gathered_of;
+
+  template <class Seen>
+  static scan_scratch take(arena& from, index_t workers, const norm_scan& scan,
+                           const Seen& seen) noexcept {
+    constexpr index_t line = arena::alignment;
+    const auto whole_lines = [](index_t n) { return (n + line - 1) / line * line; };
+    scan_scratch s{};
+    s.rows = seen.q_heads() / seen.kv_heads() * scan.window;  // of a KV head
+    s.statistics_of = (s.rows + 15) / 16 * 16;                // 12 bytes each
+    if constexpr (has_queries<Seen>) {
+      using product = product_of<Seen>;
+      const index_t dim = seen.head_dim();
+      s.queries = from.take<typename product::packed>(seen.sequences(), seen.q_heads(), scan.window,
+                                                      packed_dim<product>(dim));
+      using key = typename decltype(seen.keys)::element_type;
+      s.gathered_of = whole_lines(tile_tokens * dim * index_t{sizeof(key)});
+    }
+    s.tiles.values = from.take<float>(workers, s.rows, tile_stride);
+    s.tiles.statistics = from.take<chunk_statistics>(workers, s.statistics_of);
+    s.tiles.gathered = from.take<std::byte>(workers, s.gathered_of);
+    return s;
+  }
+
+  [[nodiscard]] tile_scratch of(index_t worker) const noexcept {
+    return {tiles.values + worker * rows * tile_stride, tiles.statistics + worker * statistics_of,
+            static_cast<std::byte*>(tiles.gathered) + worker * gathered_of};
+  }
+};
+
+}  // namespace refreekv::inline v0::cpu_detail
