@@ -55,19 +55,20 @@ class array {
   std::unique_ptr<T[], release> data_;
 };
 
-/// One layer of one sequence, keys and values [1, kv_head, token, head_dim] and the last query
-/// [1, 1, q_head, head_dim], filled with noise: attention is spread out, so about 2 % are dropped
-/// and what is measured is the decision.
+/// One layer of one sequence, keys and values [1, kv_head, token, head_dim] and the last queries
+/// [1, window, q_head, head_dim], filled with noise: attention is spread out, so about 2 % are
+/// dropped and what is measured is the decision.
 template <class T>
 class layer {
  public:
   /// `value_tokens`: 0 where values have no part in it.
-  layer(const geometry& g, index_t tokens, index_t value_tokens = 0)
+  layer(const geometry& g, index_t tokens, index_t value_tokens = 0, index_t window = 1)
       : geometry_(g),
         tokens_(tokens),
         keys_(g.kv_heads * tokens * g.head_dim),
         values_(g.kv_heads * value_tokens * g.head_dim),
-        query_(g.q_heads * g.head_dim) {
+        window_(window),
+        query_(window * g.q_heads * g.head_dim) {
     for (T& x : keys_) x = T(1.7f * noise());
     for (T& x : values_) x = T(0);
     for (T& x : query_) x = T(noise());
@@ -94,7 +95,7 @@ class layer {
   template <class Keys>
   auto seen(const Keys& keys) const {
     return refreekv::observe(
-        refreekv::view(query_.begin(), {1, 1, geometry_.q_heads, geometry_.head_dim}), keys,
+        refreekv::view(query_.begin(), {1, window_, geometry_.q_heads, geometry_.head_dim}), keys,
         {.layer = 2});
   }
 
@@ -124,7 +125,9 @@ class layer {
 
   geometry geometry_;
   index_t tokens_;
-  array<T> keys_, values_, query_;
+  array<T> keys_, values_;
+  index_t window_;
+  array<T> query_;
   std::vector<std::int32_t> page_ids_;
   refreekv::position_t length_ = 0;
   std::uint64_t state_ = 88172645463325252u;

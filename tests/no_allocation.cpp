@@ -45,6 +45,26 @@ int main() {
       std::vector<std::byte> scratch(workspace_size(rule, on, seen));
       std::vector<kept_range> kept(3);
       const view<kept_range, 2> cuts(kept.data(), {3, 1});
+      const policy::snapkv snapkv{.budget = 40, .window = 20};
+      const policy::cake cake{.budget = 40, .window = 20, .layers = 10};
+      const policy::attention_ranked ranked{.threshold = 0.1};
+      const policy::twilight twilight;
+      const index_t capacity = seen.capacity();
+      std::vector<position_t> tokens(size(3 * 2 * capacity));
+      std::vector<kept_count> counts(3 * 2);
+      const kept_positions<> positions{{tokens.data(), {3, 2, capacity}}, {counts.data(), {3, 2}}};
+      const kept_positions<> two_heads{{tokens.data(), {1, 2, 700}}, {counts.data(), {1, 2}}};
+      std::vector<float> scores(size(3 * 2 * capacity));
+      std::vector<double> preferences(3 * 10);
+      const cake_layers<> layers{
+          {scores.data(), {3, 2, capacity}}, {preferences.data(), {3, 10}}, 10};
+      const auto room_for = [&](const auto& policy, const auto& what) {
+        return std::vector<std::byte>(workspace_size(policy, on, what));
+      };
+      auto snapkv_scratch = room_for(snapkv, seen);
+      auto cake_scratch = room_for(cake, with_layers(seen, layers));
+      auto ranked_scratch = room_for(ranked, seen);
+      auto twilight_scratch = room_for(twilight, rows);
       forbidden = true;
       Eigen::internal::set_is_malloc_allowed(false);
       const status first = prune(rule, on, seen, cuts, scratch, compaction::sinks_up);
@@ -53,9 +73,14 @@ int main() {
       const status third = prune(policy::streaming_llm{}, on, observe(cache.source()), cuts,
                                  workspace<>{}, compaction::sinks_up);
       const status fourth = select(one_row, on, rows, {kept.data(), {1, 2}}, scratch);
+      const status fifth = select(snapkv, on, seen, positions, snapkv_scratch);
+      const status sixth = select(cake, on, with_layers(seen, layers), positions, cake_scratch);
+      const status seventh = select(ranked, on, seen, positions, ranked_scratch);
+      const status eighth = compact(on, positions, compaction::suffix_down, cache.source());
+      const status ninth = select(twilight, on, rows, two_heads, twilight_scratch);
       Eigen::internal::set_is_malloc_allowed(true);
       forbidden = false;
-      for (const status s : {first, second, third, fourth}) {
+      for (const status s : {first, second, third, fourth, fifth, sixth, seventh, eighth, ninth}) {
         if (s != status::ok) std::abort();
       }
       ++runs;

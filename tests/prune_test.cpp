@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The contract that every policy keeps on every backend: a table of policies, one test a property.
+// What select, compact and prune do besides what every policy has in common (contract_test.cpp).
 #include <sys/mman.h>
 
 #include <barrier>
@@ -12,38 +12,6 @@
 using namespace refreekv;
 
 namespace {
-
-/// Every policy with the options that matter; a new one is a line here.
-template <class F>
-void for_each_policy(const F& f) {
-  f("refreekv", policy::refreekv{});
-  f("refreekv, window 3", policy::refreekv{.window = 3});
-  f("refreekv, frobenius, kv_head, full row", policy::refreekv{.threshold = 0.1,
-                                                               .window = 3,
-                                                               .average = row_average::frobenius,
-                                                               .norm = norm_scope::full_row,
-                                                               .scope = cut_scope::kv_head});
-  f("streaming_llm", policy::streaming_llm{.sinks = 4, .recent = 40});
-  f("streaming_llm, room", policy::streaming_llm{.sinks = 2, .recent = 300, .room = 100});
-}
-
-template <class F>
-void for_each_backend(const F& f) {
-  static thread_pool pool(2);
-  f("one thread", cpu_backend{});
-  f("two threads", cpu_backend{pool});
-}
-
-template <class F>
-void for_each_case(const F& f) {
-  for_each_policy([&](const char* policy, const auto& rule) {
-    INFO(policy);
-    for_each_backend([&](const char* backend, const auto& on) {
-      INFO(backend);
-      f(rule, on);
-    });
-  });
-}
 
 problem random_problem(unsigned seed, std::vector<position_t> lengths = {300, 5, 0, 77, 4, 1}) {
   random_source random(seed);
@@ -58,95 +26,6 @@ auto ok = [](const selection& s) {
 };
 
 }  // namespace
-
-TEST_CASE("what is kept is a prefix and a suffix of every sequence", "[contract]") {
-  const problem p = random_problem(base_seed());
-  const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const selection s = ok(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())));
-    for (index_t i = 0; i < p.sequences(); ++i) {
-      for (index_t g = 0; g < s.groups; ++g) {
-        const kept_range& k = s.at(i, g);
-        CHECK(k.tokens == p.lengths[size(i)]);
-        CHECK(0 <= k.sinks);
-        CHECK(k.sinks == std::min<position_t>(k.tokens, static_cast<position_t>(rule.sinks)));
-        CHECK(k.sinks <= k.cut);
-        CHECK(k.cut <= k.tokens);
-        CHECK(k.loss >= 0);
-        if constexpr (requires { rule.threshold; }) CHECK(double{k.loss} <= rule.threshold + 1e-9);
-        CHECK(k.dropped_mass >= 0);
-        CHECK(k.dropped_mass <= 1.00001f);
-        if (k.tokens <= k.sinks) CHECK(k.dropped() == 0);
-      }
-    }
-  });
-}
-
-TEST_CASE("sequences do not influence each other", "[contract]") {
-  const problem p = random_problem(base_seed() + 1);
-  const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const selection together =
-        ok(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())));
-    for (index_t s = 0; s < p.sequences(); ++s) {
-      problem alone(p.keys.kv_heads, p.group, p.head_dim, p.window, {p.lengths[size(s)]});
-      alone.keys.values[0] = p.keys.values[size(s)];
-      const auto begin = p.queries.begin() + s * static_cast<index_t>(alone.queries.size());
-      std::copy(begin, begin + static_cast<index_t>(alone.queries.size()), alone.queries.begin());
-      const dense_cache<float> own(alone.keys);
-      const selection single =
-          ok(run_select(rule, on, observe(alone.query_view(), own.source(), p.info())));
-      for (index_t g = 0; g < together.groups; ++g) CHECK(single.at(0, g) == together.at(s, g));
-    }
-  });
-}
-
-TEST_CASE("permuting KV heads permutes the result", "[contract]") {
-  const problem p = random_problem(base_seed() + 2);
-  problem swapped = p;
-  for (index_t s = 0; s < p.sequences(); ++s) {
-    for (index_t h = 0; h < p.keys.kv_heads; ++h) {
-      const index_t other = p.keys.kv_heads - 1 - h;
-      for (index_t d = 0; d < p.head_dim; ++d) {
-        for (index_t t = 0; t < p.lengths[size(s)]; ++t) {
-          swapped.keys.at(s, other, t, d) = p.keys.at(s, h, t, d);
-        }
-        for (index_t r = 0; r < p.window; ++r) {
-          for (index_t g = 0; g < p.group; ++g) {
-            swapped.query(s, r, other * p.group + g, d) = p.query(s, r, h * p.group + g, d);
-          }
-        }
-      }
-    }
-  }
-  const dense_cache<float> keys(p.keys), swapped_keys(swapped.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const selection a = ok(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())));
-    const selection b = ok(
-        run_select(rule, on, observe(swapped.query_view(), swapped_keys.source(), swapped.info())));
-    for (index_t s = 0; s < p.sequences(); ++s) {
-      for (index_t g = 0; g < a.groups; ++g) {
-        CHECK(a.at(s, g).cut == b.at(s, a.groups - 1 - g).cut);
-      }
-    }
-  });
-}
-
-TEST_CASE("every run and every number of threads gives the same bits", "[contract]") {
-  const problem p = random_problem(base_seed() + 3, {1000, 700});
-  const dense_cache<Eigen::half> keys(p.keys);
-  thread_pool pool(5);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const auto seen = observe(p.query_view(), keys.source(), p.info());
-    const selection first = ok(run_select(rule, on, seen));
-    const selection again = ok(run_select(rule, on, seen));
-    const selection five = ok(run_select(rule, cpu_backend{pool}, seen));
-    for (std::size_t i = 0; i < first.kept.size(); ++i) {
-      CHECK(first.kept[i] == again.kept[i]);
-      CHECK(first.kept[i] == five.kept[i]);
-    }
-  });
-}
 
 TEST_CASE("many threads share what is left after the keys were read", "[contract]") {
   // Rows and chunks enough that normalisers, norms and crossings are worth waking workers for.
@@ -167,27 +46,6 @@ TEST_CASE("many threads share what is left after the keys were read", "[contract
   }
 }
 
-TEST_CASE("a workspace one byte short is refused and nothing is written", "[contract]") {
-  const problem p = random_problem(base_seed() + 4);
-  const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const auto seen = observe(p.query_view(), keys.source(), p.info());
-    if (workspace_size(rule, on, seen) == 0) return;  // needs none, cannot be short
-    CHECK(run_select(rule, on, seen, 1).status == status::small_workspace);
-  });
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
-  CHECK(workspace_size(policy::refreekv{}, cpu_backend{}, seen) > 0);
-}
-
-TEST_CASE("an empty batch is no work", "[contract]") {
-  const problem p(2, 2, 8, 3, {});
-  const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    CHECK(run_select(rule, on, observe(p.query_view(), keys.source(), p.info())).status ==
-          status::ok);
-  });
-}
-
 TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") {
   random_source random(base_seed() + 5);
   const problem p = random_problem(base_seed() + 5);
@@ -196,7 +54,9 @@ TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") 
     for (float& v : sequence) v = random.normal();
   }
   const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
-  for_each_case([&](const auto& rule, const auto& on) {
+  const policy::refreekv layer{}, head{.threshold = 0.1, .scope = cut_scope::kv_head};
+  for (const auto& rule : {layer, head}) {
+    const cpu_backend on;
     for_each_layout<Eigen::bfloat16>(p.keys, [&](const char* layout, const auto& keys) {
       INFO(layout);
       // One cache of each layout for the values, of another type.
@@ -233,7 +93,70 @@ TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") 
         check(value_cache, values);
       });
     });
+  }
+}
+
+TEST_CASE("compaction gathers positions in every layout, bit for bit", "[contract]") {
+  random_source random(base_seed() + 11);
+  const std::vector<position_t> lengths{300, 5, 0, 77, 1};
+  plain_rows rows(2, 24, lengths);
+  for (auto& sequence : rows.values) {
+    for (float& v : sequence) v = random.normal();
+  }
+  const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
+  const double share = GENERATE(0.0, 0.03, 0.5, 0.97, 1.0);
+  std::vector<position_t> positions(5 * 2 * 300);
+  std::vector<kept_count> counts(5 * 2);
+  const kept_positions<> kept{{positions.data(), {5, 2, 300}}, {counts.data(), {5, 2}}};
+  for (index_t s = 0; s < 5; ++s) {
+    for (index_t h = 0; h < 2; ++h) {
+      kept.counts(s, h) = {0, lengths[size(s)]};
+      for (position_t t = 0; t < lengths[size(s)]; ++t) {
+        if (random.chance(share)) kept.positions(s, h, kept.counts(s, h).count++) = t;
+      }
+    }
+  }
+  for_each_layout<Eigen::bfloat16>(rows, [&](const char* layout, const auto& cache) {
+    CAPTURE(layout, share);
+    const auto source = cache.source();
+    REQUIRE(compact(cpu_backend{2}, kept, how, source) == status::ok);
+    CHECK(cache.untouched());
+    bool equal = true;
+    for (index_t s = 0; s < 5; ++s) {
+      for (index_t h = 0; h < 2; ++h) {
+        const kept_count& k = kept.counts(s, h);
+        for (index_t i = 0; i < k.count; ++i) {
+          const auto run = source.run_at(s, h, first_slot(k, how) + i);
+          for (index_t d = 0; d < 24; ++d) {
+            equal = equal && to_float(run.data[d * run.dim_stride]) ==
+                                 to_float(to_element<Eigen::bfloat16>(
+                                     rows.at(s, h, kept.positions(s, h, i), d)));
+          }
+        }
+      }
+    }
+    CHECK(equal);
   });
+}
+
+TEST_CASE("compact refuses positions that are not ascending ones of the cache", "[contract]") {
+  const plain_rows rows(1, 4, {10});
+  const dense_cache<float> cache(rows);
+  const auto run = [&](std::vector<position_t> positions, kept_count count) {
+    positions.resize(10);
+    return compact(cpu_backend{},
+                   kept_positions<>{{positions.data(), {1, 1, 10}}, {&count, {1, 1}}},
+                   compaction::suffix_down, cache.source());
+  };
+  CHECK(run({0, 3, 9}, {3, 10}) == status::ok);
+  CHECK(run({}, {0, 10}) == status::ok);
+  CHECK(run({0, 3, 10}, {3, 10}) == status::invalid_argument);
+  CHECK(run({-1, 3, 9}, {3, 10}) == status::invalid_argument);
+  CHECK(run({3, 3, 9}, {3, 10}) == status::invalid_argument);
+  CHECK(run({4, 3, 9}, {3, 10}) == status::invalid_argument);
+  CHECK(run({0, 3, 9}, {3, 9}) == status::invalid_argument);
+  CHECK(run({0, 3, 9}, {-1, 10}) == status::invalid_argument);
+  CHECK(run({0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, {11, 10}) == status::invalid_argument);
 }
 
 TEST_CASE("overlapping moves of compaction are right for every cut", "[contract]") {
@@ -486,7 +409,8 @@ TEST_CASE("why_invalid names what select refuses", "[contract]") {
   wrapped = {};
   wrapped.full_layers = static_cast<count_t>(-4);
   CHECK(why(wrapped, seen).find("full_layers") == 0);
-  CHECK(why(policy::streaming_llm{.recent = static_cast<count_t>(-1)}, seen).find("recent") == 0);
+  CHECK(why(policy::streaming_llm{.budget = static_cast<count_t>(-1)}, seen).find("budget") == 0);
+  CHECK(why(policy::streaming_llm{.budget = token_budget::share(1.5)}, seen).find("budget") == 0);
   CHECK(why(policy::refreekv{}, observe(p.query_view(), keys, p.info(-1))).find("layer") == 0);
 }
 

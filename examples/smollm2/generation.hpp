@@ -2,9 +2,9 @@
 // Greedy decoding, and how far a pruned cache's predictions are from the full one's.
 #pragma once
 
-#include <span>
 #include <vector>
 
+#include "divergence.hpp"
 #include "llama.hpp"
 
 namespace smollm2 {
@@ -20,9 +20,7 @@ struct generation {
 generation generate(const llama& model, std::vector<float> logits, kv_cache& cache,
                     std::size_t count, int end_token);
 
-struct comparison {
-  double mean_kl;         // nats: KL(full || pruned), mean over the tokens
-  double same_top_token;  // share of the tokens, in [0, 1]
+struct comparison : divergence {
   double full_tokens_per_second;
 };
 

@@ -85,19 +85,24 @@ std::vector<float> llama::prefill(std::span<const int> tokens, kv_cache& cache,
     throw std::runtime_error("the prompt has " + std::to_string(text) +
                              " tokens; the model's context is " + std::to_string(config_.context));
   }
-  return forward(tokens, cache, hooks);
+  return std::move(forward(tokens, 1, cache, hooks).front());
 }
 
 std::vector<float> llama::decode(int token, kv_cache& cache) const {
-  if (cache.next_position() >= config_.context) {
+  return std::move(score({&token, 1}, cache).front());
+}
+
+std::vector<std::vector<float>> llama::score(std::span<const int> tokens, kv_cache& cache) const {
+  if (tokens.empty()) return {};
+  if (cache.next_position() + tokens.size() > config_.context) {
     throw std::runtime_error("the model's context of " + std::to_string(config_.context) +
                              " tokens is full");
   }
-  return forward({&token, 1}, cache, {});
+  return forward(tokens, tokens.size(), cache, {});
 }
 
-std::vector<float> llama::forward(std::span<const int> tokens, kv_cache& cache,
-                                  const prefill_hooks& hooks) const {
+std::vector<std::vector<float>> llama::forward(std::span<const int> tokens, std::size_t scored,
+                                               kv_cache& cache, const prefill_hooks& hooks) const {
   const std::size_t q_size = config_.q_heads * config_.head_dim;
   const std::size_t window = std::min(hooks.window, tokens.size());
   const std::size_t window_begin = tokens.size() - window;
@@ -130,10 +135,13 @@ std::vector<float> llama::forward(std::span<const int> tokens, kv_cache& cache,
   }
   cache.advance(tokens.size());
 
-  normalize(hidden.bottomRows(1), weights_->output_norm, config_.norm_epsilon, buffers.normalized);
-  matrix logits;  // [1, vocabulary]
+  normalize(hidden.bottomRows(index(scored)), weights_->output_norm, config_.norm_epsilon,
+            buffers.normalized);
+  matrix logits;  // [scored, vocabulary]
   project(buffers.normalized, weights_->logits(), threads_, logits);
-  return {logits.data(), logits.data() + logits.size()};
+  std::vector<std::vector<float>> result;
+  for (const auto row : logits.rowwise()) result.emplace_back(row.begin(), row.end());
+  return result;
 }
 
 void llama::run_layer(const llama_layer& layer, const rotary_table& rotary, std::size_t first,

@@ -54,11 +54,15 @@ class llama {
   // The same for one token, which attends over whatever slots each KV head still has.
   std::vector<float> decode(int token, kv_cache& cache) const;
 
+  // Decodes tokens that are known beforehand, all in one pass: [token] of [vocabulary].
+  std::vector<std::vector<float>> score(std::span<const int> tokens, kv_cache& cache) const;
+
  private:
   struct scratch;
 
-  std::vector<float> forward(std::span<const int> tokens, kv_cache& cache,
-                             const prefill_hooks& hooks) const;
+  // The logits of the last `scored` tokens.
+  std::vector<std::vector<float>> forward(std::span<const int> tokens, std::size_t scored,
+                                          kv_cache& cache, const prefill_hooks& hooks) const;
 
   // Takes a block of hidden states, the first of token number `first`, through a layer.
   void run_layer(const llama_layer& layer, const rotary_table& rotary, std::size_t first,

@@ -1,31 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs SmolLM2 on a prompt and prunes each layer's cache right after that layer's prefill.
 #include <sys/resource.h>
-#include <unistd.h>
 
-#include <chrono>
-#include <cstdio>
-#include <exception>
 #include <iostream>
 
+#include "command_line.hpp"
 #include "generation.hpp"
+#include "loaded_model.hpp"
 #include "options.hpp"
 #include "plot.hpp"
+#include "progress_bar.hpp"
 #include "report.hpp"
-#include "tokenizer.hpp"
+#include "stopwatch.hpp"
 
 namespace {
 
 using namespace smollm2;
-
-void show_progress(double fraction) {
-  if (!isatty(STDERR_FILENO)) return;
-  constexpr int width = 40;
-  const int done = static_cast<int>(fraction * width);
-  std::fprintf(stderr, "\rprefill [%.*s%*s] %3d %%%s", done,
-               "########################################", width - done, "",
-               static_cast<int>(100 * fraction), fraction < 1 ? "" : "\n");
-}
 
 std::size_t peak_resident_bytes() {
   rusage usage{};
@@ -33,15 +23,10 @@ std::size_t peak_resident_bytes() {
   return static_cast<std::size_t>(usage.ru_maxrss) * 1024;
 }
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 void run(const options& opts) {
-  const auto [model, tokens] = [&] {
-    const gguf_file file(opts.model);
-    return std::pair(llama(file, opts.threads), tokenizer(file));
-  }();
+  const loaded_model loaded = load_model(opts.model, opts.threads);
+  const llama& model = loaded.network;
+  const tokenizer& tokens = loaded.tokens;
   const std::size_t plot_layer = opts.plot_layer.value_or(model.config().layers / 2);
   if (plot_layer >= model.config().layers) {
     throw std::runtime_error("--plot-layer: the model has layers 0 to " +
@@ -53,26 +38,32 @@ void run(const options& opts) {
   result.prompt_tokens = prompt.size();
   kv_cache cache = model.new_cache();
   kv_cache full = model.new_cache();  // filled for --compare only
-  pruner prune(opts.rule, opts.threads);
+  pruning_rule rule = opts.rule;
+  set_layers(rule, model.config().layers);
+  pruner prune(rule, opts.threads);
   loss_picture loss{};
 
   prefill_hooks hooks;
-  hooks.window = window_of(opts.rule);
-  hooks.on_progress = show_progress;
+  hooks.window = window_of(rule);
   double hook_seconds = 0;
   hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
-    const auto start = std::chrono::steady_clock::now();
+    const stopwatch watch;
     if (opts.compare) full.layer(layer) = filled.layer(layer);
     if (!opts.plot.empty() && layer == plot_layer) {
-      loss = {layer, std::get<refreekv::policy::refreekv>(opts.rule).threshold,
+      loss = {layer, std::get<refreekv::policy::refreekv>(rule).threshold,
               prune.loss_curve(layer, queries, filled.layer(layer))};
     }
     result.layers.push_back(prune.prune(layer, queries, filled.layer(layer)));
-    hook_seconds += seconds_since(start);
+    hook_seconds += watch.seconds();
   };
-  const auto start = std::chrono::steady_clock::now();
-  const std::vector<float> logits = model.prefill(prompt, cache, hooks);
-  result.prefill_seconds = seconds_since(start) - hook_seconds;
+  const std::vector<float> logits = [&] {
+    progress_bar progress;
+    hooks.on_progress = [&](double fraction) { progress.show("prefill", fraction); };
+    const stopwatch watch;
+    std::vector<float> last = model.prefill(prompt, cache, hooks);
+    result.prefill_seconds = watch.seconds() - hook_seconds;
+    return last;
+  }();
 
   if (opts.compare) {
     full.advance(prompt.size());
@@ -93,13 +84,7 @@ void run(const options& opts) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int exit_code = 0;
-  const auto opts = parse_options(argc, argv, exit_code);
-  if (!opts) return exit_code;
-  try {
-    run(*opts);
-  } catch (const std::exception& error) {
-    std::cerr << "smollm2: " << error.what() << '\n';
-    return 1;
-  }
+  return run_program("smollm2", [&] {
+    if (const auto opts = parse_options(argc, argv)) run(*opts);
+  });
 }

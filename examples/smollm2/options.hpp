@@ -22,8 +22,8 @@ struct options {
   std::optional<std::size_t> plot_layer;  // the middle one if not given
 };
 
-// Prints help, or one line about what is wrong, and returns nothing: then the program ends with
-// `exit_code` (0 after help, 1 for files that cannot be read, 2 for options that cannot be).
-std::optional<options> parse_options(int argc, char** argv, int& exit_code);
+// Nothing where only help was asked for. Throws usage_error for options that cannot be, and
+// std::runtime_error for files that cannot be read.
+std::optional<options> parse_options(int argc, char** argv);
 
 }  // namespace smollm2

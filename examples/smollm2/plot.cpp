@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "plot.hpp"
 
-#include <csignal>
-#include <cstdio>
 #include <sstream>
-#include <stdexcept>
+
+#include "gnuplot.hpp"
 
 namespace smollm2 {
 
 namespace {
 
-// Both panels, for any terminal.
+// Both panels.
 std::string panels(const report& run, const loss_picture& loss) {
   const layer_pruning& layer = run.layers[loss.layer];
   std::ostringstream gnuplot;
@@ -50,23 +49,7 @@ std::string panels(const report& run, const loss_picture& loss) {
 }  // namespace
 
 void draw(const report& run, const loss_picture& loss, const std::filesystem::path& base) {
-  std::ostringstream script;
-  for (const auto& [terminal, ending] : {std::pair{"svg size 1000,360 background 'white'", ".svg"},
-                                         {"pngcairo size 1000,360", ".png"}}) {
-    // gnuplot doubles a quote inside quotes.
-    std::string path;
-    for (const char c : base.string() + ending) path += c == '\'' ? "''" : std::string(1, c);
-    script << "set terminal " << terminal << " font 'sans,11'\nset output '" << path << "'\n"
-           << panels(run, loss) << "set output\n";
-  }
-  std::signal(SIGPIPE, SIG_IGN);  // with no gnuplot there is nobody to read: pclose says so
-  std::FILE* gnuplot = popen("gnuplot", "w");
-  if (gnuplot == nullptr) throw std::runtime_error("cannot start gnuplot");
-  const std::string text = script.str();
-  std::fwrite(text.data(), 1, text.size(), gnuplot);
-  if (pclose(gnuplot) != 0) {
-    throw std::runtime_error("gnuplot could not draw " + base.string() + ".svg and .png");
-  }
+  draw_with_gnuplot(panels(run, loss), {1000, 360}, base);
 }
 
 }  // namespace smollm2

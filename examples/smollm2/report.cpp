@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "report.hpp"
 
-#include <fstream>
 #include <iomanip>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <stdexcept>
+
+#include "files.hpp"
 
 namespace smollm2 {
 
@@ -40,12 +40,17 @@ double report::tokens_per_second() const {
 
 void print(const report& run, std::ostream& out) {
   out << std::fixed << run.text << "\n\n";
-  out << "layer   cut of " << run.prompt_tokens << "            kept      KiB before -> after\n";
+  const bool ranges = run.layers.front().counts.empty();
+  out << "layer   " << (ranges ? "cut" : "stay") << " of " << std::left << std::setw(14)
+      << run.prompt_tokens << std::right << "  kept      KiB before -> after\n";
   for (std::size_t i = 0; i < run.layers.size(); ++i) {
     const layer_pruning& layer = run.layers[i];
     std::string cuts;
-    for (const auto& kept : layer.kept)
-      cuts += (cuts.empty() ? "" : " ") + std::to_string(kept.cut);
+    const auto append = [&](int number) {
+      cuts += (cuts.empty() ? "" : " ") + std::to_string(number);
+    };
+    for (const auto& kept : layer.kept) append(kept.cut);
+    for (const auto& kept : layer.counts) append(kept.count);
     out << std::setw(5) << i << "   " << std::left << std::setw(22) << (cuts.empty() ? "-" : cuts)
         << std::right << std::setw(6) << std::setprecision(1) << 100 * layer.kept_fraction()
         << " %   " << std::setw(8) << layer.bytes_before / 1024 << " -> "
@@ -88,6 +93,9 @@ void write_json(const report& run, const std::filesystem::path& path) {
                       {"loss", range.loss},
                       {"dropped_mass", range.dropped_mass}});
     }
+    for (const auto& some : layer.counts) {
+      kept.push_back({{"count", some.count}, {"tokens", some.tokens}});
+    }
     json["layers"].push_back({{"kept", kept},
                               {"kept_fraction", layer.kept_fraction()},
                               {"bytes_before", layer.bytes_before},
@@ -99,10 +107,8 @@ void write_json(const report& run, const std::filesystem::path& path) {
                             {"same_top_token", run.against_full->same_top_token},
                             {"full_tokens_per_second", run.against_full->full_tokens_per_second}};
   }
-  std::ofstream file(path);
   // A token may end inside a character: what is not UTF-8 is replaced.
-  file << json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
-  if (!file.flush()) throw std::runtime_error("cannot write " + path.string());
+  write_file(path, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + '\n');
 }
 
 }  // namespace smollm2

@@ -4,6 +4,8 @@
 
 #include <concepts>
 
+#include "refreekv/estimate.hpp"
+#include "refreekv/kept_positions.hpp"
 #include "refreekv/norm_scan.hpp"
 #include "refreekv/observation.hpp"
 #include "refreekv/status.hpp"
@@ -34,11 +36,67 @@ namespace refreekv::inline v0 {
 /// - `find_cuts(B, norm_scan, seen, buffers, kept)`: with `chunk_norms` summed over ranks, writes
 ///   kept [sequence, group] by `stop`.
 ///
-/// - `assign(B, seen, kept, f)`: kept(s, g) = f(tokens(s)); f is a device-callable object.
-///
 /// - `compact(B, source, kept, how)`: moves the rows of every (sequence, kv_head) of a kv_source as
 ///   move_of(kept(s, g), how) says, overlap included; g is the kv_head, or 0 where kept has one
-///   group. Bits are copied as they are. O(rows moved * head_dim).
+///   group. Bits are copied as they are. With kept_positions it gathers the rows of the positions,
+///   in their order, into slots first_slot(counts(s, h), how) and on. O(rows moved * head_dim).
+///
+/// - `for_each_sequence(B, sequences, f)`: f(s) for every s; f is a device-callable object.
+///
+/// Of policies that score tokens. Scores are views [sequence, head, capacity] of which only entries
+/// below tokens(s) are read or written; quotas are [sequence].
+///
+/// - `attention_scratch take_attention_scratch(arena&, B, rows, seen)` and `selection_scratch
+///   take_selection_scratch(arena&, B, seen)`: what the backend needs for the primitives below that
+///   are given them.
+///
+/// - `attention_sums(B, score_rows, seen, scores, scratch)`: the attention that each token receives
+///   from the last rows, summed, in place of its score or, where it is carried, on top of it. With
+///   as many heads as there are KV heads, a score is the mean over the query heads of its group;
+///   otherwise heads are query heads. NaN stays NaN. What is below 1e-18 of a row's largest may
+///   count as that.
+///   O(q_heads * rows * tokens * head_dim).
+///
+/// - `attention_spread(B, rows, gain, seen, scores, totals, scratch)`: the same attention of tokens
+///   before the last `rows`, but the mean over the rows plus `gain` times their unbiased variance
+///   (0 for one row). Into totals [sequence, 2] the sums over tokens and query heads of the entropy
+///   -a ln(a + 1e-10), of all rows, and of the variance. (arXiv 2503.12491, section 4)
+///
+/// - `pool(B, pooling, quotas, seen, scores, pooled)`: pools along the tokens before the quota's
+///   recent ones, which neither get a score nor lend theirs. O(tokens * width).
+///
+/// - `keep_all(B, seen, kept)`: keeps every token. O(tokens).
+///
+/// - `top_tokens(B, quotas, seen, scores, kept, scratch)`: keeps what each sequence's quota says.
+///   Every KV head of a sequence keeps the same number; NaN in a score before the recent tokens'
+///   keeps all of the sequence. Scores are not looked at where the quota holds all. O(tokens)
+///   expected.
+///
+/// - `top_mass(B, share, sink_start, seen, scores, kept, scratch)`: scores are of query heads. Of
+///   each, keeps the fewest tokens, the earlier ones among equals, whose scores sum to at least
+///   `share` of all; a KV head keeps the union over its query heads. Where a query head's scores
+///   are all 0 or any is NaN, its KV head keeps all. With sink_start the set of Twilight's
+///   published kernel. O(tokens) expected, times the steps of a bisection there.
+///
+/// - `rank_tokens(B, recent, seen, scores, weights, order, norms, scratch)`: order [sequence,
+///   kv_head, capacity] sorts the tokens before the last `recent` by score, lowest first, later
+///   ones first among equals; norms [sequence, capacity] is the norm scan's curve along it: at i
+///   the sum over query heads of the root of the squared weights [sequence, q_head, capacity] of
+///   order[i] and all after it, 0 from the last candidate on. O(tokens * log(tokens)).
+///
+/// - `stop_ranked(B, threshold, recent, seen, norms, order, kept, scratch)`: with `norms` summed
+/// over
+///   ranks, the largest index whose loss is at most the threshold is where each head's order is
+///   cut; what comes after it and the last `recent` tokens stay, all where nothing can be decided.
+///
+/// - `select_pages(B, pages, tokens, seen, scores, scratch)`: of a query_observation, with scores
+/// of
+///   query heads, sets those to 0 whose page is not among the best that hold `tokens` tokens: by
+///   the sum over dimensions of the largest product of the last query and the page's bounds. Pages
+///   that the query does not see take no place. (arXiv 2406.10774)
+///
+/// - `quantise(B, keys, from, int4)` and `bound_pages(B, keys, from, pages)`: see
+///   decode_index.hpp.
 ///
 /// Results do not depend on how the work is divided: the same inputs give the same bits.
 template <class Backend>

@@ -17,24 +17,29 @@ struct token_run {
   index_t dim_stride;    ///< elements; 1 wherever it is to be fast
 };
 
-/// The keys, or the values, of one layer: [sequence, kv_head, token, head_dim], each sequence with
-/// its own number of tokens, oldest first. Keys and values are two sources, so their head sizes,
-/// strides and types may differ and values may be missing.
+/// The keys of one layer: [sequence, kv_head, token, head_dim], each sequence with its own number
+/// of tokens, oldest first.
 /// - `capacity()`: no sequence ever has more tokens; workspaces are sized by it.
-/// - `run_at(s, h, t)`: the rows from token t on, as many as are evenly spaced, at least one;
-///   requires 0 <= t < tokens(s).
 /// - `invalid()`: null, or what is wrong with the description, in words. O(tables).
 template <class S>
-concept kv_source = requires(const S& source, index_t i) {
-  typename S::element_type;
+concept key_source = requires(const S& source, index_t i) {
   typename S::memory;
   { source.sequences() } -> std::same_as<index_t>;
   { source.kv_heads() } -> std::same_as<index_t>;
   { source.head_dim() } -> std::same_as<index_t>;
   { source.capacity() } -> std::same_as<index_t>;
   { source.tokens(i) } -> std::same_as<index_t>;
-  { source.run_at(i, i, i) } -> std::same_as<token_run<typename S::element_type>>;
   { source.invalid() } -> std::same_as<const char*>;
+};
+
+/// Keys, or values, row by row. The two are two sources, so their head sizes, strides and types may
+/// differ and values may be missing.
+/// - `run_at(s, h, t)`: the rows from token t on, as many as are evenly spaced, at least one;
+///   requires 0 <= t < tokens(s).
+template <class S>
+concept kv_source = key_source<S> && requires(const S& source, index_t i) {
+  typename S::element_type;
+  { source.run_at(i, i, i) } -> std::same_as<token_run<typename S::element_type>>;
 };
 
 /// Lengths [sequence] of a ragged batch; with no pointer every sequence has `capacity` tokens.

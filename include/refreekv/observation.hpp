@@ -4,6 +4,7 @@
 
 #include "refreekv/attention.hpp"
 #include "refreekv/cache.hpp"
+#include "refreekv/scores.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -57,10 +58,20 @@ template <class O>
   return nullptr;
 }
 
+template <class O>
+[[nodiscard]] constexpr const char* invalid_scores(const scores_view<typename O::memory>& scores,
+                                                   const O& seen) noexcept {
+  if (scores.malformed() || scores.extent(0) != seen.sequences() ||
+      scores.extent(1) != seen.kv_heads() || scores.extent(2) < seen.capacity()) {
+    return "scores must be [sequence, kv_head, capacity]";
+  }
+  return nullptr;
+}
+
 }  // namespace detail
 
 /// Keys and the last queries: attention is recomputed from them, no attention matrix is needed.
-template <class Query, kv_source Keys>
+template <class Query, key_source Keys>
 struct query_observation {
   using memory = typename Keys::memory;
 
@@ -144,7 +155,7 @@ struct row_observation {
 };
 
 /// A cache alone, for policies that look at positions only.
-template <kv_source Keys>
+template <key_source Keys>
 struct cache_observation {
   using memory = typename Keys::memory;
 
@@ -165,7 +176,7 @@ struct cache_observation {
 };
 
 /// queries: [sequence, window, q_head, head_dim] of the last tokens.
-template <class Query, kv_source Keys>
+template <class Query, key_source Keys>
 [[nodiscard]] constexpr auto observe(view<Query, 4, typename Keys::memory> queries,
                                      const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
@@ -173,7 +184,7 @@ template <class Query, kv_source Keys>
 }
 
 /// No attention.
-template <kv_source Keys>
+template <key_source Keys>
 [[nodiscard]] constexpr auto observe(const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
   return cache_observation<Keys>{keys, info};
@@ -185,6 +196,36 @@ template <class Row, class Memory>
                                           lengths_view<Memory> lengths = {},
                                           layer_info<Memory> info = {}) noexcept {
   return row_observation<std::remove_const_t<Row>, Memory>{rows, kv_heads, lengths, info};
+}
+
+/// An observation and the scores that its tokens have earned so far, which are the caller's.
+template <observation Seen>
+struct scored_observation : Seen {
+  using observed = Seen;
+
+  /// [sequence, kv_head, capacity]
+  scores_view<typename Seen::memory> scores;
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = Seen::invalid()) return why;
+    return detail::invalid_scores(scores, *this);
+  }
+};
+
+template <observation Seen>
+[[nodiscard]] constexpr auto with_scores(
+    const Seen& seen, const scores_view<typename Seen::memory>& scores) noexcept {
+  return scored_observation<Seen>{{seen}, scores};
+}
+
+/// The observation without the state that rides on it.
+template <observation Seen>
+[[nodiscard]] constexpr const auto& observed(const Seen& seen) noexcept {
+  if constexpr (requires { typename Seen::observed; }) {
+    return observed(static_cast<const typename Seen::observed&>(seen));
+  } else {
+    return seen;
+  }
 }
 
 }  // namespace refreekv::inline v0

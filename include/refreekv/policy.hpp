@@ -19,25 +19,97 @@ struct no_reduction {
   constexpr status operator()(double*, index_t) const noexcept { return status::ok; }
 };
 
+/// What a policy writes: kept_ranges or kept_positions.
+template <class Policy, class Memory>
+using decision_of = typename std::remove_cvref_t<Policy>::template decision<Memory>;
+
+namespace detail {
+
+/// What carries a policy out: its method, or the policy itself.
+template <class Policy, class Seen>
+[[nodiscard]] constexpr decltype(auto) method_of(const Policy& rule, const Seen& seen) noexcept {
+  if constexpr (requires { rule.method(seen); }) {
+    return rule.method(seen);
+  } else {
+    return (rule);
+  }
+}
+
+}  // namespace detail
+
+/// How many decisions a policy makes about each sequence: 1, or one for each KV head.
+template <class Policy, class Seen>
+[[nodiscard]] constexpr index_t groups_of(const Policy& rule, const Seen& seen) noexcept {
+  if constexpr (requires { rule.groups(seen); }) {
+    return rule.groups(seen);
+  } else {
+    return seen.kv_heads();
+  }
+}
+
 /// An aggregate of options whose defaults are the paper's, with
+/// - `decision<Memory>`: what it writes, kept_ranges or kept_positions.
 /// - `invalid()`: null, or which option is outside its range; `invalid(seen)` the same, given what
 ///   there is to see.
-/// - `groups(seen)`: cuts of each sequence.
+/// - `groups(seen)`: for kept_ranges, decisions about each sequence: 1 or kv_heads.
 /// - `take(arena, backend, seen)`: carves what `select` works in; its size depends on the extents
 ///   of `seen` alone, not on lengths.
-/// - `select(backend, seen, buffers, kept, reduce)`: writes kept [sequence, group]; arguments are
-///   validated.
+/// - `select(backend, seen, buffers, kept, reduce)`: decides; arguments are validated.
+/// - or, for both, `method(seen)`: an object that has them, for what several policies share.
 /// A policy is written on the primitives of ops<Backend> only.
 template <class P, class Backend, class Seen>
 concept policy_for = backend<Backend> && observation<Seen> &&
                      requires(const P& rule, const Backend& on, const Seen& seen, arena& from,
-                              view<kept_range, 2, typename Seen::memory> kept) {
+                              const decision_of<P, typename Seen::memory>& kept) {
                        { rule.invalid() } -> std::same_as<const char*>;
                        { rule.invalid(seen) } -> std::same_as<const char*>;
-                       { rule.groups(seen) } -> std::same_as<index_t>;
                        {
-                         rule.select(on, seen, rule.take(from, on, seen), kept, no_reduction{})
+                         detail::method_of(rule, seen)
+                             .select(on, seen, detail::method_of(rule, seen).take(from, on, seen),
+                                     kept, no_reduction{})
                        } -> std::same_as<status>;
                      };
+
+namespace detail {
+
+/// Null, or that some sequence is longer than the rows there are, of which a rule wants `window`.
+template <attention_observation Seen>
+[[nodiscard]] constexpr const char* too_few_rows(const Seen& seen, count_t window) noexcept {
+  if constexpr (std::same_as<typename Seen::memory, host_memory>) {
+    for (index_t s = 0; s < seen.sequences(); ++s) {
+      const index_t needed = seen.tokens(s) < window ? seen.tokens(s) : index_t{window};
+      if (seen.window() < needed) return "fewer queries than the rule's window";
+    }
+  }
+  return nullptr;
+}
+
+/// Rows of the observation that a window of `window` takes.
+template <attention_observation Seen>
+[[nodiscard]] constexpr index_t rows_of(const Seen& seen, count_t window) noexcept {
+  return seen.window() < window ? seen.window() : index_t{window};
+}
+
+/// Writes range(tokens) for every group of a sequence.
+template <class Seen, class Range>
+struct assign_range {
+  Seen seen;
+  kept_ranges<typename Seen::memory> kept;
+  Range range;
+
+  REFREEKV_HOST_DEVICE constexpr void operator()(index_t s) const noexcept {
+    for (index_t g = 0; g < kept.extent(1); ++g) kept(s, g) = range(seen.tokens(s));
+  }
+};
+
+/// kept(s, g) = range(tokens(s)).
+template <class Backend, class Seen, class Range>
+status assign(const Backend& on, const Seen& seen, const kept_ranges<typename Seen::memory>& kept,
+              const Range& range) noexcept {
+  return ops<Backend>::for_each_sequence(on, seen.sequences(),
+                                         assign_range<Seen, Range>{seen, kept, range});
+}
+
+}  // namespace detail
 
 }  // namespace refreekv::inline v0

@@ -6,20 +6,43 @@
 
 namespace refreekv::inline v0 {
 
-/// Null, or why `select` would return invalid_argument, in words that name the culprit.
-/// kept: [sequence, group]. O(tables). Device tables are not looked at.
-template <class Policy, observation Seen>
-[[nodiscard]] constexpr const char* why_invalid(
-    const Policy& rule, const Seen& seen,
-    const view<kept_range, 2, typename Seen::memory>& kept) noexcept {
-  if (const char* why = rule.invalid()) return why;
-  if (const char* why = seen.invalid()) return why;
-  if (const char* why = rule.invalid(seen)) return why;
-  if (kept.malformed() || kept.extent(0) != seen.sequences() ||
-      kept.extent(1) != rule.groups(seen)) {
+namespace detail {
+
+/// Null, or in what a decision does not have the shape that it needs.
+template <class Memory>
+[[nodiscard]] constexpr const char* misshapen(const kept_ranges<Memory>& kept, index_t sequences,
+                                              index_t groups, index_t) noexcept {
+  if (kept.malformed() || kept.extent(0) != sequences || kept.extent(1) != groups) {
     return "kept must be [sequence, group]; groups are the policy's: 1 or kv_heads";
   }
   return nullptr;
+}
+template <class Memory>
+[[nodiscard]] constexpr const char* misshapen(const kept_positions<Memory>& kept, index_t sequences,
+                                              index_t groups, index_t capacity) noexcept {
+  const auto& [positions, counts] = kept;
+  if (counts.malformed() || counts.extent(0) != sequences || counts.extent(1) != groups) {
+    return "kept counts must be [sequence, kv_head]";
+  }
+  if (positions.malformed() || positions.extent(0) != sequences || positions.extent(1) != groups ||
+      positions.extent(2) < capacity) {
+    return "kept positions must be [sequence, kv_head, capacity]";
+  }
+  return nullptr;
+}
+
+}  // namespace detail
+
+/// Null, or why `select` would return invalid_argument, in words that name the culprit.
+/// O(tables). Device tables are not looked at.
+template <class Policy, observation Seen>
+[[nodiscard]] constexpr const char* why_invalid(
+    const Policy& rule, const Seen& seen,
+    const decision_of<Policy, typename Seen::memory>& kept) noexcept {
+  if (const char* why = rule.invalid()) return why;
+  if (const char* why = seen.invalid()) return why;
+  if (const char* why = rule.invalid(seen)) return why;
+  return detail::misshapen(kept, seen.sequences(), groups_of(rule, seen), seen.capacity());
 }
 
 /// Bytes that `select` needs. Depends on extents and options, not on lengths or tables: a workspace
@@ -31,38 +54,51 @@ template <class Policy, backend Backend, observation Seen>
                                          const Seen& seen) noexcept {
   if (rule.invalid() != nullptr || seen.invalid() != nullptr) return 0;
   arena count;
-  (void)rule.take(count, on, seen);
+  (void)detail::method_of(rule, seen).take(count, on, seen);
   return count.bytes();
 }
 
 /// Decides what stays of each sequence of one layer; nothing is moved yet.
-/// kept: [sequence, group], with groups 1 or kv_heads as the policy says. Sequences do not
-/// influence each other. `reduce` sums norms over tensor-parallel ranks. Neither allocates nor
-/// synchronises; of the keys, each is read once (see ops).
+/// kept: kept_ranges [sequence, group], with groups 1 or kv_heads as the policy says, or
+/// kept_positions, whichever the policy's decision is. Sequences do not influence each other.
+/// `reduce` sums over tensor-parallel ranks what they decide on together. Neither allocates nor
+/// synchronises.
 template <class Policy, backend Backend, observation Seen, reduction Reduce = no_reduction>
   requires policy_for<Policy, Backend, Seen> &&
            std::same_as<typename Seen::memory, typename ops<Backend>::memory>
 [[nodiscard]] status select(const Policy& rule, const Backend& on, const Seen& seen,
-                            view<kept_range, 2, typename Seen::memory> kept,
+                            const decision_of<Policy, typename Seen::memory>& kept,
                             workspace<typename Seen::memory> scratch,
                             const Reduce& reduce = {}) noexcept {
   if (why_invalid(rule, seen, kept) != nullptr) return status::invalid_argument;
+  const auto& method = detail::method_of(rule, seen);
   arena count;
-  (void)rule.take(count, on, seen);
+  (void)method.take(count, on, seen);
   if (scratch.bytes < count.bytes() || (count.bytes() != 0 && scratch.data == nullptr)) {
     return status::small_workspace;
   }
   arena carve(scratch.data);
-  return rule.select(on, seen, rule.take(carve, on, seen), kept, reduce);
+  return method.select(on, seen, method.take(carve, on, seen), kept, reduce);
 }
 
 namespace detail {
 
+/// What a decision looks like to those that only read it.
+template <class Memory>
+[[nodiscard]] constexpr view<const kept_range, 2, Memory> to_read(
+    const kept_ranges<Memory>& kept) noexcept {
+  return kept;
+}
+template <class Memory>
+[[nodiscard]] constexpr const kept_positions<Memory>& to_read(
+    const kept_positions<Memory>& kept) noexcept {
+  return kept;
+}
+
 /// Compacts each source in turn, until one fails.
-template <backend Backend, kv_source... Sources>
-[[nodiscard]] status compact_all(const Backend& on,
-                                 view<const kept_range, 2, typename ops<Backend>::memory> kept,
-                                 compaction how, const Sources&... sources) noexcept {
+template <backend Backend, class Kept, kv_source... Sources>
+[[nodiscard]] status compact_all(const Backend& on, const Kept& kept, compaction how,
+                                 const Sources&... sources) noexcept {
   status result = status::ok;
   (void)((result = ops<Backend>::compact(on, sources, kept, how), result == status::ok) && ...);
   return result;
@@ -104,6 +140,33 @@ template <kv_source Source>
   return true;
 }
 
+/// Whether the positions are ascending ones of `source`'s sequences.
+template <kv_source Source>
+[[nodiscard]] constexpr bool fits(const kept_positions<typename Source::memory>& kept,
+                                  const Source& source) noexcept {
+  if (source.invalid() != nullptr ||
+      misshapen(kept, source.sequences(), source.kv_heads(), 0) != nullptr) {
+    return false;
+  }
+  if constexpr (std::same_as<typename Source::memory, host_memory>) {
+    for (index_t s = 0; s < source.sequences(); ++s) {
+      for (index_t h = 0; h < source.kv_heads(); ++h) {
+        const kept_count& k = kept.counts(s, h);
+        if (k.count < 0 || k.count > kept.positions.extent(2) || k.tokens != source.tokens(s)) {
+          return false;
+        }
+        index_t last = -1;
+        for (index_t i = 0; i < k.count; ++i) {
+          const index_t position = kept.positions(s, h, i);
+          if (position <= last || position >= k.tokens) return false;
+          last = position;
+        }
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace detail
 
 /// Makes what is kept contiguous in each source (keys, values, scales ...), in place:
@@ -122,19 +185,32 @@ template <backend Backend, kv_source... Sources>
   return detail::compact_all(on, kept, how, sources...);
 }
 
+/// The same for positions that are no range, in ascending order. sinks_up leaves alone whatever is
+/// kept in one piece at the end; suffix_down frees whole pages at a sequence's end. Where all
+/// positions are there nothing is touched: this is how to leave out a sequence whose pages are
+/// shared.
+template <backend Backend, kv_source... Sources>
+  requires(sizeof...(Sources) > 0 &&
+           (std::same_as<typename Sources::memory, typename ops<Backend>::memory> && ...))
+[[nodiscard]] status compact(const Backend& on,
+                             const kept_positions<typename ops<Backend>::memory>& kept,
+                             compaction how, const Sources&... sources) noexcept {
+  if (!(detail::fits(kept, sources) && ...)) return status::invalid_argument;
+  return detail::compact_all(on, kept, how, sources...);
+}
+
 /// select, then compact of the observed keys and of `values` (none, or any number of sources that
 /// hold the same sequences). Ranks that share heads call the two themselves, to pass a reduction.
 template <class Policy, backend Backend, observation Seen, kv_source... Values>
   requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) { seen.keys; }
 [[nodiscard]] status prune(const Policy& rule, const Backend& on, const Seen& seen,
-                           view<kept_range, 2, typename Seen::memory> kept,
+                           const decision_of<Policy, typename Seen::memory>& kept,
                            workspace<typename Seen::memory> scratch, compaction how,
                            const Values&... values) noexcept {
   if (!(detail::same_tokens(values, seen) && ...)) return status::invalid_argument;
   const status selected = select(rule, on, seen, kept, scratch);
   if (selected != status::ok) return selected;
-  return detail::compact_all(on, view<const kept_range, 2, typename Seen::memory>(kept), how,
-                             seen.keys, values...);
+  return detail::compact_all(on, detail::to_read(kept), how, seen.keys, values...);
 }
 
 }  // namespace refreekv::inline v0

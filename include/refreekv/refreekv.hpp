@@ -3,8 +3,15 @@
 #pragma once
 
 #include "refreekv/cpu/backend.hpp"
+#include "refreekv/decode_index.hpp"
 #include "refreekv/paged.hpp"
+#include "refreekv/policy/attention_ranked.hpp"
+#include "refreekv/policy/cake.hpp"
+#include "refreekv/policy/h2o.hpp"
+#include "refreekv/policy/pyramidkv.hpp"
 #include "refreekv/policy/refreekv.hpp"
+#include "refreekv/policy/snapkv.hpp"
 #include "refreekv/policy/streaming_llm.hpp"
+#include "refreekv/policy/twilight.hpp"
 #include "refreekv/prune.hpp"
 #include "refreekv/version.hpp"

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "refreekv/config.hpp"
+#include "refreekv/view.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -42,6 +42,10 @@ struct kept_range {
   }
   friend constexpr bool operator==(const kept_range&, const kept_range&) noexcept = default;
 };
+
+/// [sequence, group]: decisions about whole batches.
+template <class Memory = host_memory>
+using kept_ranges = view<kept_range, 2, Memory>;
 
 /// The smallest range that holds both, for engines whose layers or heads share one length.
 /// Requires both of one sequence; loss and mass are of the tighter cut, so upper bounds.
@@ -95,8 +99,8 @@ constexpr void write_positions(const kept_range* kept, index_t count, Position* 
 /// How what is kept becomes contiguous. Keys carry their own rotation, so the order of slots does
 /// not matter to attention.
 enum class compaction {
-  sinks_up,     ///< the sinks move to [cut - sinks, cut): the first slot becomes cut - sinks (ours)
-  suffix_down,  ///< the suffix moves to [sinks, length): the first slot stays 0
+  sinks_up,     ///< what precedes the suffix moves up to it: the last slot stays tokens - 1 (ours)
+  suffix_down,  ///< what stays moves down to slot 0
 };
 
 /// Copy tokens [source, source + tokens) to [target, target + tokens), as if through a buffer.
@@ -113,8 +117,10 @@ struct token_move {
   return {cut, sinks, cut == sinks ? 0 : tokens - cut};
 }
 
-/// The slot of the first kept token once `how` is done; the others follow it.
-[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_slot(const kept_range& kept,
+/// The slot of the first kept token of a kept_range or kept_count once `how` is done; the others
+/// follow it.
+template <class Kept>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_slot(const Kept& kept,
                                                                 compaction how) noexcept {
   return how == compaction::sinks_up ? index_t{kept.dropped()} : 0;
 }

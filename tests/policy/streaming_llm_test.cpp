@@ -41,13 +41,13 @@ TEST_CASE("the toy data of the released code comes out", "[streaming_llm][golden
     INFO(name);
     CHECK(positions == golden.at(name).get<std::vector<position_t>>());
   };
-  expect("call_4_5", kept({.sinks = 4, .recent = 5}, 12));
-  expect("call_fits", kept({.sinks = 4, .recent = 5}, 9));
-  expect("evict_for_space_3", kept({.sinks = 4, .recent = 5, .room = 3}, 12));
-  expect("evict_for_space_9", kept({.sinks = 4, .recent = 5, .room = 9}, 12));
+  expect("call_4_5", kept({.sinks = 4, .budget = 9}, 12));
+  expect("call_fits", kept({.sinks = 4, .budget = 9}, 9));
+  expect("evict_for_space_3", kept({.sinks = 4, .budget = 9, .room = 3}, 12));
+  expect("evict_for_space_9", kept({.sinks = 4, .budget = 9, .room = 9}, 12));
   // kvpress keeps int(n * (1 - ratio)) tokens: a budget like any other.
-  expect("kvpress_0_5", kept({.sinks = 4, .recent = 2}, 12));
-  expect("kvpress_0_3", kept({.sinks = 4, .recent = 4}, 12));
+  expect("kvpress_0_5", kept({.sinks = 4, .budget = 6}, 12));
+  expect("kvpress_0_3", kept({.sinks = 4, .budget = 8}, 12));
 }
 
 TEST_CASE("every length, budget and room follows the published rule", "[streaming_llm]") {
@@ -56,7 +56,7 @@ TEST_CASE("every length, budget and room follows the published rule", "[streamin
       for (count_t room = 0; room <= 12; ++room) {
         for (index_t tokens = 0; tokens <= 20; ++tokens) {
           CAPTURE(sinks, recent, room, tokens);
-          const policy::streaming_llm rule{sinks, recent, room};
+          const policy::streaming_llm rule{sinks, sinks + recent, room};
           REQUIRE(kept(rule, tokens) == published(tokens, sinks, recent, room));
         }
       }
@@ -65,7 +65,7 @@ TEST_CASE("every length, budget and room follows the published rule", "[streamin
 }
 
 TEST_CASE("decoding keeps the length at the budget", "[streaming_llm]") {
-  const policy::streaming_llm rule{.sinks = 4, .recent = 20};
+  const policy::streaming_llm rule{.sinks = 4, .budget = 24};
   index_t length = 0;
   for (int step = 0; step < 100; ++step) {
     length = rule(length + 1).length();
@@ -76,7 +76,7 @@ TEST_CASE("decoding keeps the length at the budget", "[streaming_llm]") {
 TEST_CASE("select needs neither queries nor a workspace", "[streaming_llm]") {
   const plain_rows rows(2, 4, {30, 3, 0});
   const dense_cache<float> cache(rows);
-  const policy::streaming_llm rule{.sinks = 4, .recent = 10};
+  const policy::streaming_llm rule{.sinks = 4, .budget = 14};
   const selection s = run_select(rule, cpu_backend{}, observe(cache.source()));
   REQUIRE(s.status == status::ok);
   CHECK(s.at(0).cut == 20);

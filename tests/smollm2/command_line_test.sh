@@ -59,7 +59,7 @@ assert run["cache_bytes_after"] < run["cache_bytes_before"]
 assert run["layers"][0]["kept_fraction"] == 1 and 0 < run["kept_fraction"] < 1
 assert run["against_full"]["mean_kl_nats"] >= 0 and len(run["tokens"]) <= 8
 EOF
-"$smollm2" "${run[@]}" --tokens 4 --policy streaming_llm --recent 10 > "$work/out" ||
+"$smollm2" "${run[@]}" --tokens 4 --policy streaming_llm --budget 14 > "$work/out" ||
   failures=$((failures + 1))
 grep -q "given back" "$work/out" || { cat "$work/out"; failures=$((failures + 1)); }
 

@@ -137,6 +137,15 @@ TEST_CASE("after heads are cut to different lengths, later tokens attend as unde
     }
     CHECK(cache.layer(1).length(1) == kept(1, 1) + tokens.size() - prompt);
   }
+  SECTION("in one pass that scores each") {
+    const auto scored = model.score(std::span(tokens).subspan(prompt), cache);
+    REQUIRE(scored.size() == tokens.size() - prompt);
+    for (std::size_t i = 0; i < scored.size(); ++i) {
+      check_close(scored[i], small.run(std::span(tokens).first(prompt + i + 1), visible).logits);
+    }
+    CHECK(cache.next_position() == tokens.size());
+    CHECK(model.score({}, cache).empty());
+  }
   SECTION("in a second prefill") {
     check_close(model.prefill(std::span(tokens).subspan(prompt), cache),
                 small.run(tokens, visible).logits);

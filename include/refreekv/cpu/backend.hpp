@@ -8,8 +8,10 @@
 
 #include "refreekv/backend.hpp"
 #include "refreekv/cpu/compact.hpp"
+#include "refreekv/cpu/estimate.hpp"
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/norm_scan.hpp"
+#include "refreekv/cpu/ranked_scan.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -31,6 +33,8 @@ struct ops<cpu_backend<Executor>> {
   using memory = host_memory;
   using backend_type = cpu_backend<Executor>;
   using scan_scratch = cpu_detail::scan_scratch;
+  using attention_scratch = cpu_detail::attention_scratch;
+  using selection_scratch = cpu_detail::selection_scratch;
 
   template <class Seen>
   static scan_scratch take_scan_scratch(arena& from, const backend_type& b, const norm_scan& scan,
@@ -65,12 +69,9 @@ struct ops<cpu_backend<Executor>> {
     return status::ok;
   }
 
-  template <class Seen, class F>
-  static status assign(const backend_type&, const Seen& seen, view<kept_range, 2> kept,
-                       const F& f) noexcept {
-    for (index_t s = 0; s < kept.extent(0); ++s) {
-      for (index_t g = 0; g < kept.extent(1); ++g) kept(s, g) = f(seen.tokens(s));
-    }
+  template <class F>
+  static status for_each_sequence(const backend_type&, index_t sequences, const F& f) noexcept {
+    for (index_t s = 0; s < sequences; ++s) f(s);
     return status::ok;
   }
 
@@ -87,6 +88,114 @@ struct ops<cpu_backend<Executor>> {
     for_each_item(b.on, items, tokens * source.head_dim(), [&](int, index_t i) {
       cpu_detail::move_rows(source, i / kv_heads, i % kv_heads, move(i));
     });
+    return status::ok;
+  }
+
+  template <kv_source Source>
+  static status compact(const backend_type& b, const Source& source, const kept_positions<>& kept,
+                        compaction how) noexcept {
+    cpu_detail::for_each_head(b.on, source, source.head_dim(), [&](int, index_t s, index_t h) {
+      cpu_detail::gather_rows(source, s, h, kept, how);
+    });
+    return status::ok;
+  }
+
+  template <class Seen>
+  static attention_scratch take_attention_scratch(arena& from, const backend_type& b, index_t rows,
+                                                  const Seen& seen) noexcept {
+    return attention_scratch::take(from, b.on.workers(), rows, seen);
+  }
+
+  template <class Seen>
+  static selection_scratch take_selection_scratch(arena& from, const backend_type& b,
+                                                  const Seen& seen) noexcept {
+    return selection_scratch::take(from, b.on.workers(), seen);
+  }
+
+  template <class Seen>
+  static status attention_sums(const backend_type& b, const score_rows& rows, const Seen& seen,
+                               const scores_view<>& scores,
+                               const attention_scratch& scratch) noexcept {
+    cpu_detail::attention_sums(b.on, rows, seen, scores, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status attention_spread(const backend_type& b, index_t rows, double gain, const Seen& seen,
+                                 const scores_view<>& scores, double* totals,
+                                 const attention_scratch& scratch) noexcept {
+    cpu_detail::attention_spread(b.on, rows, gain, seen, scores, totals, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status pool(const backend_type& b, const pooling& how, const token_quota* quotas,
+                     const Seen& seen, const scores_view<>& scores,
+                     const scores_view<>& pooled) noexcept {
+    cpu_detail::pool(b.on, how, quotas, seen, scores, pooled);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status keep_all(const backend_type& b, const Seen& seen,
+                         const kept_positions<>& kept) noexcept {
+    cpu_detail::for_each_head(b.on, seen, 1, [&](int, index_t s, index_t h) {
+      cpu_detail::keep_all(kept, s, h, seen.tokens(s));
+    });
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status top_tokens(const backend_type& b, const token_quota* quotas, const Seen& seen,
+                           const scores_view<>& scores, const kept_positions<>& kept,
+                           const selection_scratch& scratch) noexcept {
+    cpu_detail::top_tokens(b.on, quotas, seen, scores, kept, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status top_mass(const backend_type& b, double share, bool sink_start, const Seen& seen,
+                         const scores_view<>& scores, const kept_positions<>& kept,
+                         const selection_scratch& scratch) noexcept {
+    cpu_detail::top_mass(b.on, share, sink_start, seen, scores, kept, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status rank_tokens(const backend_type& b, index_t recent, const Seen& seen,
+                            const scores_view<>& scores, const scores_view<>& weights,
+                            position_t* order, double* norms, const selection_scratch&) noexcept {
+    cpu_detail::rank_tokens(b.on, recent, seen, scores, weights, order, norms);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status stop_ranked(const backend_type& b, double threshold, index_t recent,
+                            const Seen& seen, const double* norms, position_t* order,
+                            const kept_positions<>& kept, const selection_scratch&) noexcept {
+    cpu_detail::stop_ranked(b.on, threshold, recent, seen, norms, order, kept);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status select_pages(const backend_type& b, const page_bounds<>& pages, index_t tokens,
+                             const Seen& seen, const scores_view<>& scores,
+                             const selection_scratch& scratch) noexcept {
+    cpu_detail::select_pages(b.on, pages, tokens, seen, scores, scratch);
+    return status::ok;
+  }
+
+  template <kv_source Keys>
+  static status quantise(const backend_type& b, const Keys& keys, const lengths_view<>& from,
+                         const int4_keys<>& to) noexcept {
+    cpu_detail::quantise(b.on, keys, from, to);
+    return status::ok;
+  }
+
+  template <kv_source Keys>
+  static status bound_pages(const backend_type& b, const Keys& keys, const lengths_view<>& from,
+                            const page_bounds<>& to) noexcept {
+    cpu_detail::bound_pages(b.on, keys, from, to);
     return status::ok;
   }
 };

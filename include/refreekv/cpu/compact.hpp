@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "refreekv/cache.hpp"
-#include "refreekv/retention.hpp"
+#include "refreekv/kept_positions.hpp"
 
 namespace refreekv::inline v0::cpu_detail {
 
@@ -51,6 +51,26 @@ void move_rows(const Source& source, index_t sequence, index_t kv_head, token_mo
     for (index_t t = move.tokens - 1; t >= 0; --t) {
       copy_rows(run(move.target + t), run(move.source + t), 1, source.head_dim());
     }
+  }
+}
+
+/// Gathers the kept rows of one (sequence, kv_head) within its cache.
+template <kv_source Source>
+void gather_rows(const Source& source, index_t sequence, index_t kv_head,
+                 const kept_positions<>& kept, compaction how) noexcept {
+  const kept_count& k = kept.counts(sequence, kv_head);
+  const index_t first = first_slot(k, how);
+  const auto move = [&](index_t i) {
+    const index_t position = kept.positions(sequence, kv_head, i);
+    if (position == first + i) return;
+    copy_rows(source.run_at(sequence, kv_head, first + i),
+              source.run_at(sequence, kv_head, position), 1, source.head_dim());
+  };
+  // Never over a row that is still to move.
+  if (how == compaction::suffix_down) {
+    for (index_t i = 0; i < k.count; ++i) move(i);
+  } else {
+    for (index_t i = k.count - 1; i >= 0; --i) move(i);
   }
 }
 

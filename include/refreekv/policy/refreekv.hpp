@@ -12,6 +12,9 @@
 namespace refreekv::inline v0::policy {
 
 struct refreekv {
+  template <class Memory>
+  using decision = kept_ranges<Memory>;
+
   double threshold = 0.01;  ///< the norm may lose this share of itself, in [0, 1]
   count_t sinks = 4;        ///< first tokens that always stay, outside the norm by default
   count_t window = 1;       ///< last queries that are looked at, at least 1; all there are if fewer
@@ -31,13 +34,7 @@ struct refreekv {
   /// The observation's window must hold as many rows as the rule's, or the whole sequence.
   template <attention_observation Seen>
   [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    if constexpr (std::same_as<typename Seen::memory, host_memory>) {
-      for (index_t s = 0; s < seen.sequences(); ++s) {
-        const index_t needed = seen.tokens(s) < window ? seen.tokens(s) : index_t{window};
-        if (seen.window() < needed) return "fewer queries than the rule's window";
-      }
-    }
-    return nullptr;
+    return detail::too_few_rows(seen, window);
   }
 
   template <attention_observation Seen>
@@ -55,7 +52,7 @@ struct refreekv {
   [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
                                       const Seen& seen) const noexcept {
     return {norm_scan_buffers::take(from, scan(seen), seen),
-            ops<Backend>::take_scan_scratch(from, on, scan(seen), seen)};
+            ops<Backend>::take_scan_scratch(from, on, scan(seen), observed(seen))};
   }
 
   /// `reduce` makes one cut of heads that live on several ranks: it sums [sequence, group, chunk]
@@ -63,32 +60,30 @@ struct refreekv {
   /// cut_scope::kv_head: they decide without it.
   template <backend Backend, attention_observation Seen, reduction Reduce>
   status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                view<kept_range, 2, typename Seen::memory> kept,
-                const Reduce& reduce) const noexcept {
+                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
     using run = ops<Backend>;
-    if (seen.info.layer < full_layers) return run::assign(on, seen, kept, keep_all{sinks});
+    if (seen.info.layer < full_layers) return detail::assign(on, seen, kept, keep_all{sinks});
     const norm_scan rule = scan(seen);
     const index_t cuts = seen.sequences() * groups(seen);
-    status s = run::norm_curve(on, rule, seen, work.scan, work.scratch);
+    status s = run::norm_curve(on, rule, observed(seen), work.scan, work.scratch);
     if (s == status::ok) s = reduce(work.scan.norms, cuts * work.scan.chunks);
-    if (s == status::ok) s = run::crossing_curve(on, rule, seen, work.scan, work.scratch);
+    if (s == status::ok) s = run::crossing_curve(on, rule, observed(seen), work.scan, work.scratch);
     if (s == status::ok) s = reduce(work.scan.chunk_norms, cuts * chunk_tokens);
-    if (s == status::ok) s = run::find_cuts(on, rule, seen, work.scan, kept);
+    if (s == status::ok) s = run::find_cuts(on, rule, observed(seen), work.scan, kept);
     return s;
   }
 
- private:
-  struct keep_all {
+  struct keep_all {  // public, as device code wants it
     index_t sinks;
     REFREEKV_HOST_DEVICE constexpr kept_range operator()(index_t tokens) const noexcept {
       return position_ranking(tokens, sinks).all();
     }
   };
 
+ private:
   template <attention_observation Seen>
   [[nodiscard]] constexpr norm_scan scan(const Seen& seen) const noexcept {
-    const index_t rows = seen.window() < window ? seen.window() : index_t{window};
-    return {threshold, sinks, rows, average, norm, scope};
+    return {threshold, sinks, detail::rows_of(seen, window), average, norm, scope};
   }
 };
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // StreamingLLM (arXiv 2309.17453): a fixed budget of sinks and recent tokens, no attention needed.
 //
-// While sinks + recent tokens hold all there are and `room` more, all stay. Otherwise the sinks and
-// the last recent - room stay. The same rule serves after a prefill, after every decoded token
-// (room 0) and before a turn that is known to bring `room` tokens. Keys keep their rotation here;
-// the paper rotates them by slot. A cache that is pruned again and again keeps its own count of
-// positions.
+// While the budget holds all tokens there are and `room` more, all stay. Otherwise the sinks and
+// the most recent ones stay, `room` fewer than the budget. The same rule serves after a prefill,
+// after every decoded token (room 0; a share would be one of what the last step left) and before a
+// turn that is known to bring `room` tokens. Keys keep their rotation here; the paper rotates them
+// by slot. A cache that is pruned again and again keeps its own count of positions.
 #pragma once
 
 #include "refreekv/policy.hpp"
@@ -13,13 +13,16 @@
 namespace refreekv::inline v0::policy {
 
 struct streaming_llm {
-  count_t sinks = 4;
-  count_t recent = 512;  ///< tokens besides the sinks
-  count_t room = 0;      ///< tokens about to come that must fit; at most `recent` of it is made
+  template <class Memory>
+  using decision = kept_ranges<Memory>;
+
+  count_t sinks = 4;          ///< they stay whatever the budget is
+  token_budget budget = 516;  ///< tokens, sinks included
+  count_t room = 0;           ///< tokens about to come that must fit
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (sinks > max_count) return "sinks must be >= 0";
-    if (recent > max_count) return "recent must be >= 0";
+    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
     if (room > max_count) return "room must be >= 0";
     return nullptr;
   }
@@ -35,17 +38,15 @@ struct streaming_llm {
 
   template <backend Backend, observation Seen>
   status select(const Backend& on, const Seen& seen, buffers,
-                view<kept_range, 2, typename Seen::memory> kept,
-                const reduction auto&) const noexcept {
-    return ops<Backend>::assign(on, seen, kept, *this);
+                const decision<typename Seen::memory>& kept, const reduction auto&) const noexcept {
+    return detail::assign(on, seen, kept, *this);
   }
 
   /// What stays of a sequence. O(1)
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range operator()(
-      index_t tokens) const noexcept {
-    const index_t budget = index_t{sinks} + recent;
+  [[nodiscard]] REFREEKV_HOST_DEVICE kept_range operator()(index_t tokens) const noexcept {
+    const index_t most = budget.of(tokens);
     const position_ranking ranking(tokens, sinks);
-    return tokens + room <= budget ? ranking.all() : ranking.best(budget - room);
+    return tokens + room <= most ? ranking.all() : ranking.best(most - room);
   }
 };
 

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every policy costs on all layers of a model after a prompt: table 3 of arXiv 2502.16886.
+//
+// A row is table3/policy/model. It decides and compacts keys and values of every layer in turn, in
+// bf16. The layers of a model share the memory of 16, which no cache holds. Budgets are half of the
+// prompt; what has none keeps what it keeps.
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
+#include "layer.hpp"
+
+namespace {
+
+using namespace bench;
+using namespace refreekv;
+using element = Eigen::bfloat16;
+
+double median_of(std::vector<double> times) {
+  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
+  std::nth_element(times.begin(), middle, times.end());
+  return *middle;
+}
+
+/// Adds the time that something takes.
+template <class F>
+void timed(double& seconds, const F& f) {
+  const auto start = std::chrono::steady_clock::now();
+  const status s = f();
+  seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (s != status::ok) throw std::runtime_error(to_string(s));
+}
+
+/// A decision about one layer, in whatever form.
+template <class Decision>
+class decision_memory;
+
+template <>
+class decision_memory<kept_ranges<>> {
+ public:
+  decision_memory(index_t, index_t) {}
+  kept_ranges<> kept() { return {&range_, {1, 1}}; }
+  view<const kept_range, 2> decided() { return kept(); }
+  double fraction() const { return range_.kept_fraction(); }
+
+ private:
+  kept_range range_;
+};
+
+template <>
+class decision_memory<kept_positions<>> {
+ public:
+  decision_memory(index_t kv_heads, index_t tokens)
+      : kv_heads_(kv_heads),
+        tokens_(tokens),
+        positions_(static_cast<std::size_t>(kv_heads * tokens)),
+        counts_(static_cast<std::size_t>(kv_heads)) {}
+  kept_positions<> kept() {
+    return {{positions_.data(), {1, kv_heads_, tokens_}}, {counts_.data(), {1, kv_heads_}}};
+  }
+  kept_positions<> decided() { return kept(); }
+  double fraction() const { return counts_[0].kept_fraction(); }
+
+ private:
+  index_t kv_heads_, tokens_;
+  std::vector<position_t> positions_;
+  std::vector<kept_count> counts_;
+};
+
+/// Memory of a model's layers and of the decisions about them.
+struct model {
+  static constexpr index_t in_memory = 16;
+
+  model(const geometry& g, index_t layer_count, index_t tokens, index_t window, int threads)
+      : layers(layer_count), pool(threads), cpu{pool} {
+    for (index_t l = 0; l < std::min(in_memory, layer_count); ++l) {
+      memory.push_back(std::make_unique<layer<element>>(g, tokens, tokens, window));
+    }
+  }
+  const layer<element>& at(index_t l) const {
+    return *memory[static_cast<std::size_t>(l % in_memory)];
+  }
+
+  index_t layers;
+  thread_pool pool;
+  cpu_backend<const thread_pool&> cpu;
+  std::vector<std::unique_ptr<layer<element>>> memory;
+};
+
+template <class Seen>
+Seen at_layer(Seen seen, index_t l) {
+  seen.info.layer = l;
+  return seen;
+}
+
+struct cost {
+  double select = 0, compact = 0, fraction = 0;
+};
+
+/// All layers, each on its own.
+template <class Rule>
+class one_by_one {
+ public:
+  one_by_one(const model& m, const Rule& rule)
+      : model_(m),
+        rule_(rule),
+        decision_(m.at(0).shape().kv_heads, m.at(0).tokens()),
+        scratch_(workspace_size(rule, m.cpu, m.at(0).seen(m.at(0).keys()))) {}
+
+  cost run() {
+    cost total;
+    for (index_t l = 0; l < model_.layers; ++l) {
+      const layer<element>& one = model_.at(l);
+      timed(total.select, [&] {
+        return select(rule_, model_.cpu, at_layer(one.seen(one.keys()), l), decision_.kept(),
+                      scratch_);
+      });
+      timed(total.compact, [&] {
+        return compact(model_.cpu, decision_.decided(), compaction::sinks_up, one.keys(),
+                       one.values());
+      });
+      total.fraction += decision_.fraction() / static_cast<double>(model_.layers);
+    }
+    return total;
+  }
+
+ private:
+  const model& model_;
+  Rule rule_;
+  decision_memory<decision_of<Rule, host_memory>> decision_;
+  std::vector<std::byte> scratch_;
+};
+
+/// CAKE's cascade: after each layer all layers before it give up what they have too much.
+class cascade {
+ public:
+  explicit cascade(const model& m)
+      : model_(m),
+        rule_{.budget = token_budget::share(0.5), .layers = static_cast<count_t>(m.layers)},
+        kv_heads_(m.at(0).shape().kv_heads),
+        tokens_(m.at(0).tokens()),
+        preferences_(static_cast<std::size_t>(m.layers)),
+        lengths_(static_cast<std::size_t>(m.layers)),
+        prompt_(static_cast<position_t>(tokens_)),
+        decision_(kv_heads_, tokens_) {
+    for (index_t l = 0; l < m.layers; ++l) {
+      scores_.emplace_back(static_cast<std::size_t>(kv_heads_ * tokens_));
+    }
+  }
+
+  cost run() {
+    cost total;
+    std::fill(lengths_.begin(), lengths_.end(), prompt_);
+    for (index_t l = 0; l < model_.layers; ++l) {
+      const layer<element>& fresh = model_.at(l);
+      decide(total, l, with_layers(at_layer(fresh.seen(fresh.keys()), l), state(l, l + 1)));
+      for (index_t earlier = 0; earlier < l; ++earlier) {
+        const auto keys = source<element>(model_.at(earlier).keys().run_at(0, 0, 0).data, earlier,
+                                          model_.at(earlier).shape().head_dim);
+        decide(total, earlier,
+               with_layers(observe(keys, {.layer = earlier}), state(earlier, l + 1)));
+      }
+    }
+    for (const position_t length : lengths_) {
+      total.fraction += static_cast<double>(length) / static_cast<double>(tokens_ * model_.layers);
+    }
+    return total;
+  }
+
+ private:
+  cake_layers<> state(index_t l, index_t finished) {
+    return {{scores_[static_cast<std::size_t>(l)].data(), {1, kv_heads_, tokens_}},
+            {preferences_.data(), {1, model_.layers}},
+            static_cast<count_t>(finished),
+            {&prompt_, {1}}};
+  }
+  /// [1, kv_head, token, dim] of which the layer's length is in use.
+  template <class T>
+  dense<T> source(T* data, index_t l, index_t dim) const {
+    return dense<T>(view<T, 4>(data, {1, kv_heads_, tokens_, dim}),
+                    {&lengths_[static_cast<std::size_t>(l)], {1}});
+  }
+  template <class Seen>
+  void decide(cost& total, index_t l, const Seen& seen) {
+    timed(total.select, [&] {
+      scratch_.resize(std::max(scratch_.size(), workspace_size(rule_, model_.cpu, seen)));
+      return select(rule_, model_.cpu, seen, decision_.kept(), scratch_);
+    });
+    const layer<element>& one = model_.at(l);
+    const index_t dim = one.shape().head_dim;
+    timed(total.compact, [&] {
+      return compact(model_.cpu, decision_.kept(), compaction::suffix_down,
+                     source(one.keys().run_at(0, 0, 0).data, l, dim),
+                     source(one.values().run_at(0, 0, 0).data, l, dim),
+                     source(scores_[static_cast<std::size_t>(l)].data(), l, 1));
+    });
+    lengths_[static_cast<std::size_t>(l)] = decision_.kept().counts(0, 0).count;
+  }
+
+  const model& model_;
+  policy::cake rule_;
+  index_t kv_heads_, tokens_;
+  std::vector<double> preferences_;
+  std::vector<position_t> lengths_;
+  position_t prompt_;
+  decision_memory<kept_positions<>> decision_;
+  std::vector<std::vector<float>> scores_;
+  std::vector<std::byte> scratch_;
+};
+
+template <class Work>
+void measure(benchmark::State& state, const model& m, Work&& work) {
+  std::vector<double> select, compact;
+  double fraction = 0;
+  for (auto _ : state) {
+    const cost c = work.run();
+    state.SetIterationTime(c.select + c.compact);
+    select.push_back(c.select);
+    compact.push_back(c.compact);
+    fraction = c.fraction;
+  }
+  state.counters["select_ms"] = 1e3 * median_of(select);
+  state.counters["compact_ms"] = 1e3 * median_of(compact);
+  state.counters["layers"] = static_cast<double>(m.layers);
+  state.counters["kept"] = fraction;
+}
+
+template <class Rule>
+void add(const char* name, const Rule& rule, index_t window, const geometry& g, index_t layers,
+         std::vector<std::int64_t> tokens) {
+  const std::string row = std::string("table3/") + name + "/" + g.name;
+  benchmark::RegisterBenchmark(row.c_str(),
+                               [=](benchmark::State& state) {
+                                 const model m(g, layers, state.range(0),
+                                               window == 0 ? state.range(0) : window,
+                                               static_cast<int>(state.range(1)));
+                                 if constexpr (std::same_as<Rule, policy::cake>) {
+                                   measure(state, m, cascade(m));
+                                 } else {
+                                   measure(state, m, one_by_one(m, rule));
+                                 }
+                               })
+      ->ArgNames({"tokens", "threads"})
+      ->ArgsProduct({std::move(tokens), {2}})
+      ->Iterations(3)  // filling the memory takes longer than most of them
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+const bool added = [] {
+  const token_budget half = token_budget::share(0.5);
+  for (const geometry& g : {geometries[0], geometries[1]}) {
+    const index_t layers = g.q_heads == 64 ? 80 : 32;
+    const std::vector<std::int64_t> all{1024, 8192, 32768};
+    add("refreekv", policy::refreekv{}, 1, g, layers, all);
+    add("refreekv_16_rows", policy::refreekv{.window = 16, .average = row_average::frobenius}, 16,
+        g, layers, all);
+    add("streaming_llm", policy::streaming_llm{.budget = half}, 1, g, layers, all);
+    add("h2o_8_rows", policy::h2o{.budget = half, .recent = 8, .window = 8}, 8, g, layers, all);
+    add("snapkv", policy::snapkv{.budget = half}, 32, g, layers, all);
+    add("pyramidkv", policy::pyramidkv{.budget = half, .layers = static_cast<count_t>(layers)}, 8,
+        g, layers, all);
+    add("cake", policy::cake{}, 32, g, layers, all);
+    add("attention_ranked", policy::attention_ranked{}, 8, g, layers, all);
+    add("twilight_once", policy::twilight{}, 1, g, layers, all);
+    // Quadratic in the prompt, like attention: one layer, a prompt of 8,192 tokens at most.
+    add("h2o_all_rows", policy::h2o{.budget = half, .recent = 8}, 0, g, 1, {1024, 8192});
+  }
+  return true;
+}();
+
+}  // namespace

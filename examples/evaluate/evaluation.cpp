@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "evaluation.hpp"
+
+#include "generation.hpp"
+
+namespace evaluate {
+
+using namespace smollm2;
+
+prompt_run::prompt_run(const llama& model, std::span<const int> prompt, std::size_t window,
+                       std::size_t tokens, std::size_t full_layers,
+                       const std::function<void(double)>& on_progress)
+    : model_(model), full_layers_(full_layers), full_(model.new_cache()) {
+  prefill_hooks hooks;
+  hooks.window = window;
+  hooks.on_layer = [&](std::size_t, std::span<const float> queries, kv_cache&) {
+    queries_.emplace_back(queries.begin(), queries.end());
+  };
+  hooks.on_progress = on_progress;
+  std::vector<float> logits = model.prefill(prompt, full_, hooks);
+
+  // One token more than is fed: it comes with the logits after the last one.
+  kv_cache cache = full_;
+  generation answer = generate(model, std::move(logits), cache, tokens + 1, -1);
+  answer_.assign(answer.tokens.begin(), answer.tokens.end() - 1);
+  logits_.assign(std::make_move_iterator(answer.logits.begin() + 1),
+                 std::make_move_iterator(answer.logits.end()));
+}
+
+prompt_run::pruned_cache prompt_run::prune(pruning_rule rule, int threads) const {
+  set_layers(rule, full_.layers());
+  pruned_cache result{full_, 0, 0};
+  pruner prune(rule, threads);
+  const llama_config& config = model_.config();
+  const std::size_t row = config.q_heads * config.head_dim;
+  for (std::size_t layer = full_layers_; layer < full_.layers(); ++layer) {
+    const std::span<const float> queries = queries_[layer];
+    const std::size_t rows = std::min(window_of(rule), queries.size() / row);
+    result.select_seconds +=
+        prune.prune(layer, queries.last(rows * row), result.cache).library_seconds;
+  }
+  std::size_t kept = 0, all = 0;
+  for (std::size_t layer = 0; layer < full_.layers(); ++layer) {
+    for (std::size_t head = 0; head < config.kv_heads; ++head) {
+      kept += result.cache.layer(layer).length(head);
+      all += full_.layer(layer).length(head);
+    }
+  }
+  result.kept_fraction = static_cast<double>(kept) / static_cast<double>(all);
+  return result;
+}
+
+double prompt_run::kept_fraction(const pruning_rule& rule, int threads) const {
+  return prune(rule, threads).kept_fraction;
+}
+
+measurement prompt_run::measure(const pruning_rule& rule, int threads) const {
+  pruned_cache pruned = prune(rule, threads);
+  const auto bytes = static_cast<double>(pruned.cache.bytes());
+  const std::vector<std::vector<float>> logits = model_.score(answer_, pruned.cache);
+  return {pruned.kept_fraction, compare_logits(logits_, logits), pruned.select_seconds, bytes};
+}
+
+}  // namespace evaluate

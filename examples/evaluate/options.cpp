@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "options.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <thread>
+
+#include "budget_option.hpp"
+#include "catalogue.hpp"
+#include "command_line.hpp"
+
+namespace evaluate {
+
+namespace {
+
+constexpr const char* default_share = "refreekv";
+
+named_budget budget_of(const std::string& text) {
+  if (text == default_share) return {"as much as refreekv", std::nullopt};
+  const std::optional<double> share = smollm2::parse_share(text);
+  if (!share) {
+    throw smollm2::usage_error("--budgets: '" + text + "' is no share such as 0.5 or 50%, nor '" +
+                               default_share + "'");
+  }
+  return {smollm2::percent(*share), share};
+}
+
+}  // namespace
+
+std::optional<options> parse_options(int argc, char** argv) {
+  options result;
+  result.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  result.limit = std::numeric_limits<std::size_t>::max();
+  std::vector<std::string> budgets{"0.9", "0.5", "0.2", default_share};
+
+  CLI::App app(
+      "Compares methods that prune a key/value cache: how far each moves a model's predictions.");
+  app.option_defaults()->always_capture_default();
+  app.add_option("--model", result.model, "a Llama model in GGUF")->required();
+  app.add_option("--prompts", result.prompts, "files, and folders of *.txt files")->required();
+  app.add_option("--limit", result.limit, "prompts to take, evenly spread over all")
+      ->check(CLI::Range(std::size_t{1}, std::numeric_limits<std::size_t>::max()))
+      ->default_str("all");
+  app.add_option("--methods", result.methods)
+      ->check(CLI::IsMember(method_names()))
+      ->default_str("all");
+  app.add_option("--budgets", budgets,
+                 "shares of the prompt for the methods that need one; 'refreekv': what ReFreeKV's "
+                 "default keeps of it");
+  app.add_option("--tokens", result.tokens, "tokens that the full cache generates to compare at")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20));
+  app.add_option("--full-layers", result.full_layers,
+                 "first layers that no method prunes, whatever its own rule says");
+  app.add_option("--threads", result.threads)->check(CLI::Range(1, 1024));
+  app.add_option("--max-tokens", result.max_tokens, "skip prompts that are longer")
+      ->default_str("the model's context less --tokens");
+  app.add_flag("--raw", result.raw, "take prompts as they are, with no chat template around them");
+  app.add_option("--csv", result.csv, "write means and all prompts to this file");
+  app.add_option("--json", result.json, "write the same to this file");
+  app.add_option("--plot", result.plot, "draw FILE.svg and FILE.png (needs gnuplot)");
+  if (!smollm2::parse(app, argc, argv)) return std::nullopt;
+
+  if (result.methods.empty()) result.methods = method_names();
+  const auto& names = result.methods;
+  if (result.full_layers > 0 && std::find(names.begin(), names.end(), "cake") != names.end()) {
+    throw smollm2::usage_error(
+        "--full-layers: cake shares its budget among all layers; name the others with --methods");
+  }
+  for (const std::string& text : budgets) result.budgets.push_back(budget_of(text));
+  return result;
+}
+
+}  // namespace evaluate

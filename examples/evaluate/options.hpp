@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The command line.
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace evaluate {
+
+struct named_budget {
+  std::string name;
+  std::optional<double> share;  // nothing: what ReFreeKV's default keeps of the same prompt
+};
+
+struct options {
+  std::filesystem::path model;
+  std::vector<std::filesystem::path> prompts;
+  std::size_t limit;
+  std::vector<std::string> methods;
+  std::vector<named_budget> budgets;
+  std::size_t tokens = 24;      // to compare
+  std::size_t full_layers = 0;  // first layers that no method prunes
+  int threads = 1;
+  std::optional<std::size_t> max_tokens;  // of a prompt; what the model's context allows
+  bool raw = false;
+  std::filesystem::path csv;  // empty for none, as the next two
+  std::filesystem::path json;
+  std::filesystem::path plot;  // without ending
+};
+
+// Nothing where only help was asked for. Throws smollm2::usage_error for options that cannot be.
+std::optional<options> parse_options(int argc, char** argv);
+
+}  // namespace evaluate

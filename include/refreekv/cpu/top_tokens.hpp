@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// Choosing tokens by score on the CPU: the best ones, or those that hold a share of the sum.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "refreekv/cpu/token_scores.hpp"
+#include "refreekv/kept_positions.hpp"
+
+namespace refreekv::inline v0::cpu_detail {
+
+/// For each worker two copies of a row of scores and a mark for each token.
+struct selection_scratch {
+  float* values;        ///< [worker, 2, capacity]
+  std::uint8_t* marks;  ///< [worker, capacity]
+  index_t capacity;     ///< whole lines of the cache
+
+  template <class Seen>
+  static selection_scratch take(arena& from, index_t workers, const Seen& seen) noexcept {
+    selection_scratch s{};
+    constexpr index_t line = arena::alignment;
+    s.capacity = (seen.capacity() + line - 1) / line * line;
+    s.values = from.take<float>(workers, 2, s.capacity);
+    s.marks = from.take<std::uint8_t>(workers, s.capacity);
+    return s;
+  }
+
+  [[nodiscard]] float* values_of(index_t worker) const noexcept {
+    return values + worker * 2 * capacity;
+  }
+  [[nodiscard]] std::uint8_t* marks_of(index_t worker) const noexcept {
+    return marks + worker * capacity;
+  }
+};
+
+/// Keeps what is taken, in ascending order.
+class position_writer {
+ public:
+  position_writer(const kept_positions<>& kept, index_t sequence, index_t head) noexcept
+      : to_(kept.positions.at(sequence, head)),
+        stride_(kept.positions.stride(2)),
+        kept_(kept.counts(sequence, head)) {}
+  void take(index_t position) noexcept {
+    to_[stride_ * count_++] = static_cast<position_t>(position);
+  }
+  void take_range(index_t begin, index_t end) noexcept {
+    for (index_t t = begin; t < end; ++t) take(t);
+  }
+  void finish(index_t tokens) noexcept {
+    kept_ = {static_cast<position_t>(count_), static_cast<position_t>(tokens)};
+  }
+
+ private:
+  position_t* to_;
+  index_t stride_;
+  kept_count& kept_;
+  index_t count_ = 0;
+};
+
+inline void keep_all(const kept_positions<>& kept, index_t sequence, index_t head,
+                     index_t tokens) noexcept {
+  position_writer writer(kept, sequence, head);
+  writer.take_range(0, tokens);
+  writer.finish(tokens);
+}
+
+/// The smallest of those values that are to be taken, and how many of its equals are, the first
+/// ones first.
+struct value_limit {
+  float least;
+  index_t equals;
+};
+
+/// Of `count` values, the limit of the k largest. Requires 0 < k <= count and no NaN; reorders
+/// values. O(count) expected.
+inline value_limit limit_of_largest(float* values, index_t count, index_t k) noexcept {
+  std::nth_element(values, values + k - 1, values + count, std::greater<>());
+  const float least = values[k - 1];
+  return {least, k - std::count_if(values, values + k, [&](float v) { return v > least; })};
+}
+
+/// The limit of the fewest values that sum to at least `needed`; all that are not 0 if they do not.
+/// Requires values >= 0; reorders them. O(count) expected. (ours)
+inline value_limit limit_of_sum(float* values, index_t count, double needed) noexcept {
+  float* first = values;
+  float* last = std::partition(values, values + count, [](float v) { return v > 0; });
+  value_limit limit{first == last ? 0 : *std::min_element(first, last), count};
+  while (first != last) {
+    float* middle = first + (last - first) / 2;
+    const float pivot =
+        std::max(std::min(*first, *middle), std::min(std::max(*first, *middle), last[-1]));
+    float* equal = std::partition(first, last, [&](float v) { return v > pivot; });
+    float* less = std::partition(equal, last, [&](float v) { return v == pivot; });
+    double above = 0;
+    for (const float* v = first; v != equal; ++v) above += double{*v};
+    if (above >= needed && first != equal) {
+      last = equal;
+      continue;
+    }
+    const auto equals = static_cast<double>(less - equal);
+    if (above + equals * double{pivot} >= needed) {
+      const double wanted = std::ceil((needed - above) / double{pivot});
+      return {pivot, static_cast<index_t>(std::clamp(wanted, 1.0, equals))};
+    }
+    needed -= above + equals * double{pivot};
+    first = less;
+  }
+  return limit;
+}
+
+/// The values above what Twilight's published kernel finds by bisection from the first one: the
+/// least of them, with all its equals. Values are attention, normalised. O(count * steps).
+inline value_limit limit_of_bisection(const float* values, index_t count, float share) noexcept {
+  constexpr float precision = 1e-5f;
+  float low = 0, high = values[0];
+  for (;;) {
+    const float middle = (low + high) / 2;
+    float next = high, previous = low, above = 0;
+    for (index_t t = 0; t < count; ++t) {
+      const float v = values[t];
+      if (v > low && v < next) next = v;
+      if (v <= high && v > previous) previous = v;
+      if (v > middle) above += v;
+    }
+    if (above >= share) {
+      low = middle;
+    } else {
+      high = std::min(middle, previous);
+    }
+    if (!(previous - next > precision)) break;
+  }
+  return {std::nextafter(low, std::numeric_limits<float>::infinity()), count};
+}
+
+/// Whether any of values [count] is NaN.
+inline bool any_nan(const float* values, index_t stride, index_t count) noexcept {
+  bool nan = false;
+  for (index_t t = 0; t < count; ++t) nan |= std::isnan(values[t * stride]);
+  return nan;
+}
+
+template <class Executor, class Seen>
+void top_tokens(const Executor& on, const token_quota* quotas, const Seen& seen,
+                const scores_view<>& scores, const kept_positions<>& kept,
+                const selection_scratch& scratch) noexcept {
+  constexpr position_t undecided = -1;
+  for_each_head(on, seen, 4, [&](int worker, index_t s, index_t h) {
+    const index_t tokens = seen.tokens(s);
+    const index_t candidates = std::max<index_t>(0, tokens - quotas[s].recent);
+    const index_t ranked = quotas[s].ranked;
+    if (ranked >= candidates) return keep_all(kept, s, h, tokens);
+    const float* row = scores.at(s, h);
+    const index_t stride = scores.stride(2);
+    if (any_nan(row, stride, candidates)) {
+      kept.counts(s, h) = {undecided, static_cast<position_t>(tokens)};
+      return;
+    }
+    value_limit limit{std::numeric_limits<float>::infinity(), 0};
+    if (ranked > 0) {
+      float* values = scratch.values_of(worker);
+      for (index_t t = 0; t < candidates; ++t) values[t] = row[t * stride];
+      limit = limit_of_largest(values, candidates, ranked);
+    }
+    position_writer writer(kept, s, h);
+    for (index_t t = 0; t < candidates; ++t) {
+      const float score = row[t * stride];
+      if (score > limit.least || (score == limit.least && limit.equals-- > 0)) writer.take(t);
+    }
+    writer.take_range(candidates, tokens);
+    writer.finish(tokens);
+  });
+  for (index_t s = 0; s < seen.sequences(); ++s) {
+    bool decided = true;
+    for (index_t h = 0; h < seen.kv_heads(); ++h) {
+      decided = decided && kept.counts(s, h).count != undecided;
+    }
+    for (index_t h = 0; h < seen.kv_heads() && !decided; ++h) keep_all(kept, s, h, seen.tokens(s));
+  }
+}
+
+template <class Executor, class Seen>
+void top_mass(const Executor& on, double share, bool sink_start, const Seen& seen,
+              const scores_view<>& scores, const kept_positions<>& kept,
+              const selection_scratch& scratch) noexcept {
+  const index_t group = seen.q_heads() / seen.kv_heads();
+  for_each_head(on, seen, 8 * group, [&](int worker, index_t s, index_t h) {
+    const index_t tokens = seen.tokens(s);
+    float* values = scratch.values_of(worker);
+    std::uint8_t* marks = scratch.marks_of(worker);
+    std::fill_n(marks, tokens, std::uint8_t{0});
+    for (index_t g = 0; g < group && tokens > 0; ++g) {
+      const float* row = scores.at(s, h * group + g);
+      const index_t stride = scores.stride(2);
+      double sum = 0;
+      for (index_t t = 0; t < tokens; ++t) sum += double{row[t * stride]};
+      if (!norm_scan::decidable(sum)) return keep_all(kept, s, h, tokens);
+      const auto part = static_cast<float>(1 / sum);
+      const auto value = [&](index_t t) {
+        return sink_start ? row[t * stride] * part : row[t * stride];
+      };
+      for (index_t t = 0; t < tokens; ++t) values[t] = value(t);
+      value_limit limit = sink_start ? limit_of_bisection(values, tokens, static_cast<float>(share))
+                                     : limit_of_sum(values, tokens, share * sum);
+      for (index_t t = 0; t < tokens; ++t) {
+        const float v = value(t);
+        if (v > limit.least || (v == limit.least && limit.equals-- > 0)) marks[t] = 1;
+      }
+    }
+    position_writer writer(kept, s, h);
+    for (index_t t = 0; t < tokens; ++t) {
+      if (marks[t] != 0) writer.take(t);
+    }
+    writer.finish(tokens);
+  });
+}
+
+}  // namespace refreekv::inline v0::cpu_detail

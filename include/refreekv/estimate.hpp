@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Twilight (arXiv 2502.02770) reads in place of the keys: 4-bit keys and bounds of pages.
+#pragma once
+
+#include "refreekv/observation.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Keys in 4 bits a dimension. An engine keeps them beside its cache and lets `quantise` add what
+/// is new; they are observed in place of the keys. They are compacted as two sources of their own:
+/// codes of (head_dim + 1) / 2 bytes, ranges of 2 floats.
+template <class Memory = host_memory>
+struct int4_keys {
+  using memory = Memory;
+
+  /// [sequence, kv_head, token, (head_dim + 1) / 2]: dimension 2 i in the low half of byte i. The
+  /// last axis is contiguous.
+  view<std::uint8_t, 4, Memory> codes;
+  /// [sequence, kv_head, token, 2]: a key is low + step * code.
+  view<float, 4, Memory> ranges;
+  index_t dims;  ///< head_dim
+  lengths_view<Memory> lengths;
+
+  [[nodiscard]] constexpr index_t sequences() const noexcept { return codes.extent(0); }
+  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return codes.extent(1); }
+  [[nodiscard]] constexpr index_t capacity() const noexcept { return codes.extent(2); }
+  [[nodiscard]] constexpr index_t head_dim() const noexcept { return dims; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return lengths.data() == nullptr ? codes.extent(2) : index_t{lengths(sequence)};
+  }
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (codes.malformed() || ranges.malformed()) {
+      return "codes and ranges need a pointer and extents >= 0";
+    }
+    if (dims < 1 || dims > max_count) return "head_dim must be in [1, 2^31 - 1]";
+    if (codes.extent(3) != (dims + 1) / 2 || codes.stride(3) != 1) {
+      return "codes must be [sequence, kv_head, token, (head_dim + 1) / 2]";
+    }
+    for (std::size_t axis = 0; axis < 3; ++axis) {
+      if (ranges.extent(axis) != codes.extent(axis)) return "codes and ranges differ in extents";
+    }
+    if (ranges.extent(3) != 2) return "ranges must be [sequence, kv_head, token, 2]";
+    return invalid_lengths(lengths, sequences(), capacity());
+  }
+};
+
+/// The smallest and the largest key of each page of tokens, by which Quest (arXiv 2406.10774) finds
+/// the pages that a query may attend to. After a compaction they are made anew from token 0.
+template <class Memory = host_memory>
+struct page_bounds {
+  view<float, 5, Memory> bounds;  ///< [sequence, kv_head, page, 2, head_dim]: smallest, largest
+  index_t page_tokens = 16;
+};
+
+/// An observation of queries with the bounds of its keys' pages.
+template <observation Seen>
+  requires requires(const Seen& seen) { seen.queries; }
+struct paged_observation : Seen {
+  using observed = Seen;
+
+  page_bounds<typename Seen::memory> pages;
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = Seen::invalid()) return why;
+    const auto& b = pages.bounds;
+    if (pages.page_tokens < 1 || pages.page_tokens > max_count) return "page_tokens must be >= 1";
+    if (b.malformed() || b.extent(0) != this->sequences() || b.extent(1) != this->kv_heads() ||
+        b.extent(2) < (this->capacity() + pages.page_tokens - 1) / pages.page_tokens ||
+        b.extent(3) != 2 || b.extent(4) != this->head_dim()) {
+      return "page bounds must be [sequence, kv_head, page, 2, head_dim]";
+    }
+    return nullptr;
+  }
+};
+
+template <observation Seen>
+[[nodiscard]] constexpr auto with_pages(const Seen& seen,
+                                        const page_bounds<typename Seen::memory>& pages) noexcept {
+  return paged_observation<Seen>{{seen}, pages};
+}
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// ReFreeKV's ablation (arXiv 2502.16886, table 5): its stop rule on tokens ranked by attention.
+//
+// Each KV head ranks its tokens by the attention that they receive: from the last queries in the
+// released code, from all of them in the paper. Going from the least to the most important, tokens
+// go as long as the norm of the last row has lost at most `threshold` of itself. All heads lose the
+// same number of tokens; the recent ones stay and are outside the norm.
+#pragma once
+
+#include "refreekv/policy.hpp"
+
+namespace refreekv::inline v0::policy {
+
+struct attention_ranked {
+  template <class Memory>
+  using decision = kept_positions<Memory>;
+
+  double threshold = 0.01;  ///< the norm may lose this share of itself, in [0, 1]
+  count_t window = 8;       ///< last queries that rank tokens, at least 1; all_rows for the paper
+  count_t recent = 8;       ///< last tokens, which stay
+  count_t full_layers = 2;  ///< first layers that are never pruned
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (!(threshold >= 0 && threshold <= 1)) return "threshold must be in [0, 1]";
+    if (window < 1 || window > max_count) return "window must be >= 1";
+    if (recent > max_count) return "recent must be >= 0";
+    if (full_layers > max_count) return "full_layers must be >= 0";
+    return nullptr;
+  }
+  /// The observation's window must hold the rule's rows, or the whole sequence.
+  template <attention_observation Seen>
+  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    return detail::too_few_rows(seen, window);
+  }
+  template <class Backend>
+  struct buffers {
+    float* scores;      ///< [sequence, kv_head, capacity]
+    float* weights;     ///< [sequence, q_head, capacity]: the last row
+    position_t* order;  ///< [sequence, kv_head, capacity]
+    double* norms;      ///< [sequence, capacity]
+    typename ops<Backend>::attention_scratch attention;
+    typename ops<Backend>::selection_scratch selection;
+  };
+
+  template <backend Backend, attention_observation Seen>
+  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
+                                      const Seen& seen) const noexcept {
+    const index_t sequences = seen.sequences(), capacity = seen.capacity();
+    return {from.take<float>(sequences, seen.kv_heads(), capacity),
+            from.take<float>(sequences, seen.q_heads(), capacity),
+            from.take<position_t>(sequences, seen.kv_heads(), capacity),
+            from.take<double>(sequences, capacity),
+            ops<Backend>::take_attention_scratch(from, on, detail::rows_of(seen, window),
+                                                 observed(seen)),
+            ops<Backend>::take_selection_scratch(from, on, observed(seen))};
+  }
+
+  /// `reduce` sums norms [sequence, capacity]: the heads of all ranks lose the same number.
+  template <backend Backend, attention_observation Seen, reduction Reduce>
+  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
+                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
+    using run = ops<Backend>;
+    using scores_type = scores_view<typename Seen::memory>;
+    const auto& what = observed(seen);
+    const index_t sequences = seen.sequences(), capacity = seen.capacity();
+    const scores_type scores(work.scores, {sequences, seen.kv_heads(), capacity});
+    const scores_type weights(work.weights, {sequences, seen.q_heads(), capacity});
+    if (seen.info.layer < full_layers) return run::keep_all(on, what, kept);
+    const index_t rows = detail::rows_of(seen, window);
+    status s = run::attention_sums(on, score_rows{rows}, what, scores, work.attention);
+    if (s == status::ok) s = run::attention_sums(on, score_rows{1}, what, weights, work.attention);
+    if (s == status::ok) {
+      s = run::rank_tokens(on, recent, what, scores, weights, work.order, work.norms,
+                           work.selection);
+    }
+    if (s == status::ok) s = reduce(work.norms, sequences * capacity);
+    if (s == status::ok) {
+      s = run::stop_ranked(on, threshold, recent, what, work.norms, work.order, kept,
+                           work.selection);
+    }
+    return s;
+  }
+};
+
+}  // namespace refreekv::inline v0::policy

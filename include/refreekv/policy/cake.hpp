@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// CAKE (arXiv 2503.12491): one budget for all layers, shared out by how they attend.
+//
+// A layer whose attention is spread out and changes from row to row gets more. Its tokens are
+// scored by their mean attention from the window plus a multiple of its variance, pooled. As layers
+// are prefilled one after the other, budgets are shared anew among those there are, and earlier
+// layers give up what they have too much: a cascade. The integer rules are those of the authors'
+// code.
+#pragma once
+
+#include "refreekv/cake_layers.hpp"
+#include "refreekv/score_ranking.hpp"
+
+namespace refreekv::inline v0::policy {
+
+/// To be observed with_layers(...). With the queries of a layer that was just prefilled it scores
+/// the layer's tokens and notes its preference; then, and for earlier layers, it keeps what the
+/// layer's budget holds. Selecting all layers again after each one is the cascade.
+struct cake {
+  template <class Memory>
+  using decision = kept_positions<Memory>;
+
+  token_budget budget = 1024;  ///< tokens of the mean layer, the window's included
+  count_t window = 32;         ///< last queries that give scores, whose tokens stay; at least 1
+  count_t layers = 32;         ///< of the model
+  double gamma = 200;          ///< weight of the variance, at least 0
+  double tau1 = 1, tau2 = 1;   ///< preference = entropy^(1 / tau1) * variance^(1 / tau2); positive
+  pooling pool = {pool_kind::average, 5};
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
+    if (window < 1 || window > max_count) return "window must be >= 1";
+    if (layers < 1 || layers > max_count) return "layers must be >= 1";
+    if (!(gamma >= 0 && gamma <= 1e30)) return "gamma must be >= 0";
+    if (!(tau1 > 0 && tau2 > 0)) return "tau1 and tau2 must be > 0";
+    if (!pool.valid()) return "pool.width must be odd";
+    return nullptr;
+  }
+  /// The observation's window must hold the rule's rows, or the whole sequence.
+  template <observation Seen>
+  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    if (seen.layers.finished > layers) return "more layers are finished than the rule has";
+    if constexpr (attention_observation<Seen>) return detail::too_few_rows(seen, window);
+    return nullptr;
+  }
+  template <class Backend>
+  struct buffers {
+    token_quota* quotas;  ///< [sequence]
+    typename ops<Backend>::selection_scratch selection;
+    // Of layers that were just prefilled:
+    float* raw;      ///< [sequence, kv_head, capacity]
+    double* totals;  ///< [sequence, 2]
+    typename ops<Backend>::attention_scratch attention;
+  };
+
+  template <backend Backend, observation Seen>
+  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
+                                      const Seen& seen) const noexcept {
+    buffers<Backend> work{};
+    work.quotas = from.take<token_quota>(seen.sequences());
+    work.selection = ops<Backend>::take_selection_scratch(from, on, observed(seen));
+    if constexpr (attention_observation<Seen>) {
+      work.raw = from.take<float>(seen.sequences(), seen.kv_heads(), seen.capacity());
+      work.totals = from.take<double>(seen.sequences(), 2);
+      work.attention = ops<Backend>::take_attention_scratch(from, on, detail::rows_of(seen, window),
+                                                            observed(seen));
+    }
+    return work;
+  }
+
+  /// `reduce` sums entropies and variances [sequence, 2]: ranks share a layer's budget.
+  template <backend Backend, observation Seen, reduction Reduce>
+  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
+                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
+    using run = ops<Backend>;
+    const auto& what = observed(seen);
+    status s = status::ok;
+    if constexpr (attention_observation<Seen>) {
+      const scores_view<typename Seen::memory> raw(
+          work.raw, {seen.sequences(), seen.kv_heads(), seen.capacity()});
+      s = run::attention_spread(on, detail::rows_of(seen, window), gamma, what, raw, work.totals,
+                                work.attention);
+      if (s == status::ok) s = reduce(work.totals, 2 * seen.sequences());
+      if (s == status::ok) {
+        s = run::for_each_sequence(
+            on, seen.sequences(),
+            assign_preference<cake, Seen>{*this, seen.layers, seen.info.layer, work.totals});
+      }
+      if (s == status::ok) {
+        s = run::for_each_sequence(on, seen.sequences(), assign_window{work.quotas, window});
+      }
+      if (s == status::ok) s = run::pool(on, pool, work.quotas, what, raw, seen.layers.scores);
+    }
+    if (s == status::ok) {
+      s = run::for_each_sequence(on, seen.sequences(),
+                                 assign_quota<cake, Seen>{*this, seen, work.quotas});
+    }
+    if (s == status::ok) {
+      s = run::top_tokens(on, work.quotas, what, seen.layers.scores, kept, work.selection);
+    }
+    return s;
+  }
+
+  /// What stays of a layer, by the preferences [finished] with a stride. O(finished)
+  [[nodiscard]] REFREEKV_HOST_DEVICE token_quota quota(const double* preferences, index_t stride,
+                                                       index_t finished, index_t layer,
+                                                       index_t prompt) const noexcept {
+    const index_t most = budget.of(prompt), recent = window;
+    if (prompt <= most + recent) return token_quota::all();
+    const index_t total = most > recent ? (most - recent) * layers : 0;
+    return {cake_budget(preferences, stride, finished, layer, total, prompt - recent), recent};
+  }
+
+  // Public, as device code wants them.
+  template <class Rule, class Seen>
+  struct assign_preference {
+    Rule rule;
+    cake_layers<typename Seen::memory> to;
+    index_t layer;
+    const double* totals;  // [sequence, 2]
+    REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
+      to.preferences(s, layer) =
+          std::pow(totals[2 * s], 1 / rule.tau1) * std::pow(totals[2 * s + 1], 1 / rule.tau2);
+    }
+  };
+  struct assign_window {
+    token_quota* quotas;
+    index_t window;
+    REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept { quotas[s] = {0, window}; }
+  };
+  template <class Rule, class Seen>
+  struct assign_quota {
+    Rule rule;
+    Seen seen;
+    token_quota* quotas;
+    REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
+      const auto& [scores, preferences, finished, prompts] = seen.layers;
+      const index_t prompt = prompts.data() != nullptr ? index_t{prompts(s)} : seen.tokens(s);
+      quotas[s] =
+          rule.quota(preferences.at(s), preferences.stride(1), finished, seen.info.layer, prompt);
+    }
+  };
+};
+
+/// A step of decoding in a layer: the attention of the last row alone, pooled along the slots.
+struct cake_decode {
+  template <class Memory>
+  using decision = kept_positions<Memory>;
+
+  count_t budget = 992;  ///< of the layer, the recent ones not included: its last cake_budget
+  count_t recent = 32;   ///< last tokens, which stay: cake's window
+  pooling pool = {pool_kind::average, 5};
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (budget > max_count) return "budget must be >= 0";
+    if (recent > max_count) return "recent must be >= 0";
+    if (!pool.valid()) return "pool.width must be odd";
+    return nullptr;
+  }
+  template <attention_observation Seen>
+  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    return detail::too_few_rows(seen, 1);
+  }
+  [[nodiscard]] constexpr auto method(const attention_observation auto&) const noexcept {
+    return score_ranking<cake_decode>{1, pool, false, *this};
+  }
+
+  /// What stays of a sequence. O(1)
+  [[nodiscard]] REFREEKV_HOST_DEVICE token_quota operator()(index_t) const noexcept {
+    return {budget, recent};
+  }
+};
+
+}  // namespace refreekv::inline v0::policy

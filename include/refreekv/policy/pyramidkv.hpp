@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// PyramidKV (arXiv 2406.02069): SnapKV's scores, with budgets that shrink from layer to layer.
+//
+// The first layer has the most, the last one 1 / beta of the mean, and those between lie on a line.
+// The rule is that of the authors' code (KVCache-Factory), integers and all; the paper's own is the
+// same line in real numbers.
+#pragma once
+
+#include "refreekv/score_ranking.hpp"
+
+namespace refreekv::inline v0::policy {
+
+/// By what the difference between the first and the last layer is divided.
+enum class pyramid_step {
+  between_layers,  ///< layers - 1: KVCache-Factory
+  over_layers,     ///< layers: its older versions, and the code of arXiv 2502.16886
+};
+
+struct pyramidkv {
+  template <class Memory>
+  using decision = kept_positions<Memory>;
+
+  token_budget budget = 2048;  ///< tokens of the mean layer, the window's included
+  count_t window = 8;          ///< last queries that give scores, whose tokens stay; at least 1
+  pooling pool = {pool_kind::max, 7};
+  count_t beta = 20;    ///< at least 1
+  count_t layers = 32;  ///< of the model; the observation says which one it is
+  pyramid_step step = pyramid_step::between_layers;
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
+    if (window < 1 || window > max_count) return "window must be >= 1";
+    if (!pool.valid()) return "pool.width must be odd";
+    if (beta < 1 || beta > max_count) return "beta must be >= 1";
+    if (layers < 1 || layers > max_count) return "layers must be >= 1";
+    return nullptr;
+  }
+  /// The observation's window must hold the rule's rows, or the whole sequence.
+  template <attention_observation Seen>
+  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    if (seen.info.layer >= layers) return "layer must be below the rule's layers";
+    return detail::too_few_rows(seen, window);
+  }
+  [[nodiscard]] constexpr auto method(const attention_observation auto& seen) const noexcept {
+    using quota = layer_quota<pyramidkv>;
+    return score_ranking<quota>{detail::rows_of(seen, window), pool, false,
+                                quota{*this, seen.info.layer}};
+  }
+
+  /// What stays of a sequence in a layer. O(1)
+  [[nodiscard]] REFREEKV_HOST_DEVICE token_quota quota(index_t layer,
+                                                       index_t tokens) const noexcept {
+    const index_t most = budget.of(tokens);
+    if (tokens <= most) return token_quota::all();
+    const index_t mean = most > window ? most - window : 0;
+    if (tokens < 2 * mean) return {mean, window};
+    index_t last = mean / beta;
+    index_t first = 2 * mean - last;
+    const index_t others = tokens > window ? tokens - window : 0;
+    if (first >= others) {
+      first = others;
+      last = 2 * mean - first;
+    }
+    const index_t steps = step == pyramid_step::over_layers || layers == 1 ? layers : layers - 1;
+    return {first - layer * ((first - last) / steps), window};
+  }
+
+  template <class Rule>
+  struct layer_quota {  // public, as device code wants it
+    Rule rule;
+    index_t layer;
+    REFREEKV_HOST_DEVICE token_quota operator()(index_t tokens) const noexcept {
+      return rule.quota(layer, tokens);
+    }
+  };
+};
+
+}  // namespace refreekv::inline v0::policy

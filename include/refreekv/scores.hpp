@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores that tokens earn by the attention they receive, and what is kept by them.
+#pragma once
+
+#include "refreekv/budget.hpp"
+#include "refreekv/view.hpp"
+
+namespace refreekv::inline v0 {
+
+/// How a token's score takes in those of its neighbours.
+enum class pool_kind {
+  average,  ///< their sum over `width`, also where some are missing
+  max,      ///< the largest of those there are
+};
+
+/// Over `width` tokens around each one, an odd number; 1 leaves scores as they are.
+struct pooling {
+  pool_kind kind = pool_kind::average;
+  count_t width = 5;
+
+  [[nodiscard]] constexpr bool valid() const noexcept {
+    return width % 2 == 1 && width <= max_count;
+  }
+};
+
+/// What a sequence keeps: its last `recent` tokens, and of those before them the `ranked` with the
+/// highest scores, the earlier ones among equals. All where there are no more than that.
+struct token_quota {
+  index_t ranked;
+  index_t recent;
+
+  /// Everything.
+  [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr token_quota all() noexcept {
+    return {max_count, 0};
+  }
+  /// `budget` tokens in all, of which the last `recent` are safe whatever the budget is.
+  [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr token_quota of(index_t budget,
+                                                                     index_t recent) noexcept {
+    return {budget > recent ? budget - recent : 0, recent};
+  }
+};
+
+/// Scores of each sequence's heads: [sequence, head, token].
+template <class Memory = host_memory>
+using scores_view = view<float, 3, Memory>;
+
+/// Which rows give a score.
+struct score_rows {
+  index_t rows;  ///< the last ones of the observation; of a shorter sequence those that exist
+  /// Tokens keep what they had, but the last `rows`: they are new.
+  bool carried = false;
+};
+
+}  // namespace refreekv::inline v0

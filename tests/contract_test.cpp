@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract that every policy keeps on every backend: a table of policies, one test a property.
+#include "layouts.hpp"
+#include "ranked_selection.hpp"
+#include "selection.hpp"
+
+using namespace refreekv;
+
+namespace {
+
+constexpr count_t layers = 12;
+
+/// What rides on an observation for the policies that have state.
+struct state {
+  std::vector<float> scores;
+  std::vector<double> preferences;
+
+  template <class Seen>
+  auto attach(const policy::cake&, const Seen& seen) {
+    scores.assign(size(seen.sequences() * seen.kv_heads() * seen.capacity()), 0.0f);
+    preferences.assign(size(seen.sequences() * layers), 1000.0);
+    return with_layers(
+        seen, {.scores = {scores.data(), {seen.sequences(), seen.kv_heads(), seen.capacity()}},
+               .preferences = {preferences.data(), {seen.sequences(), layers}},
+               .finished = layers});
+  }
+  auto attach(const auto&, const auto& seen) { return seen; }
+};
+
+/// Every policy with the options that matter; a new one is a line here.
+template <class F>
+void for_each_policy(const F& f) {
+  const auto frobenius = row_average::frobenius;
+  const pooling most{pool_kind::max, 7};
+  f("refreekv", policy::refreekv{});
+  f("refreekv, window 3", policy::refreekv{.window = 3});
+  f("refreekv, all options", policy::refreekv{.threshold = 0.1,
+                                              .window = 3,
+                                              .average = frobenius,
+                                              .norm = norm_scope::full_row,
+                                              .scope = cut_scope::kv_head});
+  f("streaming_llm", policy::streaming_llm{.sinks = 4, .budget = 44});
+  f("streaming_llm, room", policy::streaming_llm{.sinks = 2, .budget = 302, .room = 100});
+  f("h2o", policy::h2o{.budget = 60, .recent = 30, .window = 3});
+  f("h2o, shares",
+    policy::h2o{
+        .budget = token_budget::share(0.5), .recent = token_budget::share(0.1), .window = 2});
+  f("snapkv", policy::snapkv{.budget = 50, .window = 3});
+  f("snapkv, max", policy::snapkv{.budget = token_budget::share(0.3), .window = 2, .pool = most});
+  f("pyramidkv", policy::pyramidkv{.budget = 40, .window = 3, .layers = layers});
+  f("cake", policy::cake{.budget = 40, .window = 3, .layers = layers});
+  f("cake_decode", policy::cake_decode{.budget = 40, .recent = 3});
+  f("attention_ranked", policy::attention_ranked{.threshold = 0.05, .window = 3, .recent = 3});
+  f("twilight", policy::twilight{.p = 0.8});
+  f("twilight, sink start", policy::twilight{.p = 0.8, .sink_start = true});
+}
+
+/// Those that have a budget, with one that holds all.
+template <class F>
+void for_each_large_budget(const F& f) {
+  const token_budget all = token_budget::share(1);
+  f("streaming_llm", policy::streaming_llm{.budget = all});
+  f("h2o", policy::h2o{.budget = all, .recent = 3, .window = 3});
+  f("h2o, more than there is", policy::h2o{.budget = 4000, .recent = 3, .window = 3});
+  f("snapkv", policy::snapkv{.budget = all, .window = 3});
+  f("pyramidkv", policy::pyramidkv{.budget = all, .window = 3, .layers = layers});
+  f("cake", policy::cake{.budget = all, .window = 3, .layers = layers});
+  f("cake_decode", policy::cake_decode{.budget = 300, .recent = 3});
+  f("attention_ranked", policy::attention_ranked{.window = 3, .recent = 300});
+}
+
+/// First and last tokens that a policy never drops.
+struct safe_tokens {
+  index_t first, last;
+};
+safe_tokens safe(const policy::refreekv& rule, index_t) { return {rule.sinks, 0}; }
+safe_tokens safe(const policy::streaming_llm& rule, index_t) { return {rule.sinks, 0}; }
+safe_tokens safe(const policy::h2o& rule, index_t n) {
+  return {0, rule.recent.of(rule.budget.of(n))};
+}
+safe_tokens safe(const policy::snapkv& rule, index_t) { return {0, rule.window}; }
+safe_tokens safe(const policy::pyramidkv& rule, index_t) { return {0, rule.window}; }
+safe_tokens safe(const policy::cake& rule, index_t) { return {0, rule.window}; }
+safe_tokens safe(const policy::cake_decode& rule, index_t) { return {0, rule.recent}; }
+safe_tokens safe(const policy::attention_ranked& rule, index_t) { return {0, rule.recent}; }
+safe_tokens safe(const policy::twilight&, index_t) { return {0, 0}; }
+
+/// What is kept, whatever form the policy says it in.
+struct outcome {
+  refreekv::status status;
+  index_t groups = 0;
+  std::vector<std::vector<position_t>> kept;  // [sequence, group]
+
+  const std::vector<position_t>& at(index_t s, index_t g) const {
+    return kept[size(s * groups + g)];
+  }
+  friend bool operator==(const outcome&, const outcome&) = default;
+};
+
+template <class Rule, class Seen>
+outcome run(const Rule& rule, const auto& on, const Seen& plain, std::size_t missing = 0) {
+  state s;
+  const auto seen = s.attach(rule, plain);
+  if constexpr (std::same_as<decision_of<Rule, host_memory>, kept_ranges<>>) {
+    const selection ranges = run_select(rule, on, seen, missing);
+    outcome out{ranges.status, ranges.groups, {}};
+    for (const kept_range& k : ranges.kept) {
+      out.kept.emplace_back();
+      if (out.status != status::ok) continue;
+      for (position_t t = 0; t < k.tokens; ++t) {
+        if (k.keeps(t)) out.kept.back().push_back(t);
+      }
+    }
+    return out;
+  } else {
+    const ranked_selection ranked = run_ranked(rule, on, seen, missing);
+    return {ranked.status, seen.kv_heads(), ranked.kept};
+  }
+}
+
+template <class F>
+void for_each_backend(const F& f) {
+  static thread_pool pool(2);
+  f("one thread", cpu_backend{});
+  f("two threads", cpu_backend{pool});
+}
+
+template <class F>
+void for_each_case(const F& f) {
+  for_each_policy([&](const char* policy, const auto& rule) {
+    INFO(policy);
+    for_each_backend([&](const char* backend, const auto& on) {
+      INFO(backend);
+      f(rule, on);
+    });
+  });
+}
+
+problem random_problem(unsigned seed, std::vector<position_t> lengths = {300, 5, 0, 77, 4, 1}) {
+  random_source random(seed);
+  problem p(2, 3, 16, 3, std::move(lengths));
+  fill(p, random);
+  return p;
+}
+
+outcome ok(outcome o) {
+  REQUIRE(o.status == status::ok);
+  return o;
+}
+
+}  // namespace
+
+TEST_CASE("what is kept are ascending positions, the safe ones among them", "[contract]") {
+  const problem p = random_problem(base_seed());
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const outcome o = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+    bool dropped = false;
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      const index_t n = p.lengths[size(s)];
+      const auto [first, last] = safe(rule, n);
+      for (index_t g = 0; g < o.groups; ++g) {
+        const std::vector<position_t>& kept = o.at(s, g);
+        CHECK(std::is_sorted(kept.begin(), kept.end(), std::less_equal<>()));
+        if (!kept.empty()) CHECK((kept.front() >= 0 && kept.back() < n));
+        for (position_t t = 0; t < n; ++t) {
+          if (t >= first && t < n - last) continue;
+          CHECK(std::binary_search(kept.begin(), kept.end(), t));
+        }
+        if (n > 0) CHECK(!kept.empty());
+        dropped = dropped || static_cast<index_t>(kept.size()) < n;
+      }
+    }
+    CHECK(dropped);
+  });
+}
+
+TEST_CASE("a range says how much it loses", "[contract]") {
+  const problem p = random_problem(base_seed());
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    if constexpr (std::same_as<decision_of<decltype(rule), host_memory>, kept_ranges<>>) {
+      const selection s = run_select(rule, on, observe(p.query_view(), keys.source(), p.info()));
+      for (index_t i = 0; i < p.sequences(); ++i) {
+        for (index_t g = 0; g < s.groups; ++g) {
+          const kept_range& k = s.at(i, g);
+          CHECK(k.tokens == p.lengths[size(i)]);
+          CHECK(k.sinks == std::min<index_t>(k.tokens, rule.sinks));
+          CHECK(k.loss >= 0);
+          if constexpr (requires { rule.threshold; }) {
+            CHECK(double{k.loss} <= rule.threshold + 1e-9);
+          }
+          CHECK(k.dropped_mass >= 0);
+          CHECK(k.dropped_mass <= 1.00001f);
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("a budget that holds all is the identity", "[contract]") {
+  const problem p = random_problem(base_seed() + 1);
+  const dense_cache<float> keys(p.keys);
+  for_each_large_budget([&](const char* policy, const auto& rule) {
+    INFO(policy);
+    for_each_backend([&](const char*, const auto& on) {
+      const outcome o = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+      for (index_t s = 0; s < p.sequences(); ++s) {
+        for (index_t g = 0; g < o.groups; ++g) {
+          CHECK(static_cast<position_t>(o.at(s, g).size()) == p.lengths[size(s)]);
+        }
+      }
+    });
+  });
+}
+
+TEST_CASE("sequences do not influence each other", "[contract]") {
+  const problem p = random_problem(base_seed() + 1);
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const outcome together = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      problem alone(p.keys.kv_heads, p.group, p.head_dim, p.window, {p.lengths[size(s)]});
+      alone.keys.values[0] = p.keys.values[size(s)];
+      const auto begin = p.queries.begin() + s * static_cast<index_t>(alone.queries.size());
+      std::copy(begin, begin + static_cast<index_t>(alone.queries.size()), alone.queries.begin());
+      const dense_cache<float> own(alone.keys);
+      const outcome single = ok(run(rule, on, observe(alone.query_view(), own.source(), p.info())));
+      for (index_t g = 0; g < together.groups; ++g) CHECK(single.at(0, g) == together.at(s, g));
+    }
+  });
+}
+
+TEST_CASE("permuting KV heads permutes the result", "[contract]") {
+  const problem p = random_problem(base_seed() + 2);
+  problem swapped = p;
+  for (index_t s = 0; s < p.sequences(); ++s) {
+    for (index_t h = 0; h < p.keys.kv_heads; ++h) {
+      const index_t other = p.keys.kv_heads - 1 - h;
+      for (index_t d = 0; d < p.head_dim; ++d) {
+        for (index_t t = 0; t < p.lengths[size(s)]; ++t) {
+          swapped.keys.at(s, other, t, d) = p.keys.at(s, h, t, d);
+        }
+        for (index_t r = 0; r < p.window; ++r) {
+          for (index_t g = 0; g < p.group; ++g) {
+            swapped.query(s, r, other * p.group + g, d) = p.query(s, r, h * p.group + g, d);
+          }
+        }
+      }
+    }
+  }
+  const dense_cache<float> keys(p.keys), swapped_keys(swapped.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const outcome a = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+    const outcome b =
+        ok(run(rule, on, observe(swapped.query_view(), swapped_keys.source(), swapped.info())));
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      for (index_t g = 0; g < a.groups; ++g) CHECK(a.at(s, g) == b.at(s, a.groups - 1 - g));
+    }
+  });
+}
+
+TEST_CASE("every run and every number of threads gives the same bits", "[contract]") {
+  const problem p = random_problem(base_seed() + 3, {1000, 700});
+  const dense_cache<Eigen::half> keys(p.keys);
+  const thread_pool pool(5);
+  for_each_policy([&](const char* policy, const auto& rule) {
+    INFO(policy);
+    const auto seen = observe(p.query_view(), keys.source(), p.info());
+    const outcome first = ok(run(rule, cpu_backend{}, seen));
+    CHECK(run(rule, cpu_backend{}, seen) == first);
+    CHECK(run(rule, cpu_backend{pool}, seen) == first);
+  });
+}
+
+TEST_CASE("a workspace one byte short is refused and nothing is written", "[contract]") {
+  const problem p = random_problem(base_seed() + 4);
+  const dense_cache<float> keys(p.keys);
+  const auto plain = observe(p.query_view(), keys.source(), p.info());
+  int refused = 0;
+  for_each_case([&](const auto& rule, const auto& on) {
+    state s;
+    if (workspace_size(rule, on, s.attach(rule, plain)) == 0) return;  // cannot be short
+    CHECK(run(rule, on, plain, 1).status == status::small_workspace);
+    ++refused;
+  });
+  CHECK(refused == 2 * 13);  // all but streaming_llm, on two backends
+}
+
+TEST_CASE("an empty batch is no work", "[contract]") {
+  const problem p(2, 2, 8, 3, {});
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    CHECK(run(rule, on, observe(p.query_view(), keys.source(), p.info())).status == status::ok);
+  });
+}
+
+TEST_CASE("NaN in a score keeps all of its sequence", "[contract]") {
+  problem p = random_problem(base_seed() + 5, {300, 280});
+  p.keys.at(0, 0, 150, 3) = std::numeric_limits<float>::quiet_NaN();
+  const dense_cache<float> keys(p.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    using rule_type = std::decay_t<decltype(rule)>;
+    if constexpr (!std::same_as<rule_type, policy::streaming_llm>) {
+      const outcome o = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+      CHECK(o.at(0, 0).size() == 300);  // the head that has it
+      // Those of a number of tokens for the whole layer go on together, others on their own.
+      if constexpr (!std::same_as<rule_type, policy::twilight>) {
+        if (o.groups == 1 || !std::same_as<rule_type, policy::refreekv>) {
+          CHECK(o.at(0, o.groups - 1).size() == 300);
+        }
+      }
+      CHECK(o.at(1, 0).size() < 280);
+    }
+  });
+}
+
+TEST_CASE("prune selects and gathers", "[contract]") {
+  const problem p = random_problem(base_seed() + 6);
+  for_each_case([&](const auto& rule, const auto& on) {
+    using rule_type = std::decay_t<decltype(rule)>;
+    if constexpr (std::same_as<decision_of<rule_type, host_memory>, kept_positions<>>) {
+      const dense_cache<float> keys(p.keys), values(p.keys);
+      const auto plain = observe(p.query_view(), keys.source(), p.info());
+      const outcome expected = ok(run(rule, on, plain));
+      state s;
+      const auto seen = s.attach(rule, plain);
+      std::vector<std::byte> scratch(workspace_size(rule, on, seen));
+      guarded_positions guarded(p.sequences(), 2, seen.capacity());
+      const kept_positions<> kept = guarded.kept();
+      REQUIRE(prune(rule, on, seen, kept, scratch, compaction::suffix_down, values.source()) ==
+              status::ok);
+      for (index_t i = 0; i < p.sequences(); ++i) {
+        for (index_t h = 0; h < 2; ++h) {
+          REQUIRE(positions_of(kept, i, h) == expected.at(i, h));
+          for (index_t k = 0; k < kept.counts(i, h).count; ++k) {
+            const index_t from = kept.positions(i, h, k);
+            CHECK(*keys.source().run_at(i, h, k).data == p.keys.at(i, h, from, 0));
+            CHECK(*values.source().run_at(i, h, k).data == p.keys.at(i, h, from, 0));
+          }
+        }
+      }
+    }
+  });
+}

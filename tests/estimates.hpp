@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// 4-bit keys and bounds of pages in memory of their own, as Twilight's caller holds them.
+#pragma once
+
+#include "layouts.hpp"
+
+/// Made from keys by the library; what is not written is recognisable.
+class estimates {
+ public:
+  template <class Keys>
+  estimates(const Keys& keys, std::vector<position_t> lengths, index_t page_tokens)
+      : lengths_(std::move(lengths)),
+        heads_(keys.kv_heads()),
+        capacity_(keys.capacity() + 2),
+        dims_(keys.head_dim()),
+        page_tokens_(page_tokens),
+        codes_(size(rows() * bytes()), std::uint8_t{0xA5}),
+        ranges_(size(rows() * 2), std::numeric_limits<float>::quiet_NaN()),
+        bounds_(size(count() * heads_ * pages() * 2 * dims_),
+                std::numeric_limits<float>::quiet_NaN()) {}
+
+  refreekv::int4_keys<> keys() {
+    return {.codes = {codes_.data(), {count(), heads_, capacity_, bytes()}},
+            .ranges = {ranges_.data(), {count(), heads_, capacity_, 2}},
+            .dims = dims_,
+            .lengths = {lengths_.data(), {count()}}};
+  }
+  refreekv::page_bounds<> page_bounds() {
+    return {.bounds = {bounds_.data(), {count(), heads_, pages(), 2, dims_}},
+            .page_tokens = page_tokens_};
+  }
+  int code(index_t s, index_t h, index_t t, index_t d) {
+    const int pair = keys().codes(s, h, t, d / 2);
+    return d % 2 == 0 ? pair & 15 : pair >> 4;
+  }
+  /// A key as its 4 bits say.
+  std::vector<double> key(index_t s, index_t h, index_t t) {
+    std::vector<double> out;
+    const auto ranges = keys().ranges;
+    for (index_t d = 0; d < dims_; ++d) {
+      out.push_back(double{ranges(s, h, t, 0)} + double{ranges(s, h, t, 1)} * code(s, h, t, d));
+    }
+    return out;
+  }
+  bool same_as(const estimates& other) const {
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) {
+        return x == y || (std::isnan(x) && std::isnan(y));
+      });
+    };
+    return codes_ == other.codes_ && same(ranges_, other.ranges_) && same(bounds_, other.bounds_);
+  }
+
+ private:
+  index_t count() const { return static_cast<index_t>(lengths_.size()); }
+  index_t rows() const { return count() * heads_ * capacity_; }
+  index_t bytes() const { return (dims_ + 1) / 2; }
+  index_t pages() const { return (capacity_ + page_tokens_ - 1) / page_tokens_; }
+
+  std::vector<position_t> lengths_;
+  index_t heads_, capacity_, dims_, page_tokens_;
+  std::vector<std::uint8_t> codes_;
+  std::vector<float> ranges_, bounds_;
+};

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every option outside its range, and every observation that does not fit, is refused by name.
+#include "layouts.hpp"
+#include "ranked_selection.hpp"
+
+using namespace refreekv;
+
+namespace {
+
+constexpr count_t wrapped = static_cast<count_t>(-1);
+
+/// The first word of why select refuses; checks that it does.
+template <class Rule, class Seen>
+std::string why(const Rule& rule, const Seen& seen) {
+  guarded_positions guarded(seen.sequences(), seen.kv_heads(), seen.capacity());
+  const char* reason = why_invalid(rule, seen, guarded.kept());
+  std::vector<std::byte> scratch(1 << 20);
+  const status s = select(rule, cpu_backend{}, seen, guarded.kept(), scratch);
+  CHECK(s == (reason == nullptr ? status::ok : status::invalid_argument));
+  CHECK((workspace_size(rule, cpu_backend{}, seen) == 0) ==
+        (rule.invalid() != nullptr || seen.invalid() != nullptr));
+  const std::string text = reason == nullptr ? "" : reason;
+  return text.substr(0, text.find(' '));
+}
+
+}  // namespace
+
+TEST_CASE("options outside their range are named", "[policy]") {
+  problem p(2, 2, 8, 40, {30});
+  random_source random(base_seed());
+  fill(p, random);
+  const dense_cache<float> cache(p.keys);
+  const auto seen = observe(p.query_view(), cache.source(), p.info());
+  using namespace refreekv::policy;
+  CHECK(why(h2o{}, seen) == "");
+  CHECK(why(h2o{.budget = wrapped}, seen) == "budget");
+  CHECK(why(h2o{.budget = -1}, seen) == "budget");
+  CHECK(why(h2o{.recent = token_budget::share(2)}, seen) == "recent");
+  CHECK(why(h2o{.window = 0}, seen) == "window");
+  CHECK(why(snapkv{}, seen) == "");
+  CHECK(why(snapkv{.budget = token_budget::share(-1)}, seen) == "budget");
+  CHECK(why(snapkv{.window = wrapped}, seen) == "window");
+  CHECK(why(snapkv{.pool = {pool_kind::max, 4}}, seen) == "pool.width");
+  CHECK(why(snapkv{.pool = {pool_kind::max, 0}}, seen) == "pool.width");
+  CHECK(why(pyramidkv{}, seen) == "");
+  CHECK(why(pyramidkv{.budget = wrapped}, seen) == "budget");
+  CHECK(why(pyramidkv{.window = 0}, seen) == "window");
+  CHECK(why(pyramidkv{.pool = {pool_kind::average, 2}}, seen) == "pool.width");
+  CHECK(why(pyramidkv{.beta = 0}, seen) == "beta");
+  CHECK(why(pyramidkv{.layers = 0}, seen) == "layers");
+  CHECK(why(pyramidkv{.layers = 9}, seen) == "layer");  // this is the tenth
+  CHECK(why(attention_ranked{}, seen) == "");
+  CHECK(why(attention_ranked{.threshold = -0.1}, seen) == "threshold");
+  CHECK(why(attention_ranked{.window = 0}, seen) == "window");
+  CHECK(why(attention_ranked{.recent = wrapped}, seen) == "recent");
+  CHECK(why(attention_ranked{.full_layers = wrapped}, seen) == "full_layers");
+  CHECK(why(twilight{}, seen) == "");
+  CHECK(why(twilight{.p = std::nan("")}, seen) == "p");
+  CHECK(why(twilight{.p = 1.1}, seen) == "p");
+  CHECK(why(twilight{.selected = 0}, seen) == "selected");
+  CHECK(why(twilight{.full_layers = wrapped}, seen) == "full_layers");
+  CHECK(why(cake_decode{}, seen) == "");
+  CHECK(why(cake_decode{.budget = wrapped}, seen) == "budget");
+  CHECK(why(cake_decode{.recent = wrapped}, seen) == "recent");
+  CHECK(why(cake_decode{.pool = {pool_kind::average, 2}}, seen) == "pool.width");
+}
+
+TEST_CASE("a window of the observation that is too small is refused", "[policy]") {
+  problem p(2, 2, 8, 4, {30, 3});
+  const dense_cache<float> cache(p.keys);
+  const auto seen = observe(p.query_view(), cache.source(), p.info());
+  using namespace refreekv::policy;
+  CHECK(why(h2o{}, seen) == "fewer");
+  CHECK(why(h2o{.window = 4}, seen) == "");
+  CHECK(why(snapkv{.window = 5}, seen) == "fewer");
+  CHECK(why(snapkv{.window = 4}, seen) == "");
+  CHECK(why(pyramidkv{.window = 5}, seen) == "fewer");
+  CHECK(why(attention_ranked{.window = 5}, seen) == "fewer");
+  // Scores that are carried on take the rows there are.
+  std::vector<float> scores(size(2 * 2 * seen.capacity()));
+  const scores_view<> all(scores.data(), {2, 2, seen.capacity()});
+  CHECK(why(h2o{}, with_scores(seen, all)) == "");
+  CHECK(why(h2o{.budget = token_budget::share(0.5)}, with_scores(seen, all)) == "budget");
+}
+
+TEST_CASE("state of another shape is refused", "[policy]") {
+  problem p(2, 2, 8, 40, {30});
+  const dense_cache<float> cache(p.keys);
+  const auto seen = observe(p.query_view(), cache.source(), p.info(3));
+  const index_t n = seen.capacity();
+  std::vector<float> scores(size(2 * n));
+  std::vector<double> preferences(8);
+  const cake_layers<> good{{scores.data(), {1, 2, n}}, {preferences.data(), {1, 8}}, 4};
+  const auto cake_with = [&](const auto& change, const policy::cake& rule = {.window = 8}) {
+    cake_layers<> layers = good;
+    change(layers);
+    return why(rule, with_layers(seen, layers));
+  };
+  CHECK(cake_with([](auto&) {}) == "");
+  CHECK(cake_with([](auto& l) { l.finished = 3; }) == "finished");
+  CHECK(cake_with([](auto& l) { l.finished = 9; }) == "preferences");
+  CHECK(cake_with([&](auto& l) { l.scores = {scores.data(), {1, 1, n}}; }) == "scores");
+  CHECK(cake_with([&](auto& l) { l.scores = {scores.data(), {1, 2, n - 1}}; }) == "scores");
+  CHECK(cake_with([](auto&) {}, {.window = 8, .layers = 3}) == "more");
+  CHECK(cake_with([](auto&) {}, {.window = 0}) == "window");
+  CHECK(cake_with([](auto&) {}, {.window = 8, .layers = 0}) == "layers");
+  CHECK(cake_with([](auto&) {}, {.window = 8, .gamma = -1}) == "gamma");
+  CHECK(cake_with([](auto&) {}, {.window = 8, .tau1 = 0}) == "tau1");
+  CHECK(cake_with([](auto&) {}, {.window = 8, .pool = {pool_kind::max, 6}}) == "pool.width");
+  CHECK(why(policy::h2o{}, with_scores(seen, {scores.data(), {1, 2, n - 1}})) == "scores");
+
+  std::vector<float> bounds(size(2 * n * 2 * 8));
+  const auto twilight_with = [&](index_t pages, index_t page_tokens) {
+    return why(policy::twilight{},
+               with_pages(seen, {{bounds.data(), {1, 2, pages, 2, 8}}, page_tokens}));
+  };
+  CHECK(twilight_with((n + 15) / 16, 16) == "");
+  CHECK(twilight_with((n + 15) / 16 - 1, 16) == "page");
+  CHECK(twilight_with(1, 0) == "page_tokens");
+}
+
+TEST_CASE("positions of another shape are refused", "[policy]") {
+  problem p(2, 2, 8, 4, {30});
+  const dense_cache<float> cache(p.keys);
+  const auto seen = observe(p.query_view(), cache.source(), p.info());
+  std::vector<position_t> positions(200);
+  std::vector<kept_count> counts(4);
+  const auto shape = [&](index_t heads, index_t capacity, index_t count_heads) {
+    const kept_positions<> kept{{positions.data(), {1, heads, capacity}},
+                                {counts.data(), {1, count_heads}}};
+    return why_invalid(policy::snapkv{.window = 4}, seen, kept) == nullptr;
+  };
+  const index_t n = seen.capacity();
+  CHECK(shape(2, n, 2));
+  CHECK(shape(2, n + 5, 2));
+  CHECK_FALSE(shape(2, n - 1, 2));
+  CHECK_FALSE(shape(1, n, 2));
+  CHECK_FALSE(shape(2, n, 1));
+}
+
+TEST_CASE("work that no memory holds is refused, not wrapped", "[policy]") {
+  float one = 1;
+  const auto small = [&](const auto& rule, index_t heads, index_t window, index_t dim,
+                         index_t tokens) {
+    const dense keys(view(&one, {1, heads, tokens, dim}, {0, 0, 0, 0}));
+    const view<const float, 4> queries(&one, {1, window, heads, dim}, {0, 0, 0, 0});
+    const auto seen = observe(queries, keys, {.layer = 5});
+    position_t position = 0;
+    kept_count count;
+    std::vector<std::byte> scratch(1 << 16);
+    return select(
+        rule, cpu_backend{}, seen,
+        kept_positions<>{{&position, {1, heads, tokens}, {0, 0, 0}}, {&count, {1, heads}, {0, 0}}},
+        scratch);
+  };
+  constexpr index_t most = max_count;
+  const auto all = [&](const auto& rule) {
+    CHECK(small(rule, 1, most, most, 10) == status::small_workspace);
+    CHECK(small(rule, most, most, most, most) == status::small_workspace);
+    CHECK(small(rule, 1, 8, 8, most) == status::small_workspace);
+  };
+  all(policy::h2o{.window = 8});
+  all(policy::snapkv{.window = 8});
+  all(policy::attention_ranked{});
+  all(policy::twilight{});
+  // A stride-0 observation of which one worker's memory is the largest size there is.
+  const dense keys(view(&one, {1, 1, 1, index_t{max_count}}, {0, 0, 0, 0}));
+  const view<const float, 4> queries(&one, {1, 1, index_t{max_count}, index_t{max_count}},
+                                     {0, 0, 0, 0});
+  CHECK(workspace_size(policy::snapkv{.window = 1}, cpu_backend{}, observe(queries, keys)) >
+        std::size_t{1} << 62);
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs select of a policy that keeps single tokens, in a workspace of exactly the asked size.
+#pragma once
+
+#include "catch.hpp"
+#include "layouts.hpp"
+#include "reference.hpp"
+
+struct ranked_selection {
+  refreekv::status status;
+  index_t kv_heads = 0;
+  std::vector<refreekv::kept_count> counts;   // [sequence, kv_head]
+  std::vector<std::vector<position_t>> kept;  // [sequence, kv_head]
+
+  const std::vector<position_t>& at(index_t sequence, index_t kv_head = 0) const {
+    return kept[size(sequence * kv_heads + kv_head)];
+  }
+  friend bool operator==(const ranked_selection& a, const ranked_selection& b) {
+    return a.status == b.status && a.counts == b.counts && a.kept == b.kept;
+  }
+};
+
+/// Memory of which nothing around the middle may change.
+class guarded_bytes {
+ public:
+  explicit guarded_bytes(std::size_t bytes) : bytes_(bytes), memory_(bytes + 2 * margin, canary) {}
+
+  refreekv::workspace<> middle() { return {memory_.data() + start, bytes_}; }
+  bool intact() const {
+    const auto is_canary = [](std::byte b) { return b == canary; };
+    return std::all_of(memory_.data(), memory_.data() + start, is_canary) &&
+           std::all_of(memory_.data() + start + bytes_, memory_.data() + memory_.size(), is_canary);
+  }
+
+ private:
+  static constexpr std::size_t margin = 64, start = margin + 1;  // odd: no alignment to rely on
+  static constexpr auto canary = std::byte{0xA5};
+
+  std::size_t bytes_;
+  std::vector<std::byte> memory_;
+};
+
+/// Positions and counts with room between their rows, of which nothing may change.
+class guarded_positions {
+ public:
+  guarded_positions(index_t sequences, index_t kv_heads, index_t capacity)
+      : sequences_(sequences),
+        kv_heads_(kv_heads),
+        capacity_(capacity),
+        positions_(size((sequences * kv_heads + 1) * stride()), untouched),
+        counts_(size(sequences * kv_heads + 2), untouched_count) {}
+
+  refreekv::kept_positions<> kept() {
+    return {{positions_.data() + gap,
+             {sequences_, kv_heads_, capacity_},
+             {kv_heads_ * stride(), stride(), 1}},
+            {counts_.data() + 1, {sequences_, kv_heads_}}};
+  }
+  bool intact() const {
+    for (std::size_t i = 0; i < positions_.size(); ++i) {
+      const bool inside = static_cast<index_t>(i) % stride() >= gap &&
+                          static_cast<index_t>(i) < sequences_ * kv_heads_ * stride();
+      if (!inside && positions_[i] != untouched) return false;
+    }
+    return counts_.front() == untouched_count && counts_.back() == untouched_count;
+  }
+  bool unwritten() const {
+    return std::all_of(positions_.begin(), positions_.end(),
+                       [](position_t p) { return p == untouched; }) &&
+           std::all_of(counts_.begin(), counts_.end(),
+                       [](const auto& c) { return c == untouched_count; });
+  }
+
+ private:
+  static constexpr index_t gap = 3;
+  static constexpr position_t untouched = -7;
+  static constexpr refreekv::kept_count untouched_count{-7, -7};
+
+  index_t stride() const { return capacity_ + gap; }
+
+  index_t sequences_, kv_heads_, capacity_;
+  std::vector<position_t> positions_;
+  std::vector<refreekv::kept_count> counts_;
+};
+
+inline std::vector<position_t> positions_of(const refreekv::kept_positions<>& kept, index_t s,
+                                            index_t h) {
+  std::vector<position_t> out;
+  for (index_t i = 0; i < kept.counts(s, h).count; ++i) out.push_back(kept.positions(s, h, i));
+  return out;
+}
+
+/// `missing` bytes short of what workspace_size asks for.
+template <class Policy, class Backend, class Seen>
+ranked_selection run_ranked(const Policy& rule, const Backend& backend, const Seen& seen,
+                            std::size_t missing = 0) {
+  guarded_bytes memory(refreekv::workspace_size(rule, backend, seen) - missing);
+  guarded_positions guarded(seen.sequences(), seen.kv_heads(), seen.capacity());
+  const refreekv::kept_positions<> kept = guarded.kept();
+  ranked_selection out{
+      refreekv::select(rule, backend, seen, kept, memory.middle()), seen.kv_heads(), {}, {}};
+  REQUIRE(memory.intact());
+  REQUIRE(guarded.intact());
+  if (out.status != refreekv::status::ok) {
+    REQUIRE(guarded.unwritten());
+    return out;
+  }
+  for (index_t s = 0; s < seen.sequences(); ++s) {
+    for (index_t h = 0; h < seen.kv_heads(); ++h) {
+      out.counts.push_back(kept.counts(s, h));
+      REQUIRE(kept.counts(s, h).tokens == seen.tokens(s));
+      REQUIRE(kept.counts(s, h).count >= 0);
+      REQUIRE(kept.counts(s, h).count <= seen.tokens(s));
+      out.kept.push_back(positions_of(kept, s, h));
+    }
+  }
+  return out;
+}
+
+/// Attention of the sequences as an engine has it: [sequence, row, q_head, token]. What no row may
+/// look at is NaN.
+class row_tensor {
+ public:
+  row_tensor(const std::vector<reference::attention_rows>& sequences, index_t window,
+             index_t padding = 2)
+      : window_(window) {
+    index_t longest = 0;
+    for (const auto& rows : sequences) {
+      lengths_.push_back(static_cast<position_t>(rows.tokens));
+      longest = std::max(longest, rows.tokens);
+      q_heads_ = rows.q_heads;
+    }
+    tokens_ = longest + padding;
+    values_.assign(size(count() * window * q_heads_ * tokens_),
+                   std::numeric_limits<float>::quiet_NaN());
+    for (index_t s = 0; s < count(); ++s) fill(s, sequences[size(s)]);
+  }
+
+  refreekv::view<const float, 4> rows() const {
+    return {values_.data(), {count(), window_, q_heads_, tokens_}};
+  }
+  auto seen(index_t kv_heads, const refreekv::layer_info<>& info = {}) const {
+    return refreekv::observe_rows(rows(), kv_heads, {lengths_.data(), {count()}}, info);
+  }
+
+ private:
+  index_t count() const { return static_cast<index_t>(lengths_.size()); }
+  void fill(index_t s, const reference::attention_rows& from) {
+    const refreekv::view<float, 4> to(values_.data(), {count(), window_, q_heads_, tokens_});
+    for (index_t r = 0; r < window_; ++r) {
+      const index_t row = from.window - window_ + r;
+      for (index_t h = 0; h < q_heads_; ++h) {
+        for (index_t t = 0; t < from.tokens - window_ + r + 1; ++t) {
+          to(s, r, h, t) = row < 0 ? 0 : static_cast<float>(from.at(h, row, t));
+        }
+      }
+    }
+  }
+
+  index_t window_, q_heads_ = 1, tokens_ = 0;
+  std::vector<position_t> lengths_;
+  std::vector<float> values_;
+};
