@@ -823,3 +823,17 @@ TEST_CASE("twilight of 4-bit keys and selected pages agrees with the oracle", "[
     check(refreekv::with_pages(in_4_bits, ours.page_bounds()), page_tokens);
   }
 }
+
+TEST_CASE("a sink that has nearly all attention does not drown the others", "[oracle]") {
+  problem p(1, 1, 1, 1, {600});
+  p.scale = 1;
+  p.query(0, 0, 0, 0) = 1;
+  for (index_t t = 0; t < 600; ++t) {
+    p.keys.at(0, 0, t, 0) = t == 0 ? 60.0f : t < 256 ? 0.0f : 5.0f;
+  }
+  const dense_cache<float> cache(p.keys);
+  const policy::snapkv rule{.budget = 11, .window = 1, .pool = {.width = 1}};
+  const ranked_selection s = run_ranked(
+      rule, refreekv::cpu_backend{}, refreekv::observe(p.query_view(), cache.source(), p.info()));
+  CHECK(s.at(0) == std::vector<position_t>{0, 256, 257, 258, 259, 260, 261, 262, 263, 264, 599});
+}
