@@ -53,8 +53,8 @@ namespace refreekv::inline v0 {
 /// - `attention_sums(B, score_rows, seen, scores, scratch)`: the attention that each token receives
 ///   from the last rows, summed, in place of its score or, where it is carried, on top of it. With
 ///   as many heads as there are KV heads, a score is the mean over the query heads of its group;
-///   otherwise heads are query heads. NaN stays NaN. What is below 1e-18 of a row's largest may
-///   count as that.
+///   otherwise heads are query heads. NaN stays NaN. What is below 1e-37 of a row counts
+///   as 0.
 ///   O(q_heads * rows * tokens * head_dim).
 ///
 /// - `attention_spread(B, rows, gain, seen, scores, totals, scratch)`: the same attention of tokens

@@ -25,7 +25,7 @@ bool is_plain(const query_observation<Query, Keys>& seen, const query_window& wi
 }
 
 /// Leaves the statistics of a block's rows and no values; false where they have to be found by
-/// `attend`. Its exponentials hide behind the reading of the keys. packed: as `attend`.
+/// `attend`. Its exponentials hide behind the reading of the keys. packed: as `fill_logits`.
 template <class Query, class Keys, class Packed>
 bool summarise(const query_observation<Query, Keys>& seen, const query_window& window,
                const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
@@ -60,32 +60,42 @@ bool summarise(const query_observation<Query, Keys>& seen, const query_window& w
   return fit;
 }
 
-/// Fills values and statistics of a block. Nothing of a row that does not exist is seen.
-/// packed: [q_head of the KV head, window, packed_dim]
+/// Fills values with the logits of a block, -inf where a row does not see the token or does not
+/// exist. packed: [q_head of the KV head, window, packed_dim]
 template <class Query, class Keys, class Packed>
-void attend(const query_observation<Query, Keys>& seen, const query_window& window,
-            const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
-            const tile_scratch& tile) noexcept {
+void fill_logits(const query_observation<Query, Keys>& seen, const query_window& window,
+                 const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
+                 const tile_scratch& tile) noexcept {
   const index_t heads = seen.q_heads() / seen.kv_heads();
-  const index_t rows = heads * window.rows;
-  const index_t count = keys.count();
   store_logits<product_of<query_observation<Query, Keys>>>(
-      keys, packed, rows, seen.head_dim(), seen.scale(),
+      keys, packed, heads * window.rows, seen.head_dim(), seen.scale(),
       static_cast<typename block_addresses<Keys>::key*>(tile.gathered), tile.values);
-  for (index_t i = 0; i < rows; ++i) {
+  for (index_t i = 0; i < heads * window.rows; ++i) {
     float* values = tile.values + i * tile_stride;
     const index_t row = i % window.rows;
     if (row < window.first_row()) {
-      std::fill(values, values + count, -std::numeric_limits<float>::infinity());
+      std::fill(values, values + keys.count(), -std::numeric_limits<float>::infinity());
     } else {
       finish_logits(seen, window, block.kv_head * heads + i / window.rows, row, block.tokens,
                     values);
     }
-    tile.statistics[i].unit = unit_of(values, count);
+  }
+}
+
+/// Fills values and statistics of a block. Nothing of a row that does not exist is seen.
+/// packed: as `fill_logits`.
+template <class Query, class Keys, class Packed>
+void attend(const query_observation<Query, Keys>& seen, const query_window& window,
+            const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
+            const tile_scratch& tile) noexcept {
+  const index_t rows = seen.q_heads() / seen.kv_heads() * window.rows;
+  fill_logits(seen, window, block, keys, packed, tile);
+  for (index_t i = 0; i < rows; ++i) {
+    tile.statistics[i].unit = unit_of(tile.values + i * tile_stride, keys.count());
   }
   for (index_t i = 0; i < rows; ++i) {
     tile.statistics[i] =
-        exponentiate(tile.values + i * tile_stride, count, tile.statistics[i].unit);
+        exponentiate(tile.values + i * tile_stride, keys.count(), tile.statistics[i].unit);
   }
 }
 

@@ -11,10 +11,6 @@ namespace refreekv::inline v0::cpu_detail {
 /// second-level cache.
 inline constexpr index_t block_rows = 64;
 
-/// First tokens that are a block of their own: a value is never below 2^lowest_power of the largest
-/// in its block, and these are where attention piles up.
-inline constexpr index_t sink_block = 4;
-
 /// The keys of a block of tokens, unpacked to floats.
 struct unpacked_keys {
   using element_type = const float;
@@ -83,7 +79,7 @@ struct attention_scratch {
   template <class Seen>
   static parts take_parts(arena& from, index_t rows, const Seen& seen) noexcept {
     const index_t heads = seen.q_heads() / seen.kv_heads();
-    const index_t chunks = chunking{seen.capacity(), sink_block}.count();
+    const index_t chunks = chunking{seen.capacity(), 0}.count();
     parts p{};
     if constexpr (has_queries<Seen>) {
       using product = product_of<typename readable<Seen>::type>;
@@ -144,10 +140,17 @@ template <class Row>
   return part;
 }
 
-/// Fills a tile with the values of a block of tokens, or with their statistics alone.
+/// What is left in the tile.
+enum class leaves {
+  statistics,  ///< and no values
+  values,      ///< and their statistics
+  logits,      ///< of queries
+};
+
+/// Fills a tile with what there is to know of a block of tokens.
 template <class Seen>
 void attend_block(const Seen& seen, const query_window& window, const key_block& block,
-                  const attention_scratch::parts& work, bool statistics_only) noexcept {
+                  const attention_scratch::parts& work, leaves what) noexcept {
   if constexpr (has_packed_keys<Seen>) {
     unpack(seen.keys, block.sequence, block.kv_head, block.tokens, work.unpacked);
     const typename readable<Seen>::type unpacked{
@@ -155,11 +158,13 @@ void attend_block(const Seen& seen, const query_window& window, const key_block&
         {work.unpacked, block.tokens.begin, block.tokens.end, seen.head_dim(), seen.sequences(),
          seen.kv_heads()},
         seen.info};
-    attend_block(unpacked, window, block, work, statistics_only);
+    attend_block(unpacked, window, block, work, what);
   } else if constexpr (has_queries<Seen>) {
     const block_addresses keys(seen.keys, block, block);
     const auto* packed = static_cast<const typename product_of<Seen>::packed*>(work.packed);
-    if (!statistics_only || !summarise(seen, window, block, keys, packed, work.tile)) {
+    if (what == leaves::logits) {
+      fill_logits(seen, window, block, keys, packed, work.tile);
+    } else if (what == leaves::values || !summarise(seen, window, block, keys, packed, work.tile)) {
       attend(seen, window, block, keys, packed, work.tile);
     }
   } else {
@@ -167,10 +172,34 @@ void attend_block(const Seen& seen, const query_window& window, const key_block&
   }
 }
 
+/// Turns logits [count] into the attention of their row, 0 below 1e-37.
+inline void normalise_logits(float* logits, index_t count, const row_normaliser& row) noexcept {
+  const double log_sum = double{row.unit} * std::numbers::ln2 + std::log(row.sum);
+  Eigen::Map<Eigen::ArrayXf> x(logits, count);
+  if (std::isnan(log_sum)) {
+    x.setConstant(std::numeric_limits<float>::quiet_NaN());
+  } else {
+    x = (x.cast<double>() - log_sum).cast<float>();
+    x = (x < -85).select(0, x.exp());
+  }
+}
+
+/// The same of values, relative to the largest in their block.
+inline void normalise_values(float* values, index_t count, float unit,
+                             const row_normaliser& row) noexcept {
+  const auto attention = static_cast<float>(attention_at(unit, row));
+  Eigen::Map<Eigen::ArrayXf> x(values, count);
+  if (unit == -std::numeric_limits<float>::infinity()) {
+    x.setConstant(attention);  // 0, or NaN where the row has no normaliser
+  } else {
+    x *= attention;
+  }
+}
+
 /// Calls f(rows, tokens, values) for all blocks of the last `window` rows of one KV head
 /// of one sequence: values [q_head of the KV head, rows] with tile_stride between rows are the
-/// attention to the tokens, at least 2^-62 of the largest in its block. Tokens that no row of a
-/// block sees are left out. The keys are read twice for each block of rows.
+/// attention to the tokens. Tokens that no row of a block sees are left out. The keys are read
+/// twice for each block of rows.
 template <class Seen, class F>
 void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, index_t window,
                         const attention_scratch& scratch, const attention_scratch::parts& work,
@@ -184,7 +213,7 @@ void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, ind
     // As if the sequence ended with the block's last row.
     const query_window block_window{tokens - window + begin + rows, rows,
                                     seen.info.attention.sliding_window};
-    const chunking chunks{block_window.tokens, sink_block};
+    const chunking chunks{block_window.tokens, 0};
     const index_t first_seen = block_window.visible(0).begin;
     const auto for_each_block = [&](const auto& g) {
       for (index_t c = 0; c < chunks.count(); ++c) {
@@ -204,7 +233,7 @@ void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, ind
         work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
       }
       for_each_block([&](index_t c, const key_block& block) {
-        attend_block(part, block_window, block, work, true);
+        attend_block(part, block_window, block, work, leaves::statistics);
         for (index_t i = 0; i < heads * rows; ++i) {
           work.statistics[i * chunks.count() + c] = work.tile.statistics[i];
         }
@@ -219,23 +248,26 @@ void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, ind
     } else {
       std::fill(work.normalisers, work.normalisers + heads * rows, row_normaliser{0, 1});
     }
+    // Logits without digits after the point are exact relative to their peak only.
+    const bool from_logits =
+        has_queries<Seen> &&
+        std::none_of(work.normalisers, work.normalisers + heads * rows,
+                     [](const row_normaliser& n) { return std::abs(n.unit) >= unit_limit; });
     for_each_block([&](index_t, const key_block& block) {
-      attend_block(part, block_window, block, work, false);
+      attend_block(part, block_window, block, work, from_logits ? leaves::logits : leaves::values);
       const auto [first, last] = block.tokens;
       for (index_t i = 0; i < heads * rows; ++i) {
         float* values = work.tile.values + i * tile_stride;
-        const float unit = work.tile.statistics[i].unit;
-        const auto attention = static_cast<float>(attention_at(unit, work.normalisers[i]));
         const token_range visible = block_window.visible(i % rows);
         const index_t from = std::clamp(visible.begin, first, last) - first;
         const index_t to = std::clamp(visible.end, first, last) - first;
         std::fill(values, values + from, 0.0f);
         std::fill(values + to, values + last - first, 0.0f);
-        Eigen::Map<Eigen::ArrayXf> seen_values(values + from, to - from);
-        if (unit == -std::numeric_limits<float>::infinity()) {
-          seen_values.setConstant(attention);  // 0, or NaN where the row has no normaliser
+        if (from_logits) {
+          normalise_logits(values + from, to - from, work.normalisers[i]);
         } else {
-          seen_values *= attention;
+          normalise_values(values + from, to - from, work.tile.statistics[i].unit,
+                           work.normalisers[i]);
         }
       }
       f(rows, block.tokens, static_cast<const float*>(work.tile.values));
