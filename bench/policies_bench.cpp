@@ -12,18 +12,13 @@
 #include <string>
 
 #include "layer.hpp"
+#include "median.hpp"
 
 namespace {
 
 using namespace bench;
 using namespace refreekv;
 using element = Eigen::bfloat16;
-
-double median_of(std::vector<double> times) {
-  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
-  std::nth_element(times.begin(), middle, times.end());
-  return *middle;
-}
 
 /// Adds the time that something takes.
 template <class F>
@@ -222,8 +217,8 @@ void measure(benchmark::State& state, const model& m, Work&& work) {
     compact.push_back(c.compact);
     fraction = c.fraction;
   }
-  state.counters["select_ms"] = 1e3 * median_of(select);
-  state.counters["compact_ms"] = 1e3 * median_of(compact);
+  state.counters["select_ms"] = 1e3 * median(select);
+  state.counters["compact_ms"] = 1e3 * median(compact);
   state.counters["layers"] = static_cast<double>(m.layers);
   state.counters["kept"] = fraction;
 }

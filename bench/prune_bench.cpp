@@ -13,6 +13,7 @@
 
 #include "eigen_peer.hpp"
 #include "limits.hpp"
+#include "median.hpp"
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
@@ -27,12 +28,6 @@ void flush([[maybe_unused]] const std::byte* data, [[maybe_unused]] std::size_t 
   for (std::size_t i = 0; i < bytes; i += 64) _mm_clflush(data + i);
   _mm_mfence();
 #endif
-}
-
-double median(std::vector<double>& times) {
-  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
-  std::nth_element(times.begin(), middle, times.end());
-  return *middle;
 }
 
 /// Runs all works in turn, `before` before each; returns their median times in seconds. The first

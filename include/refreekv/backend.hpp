@@ -53,8 +53,7 @@ namespace refreekv::inline v0 {
 /// - `attention_sums(B, score_rows, seen, scores, scratch)`: the attention that each token receives
 ///   from the last rows, summed, in place of its score or, where it is carried, on top of it. With
 ///   as many heads as there are KV heads, a score is the mean over the query heads of its group;
-///   otherwise heads are query heads. NaN stays NaN. What is below 1e-37 of a row counts
-///   as 0.
+///   otherwise heads are query heads. NaN stays NaN, and what is below 1e-37 of a row counts as 0.
 ///   O(q_heads * rows * tokens * head_dim).
 ///
 /// - `attention_spread(B, rows, gain, seen, scores, totals, scratch)`: the same attention of tokens
@@ -84,16 +83,14 @@ namespace refreekv::inline v0 {
 ///   the sum over query heads of the root of the squared weights [sequence, q_head, capacity] of
 ///   order[i] and all after it, 0 from the last candidate on. O(tokens * log(tokens)).
 ///
-/// - `stop_ranked(B, threshold, recent, seen, norms, order, kept, scratch)`: with `norms` summed
-/// over
-///   ranks, the largest index whose loss is at most the threshold is where each head's order is
-///   cut; what comes after it and the last `recent` tokens stay, all where nothing can be decided.
+/// - `stop_ranked(B, threshold, recent, seen, norms, order, kept, scratch)`: cuts each head's order
+///   at the largest index whose loss, by `norms` summed over ranks, is at most the threshold; what
+///   comes after it and the last `recent` tokens stay, all where nothing can be decided.
 ///
-/// - `select_pages(B, pages, tokens, seen, scores, scratch)`: of a query_observation, with scores
-/// of
-///   query heads, sets those to 0 whose page is not among the best that hold `tokens` tokens: by
-///   the sum over dimensions of the largest product of the last query and the page's bounds. Pages
-///   that the query does not see take no place. (arXiv 2406.10774)
+/// - `select_pages(B, pages, tokens, seen, scores, scratch)`: seen is a query_observation, scores
+///   are of query heads. Those become 0 whose page is not among the best that hold `tokens` tokens,
+///   by the sum over dimensions of the largest product of the last query and the page's bounds.
+///   Pages that the query does not see take no place. (arXiv 2406.10774)
 ///
 /// - `quantise(B, keys, from, int4)` and `bound_pages(B, keys, from, pages)`: see
 ///   decode_index.hpp.

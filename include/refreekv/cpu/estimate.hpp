@@ -104,8 +104,7 @@ void select_pages(const Executor& on, const page_bounds<>& pages, index_t tokens
       if (any_nan(values, 1, count - first)) continue;
       value_limit limit = limit_of_largest(values, count - first, wanted);
       for (index_t page = first; page < count; ++page) {
-        const float score = found[page];
-        if (score > limit.least || (score == limit.least && limit.equals-- > 0)) continue;
+        if (limit.takes(found[page])) continue;
         const index_t end = std::min(tokens, (page + 1) * size);
         for (index_t t = page * size; t < end; ++t) scores(s, q_head, t) = 0;
       }

@@ -71,6 +71,11 @@ inline void keep_all(const kept_positions<>& kept, index_t sequence, index_t hea
 struct value_limit {
   float least;
   index_t equals;
+
+  /// Whether the next value, in order, is one of them.
+  [[nodiscard]] bool takes(float value) noexcept {
+    return value > least || (value == least && equals-- > 0);
+  }
 };
 
 /// Of `count` values, the limit of the k largest. Requires 0 < k <= count and no NaN; reorders
@@ -165,8 +170,7 @@ void top_tokens(const Executor& on, const token_quota* quotas, const Seen& seen,
     }
     position_writer writer(kept, s, h);
     for (index_t t = 0; t < candidates; ++t) {
-      const float score = row[t * stride];
-      if (score > limit.least || (score == limit.least && limit.equals-- > 0)) writer.take(t);
+      if (limit.takes(row[t * stride])) writer.take(t);
     }
     writer.take_range(candidates, tokens);
     writer.finish(tokens);
@@ -204,8 +208,7 @@ void top_mass(const Executor& on, double share, bool sink_start, const Seen& see
       value_limit limit = sink_start ? limit_of_bisection(values, tokens, static_cast<float>(share))
                                      : limit_of_sum(values, tokens, share * sum);
       for (index_t t = 0; t < tokens; ++t) {
-        const float v = value(t);
-        if (v > limit.least || (v == limit.least && limit.equals-- > 0)) marks[t] = 1;
+        if (limit.takes(value(t))) marks[t] = 1;
       }
     }
     position_writer writer(kept, s, h);

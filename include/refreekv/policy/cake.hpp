@@ -84,10 +84,8 @@ struct cake {
       if (s == status::ok) {
         s = run::for_each_sequence(
             on, seen.sequences(),
-            assign_preference<cake, Seen>{*this, seen.layers, seen.info.layer, work.totals});
-      }
-      if (s == status::ok) {
-        s = run::for_each_sequence(on, seen.sequences(), assign_window{work.quotas, window});
+            assign_preference<cake, Seen>{*this, seen.layers, seen.info.layer, work.totals,
+                                          work.quotas});
       }
       if (s == status::ok) s = run::pool(on, pool, work.quotas, what, raw, seen.layers.scores);
     }
@@ -118,15 +116,12 @@ struct cake {
     cake_layers<typename Seen::memory> to;
     index_t layer;
     const double* totals;  // [sequence, 2]
+    token_quota* quotas;   // what is not pooled, until there are budgets
     REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
+      quotas[s] = {0, rule.window};
       to.preferences(s, layer) =
           std::pow(totals[2 * s], 1 / rule.tau1) * std::pow(totals[2 * s + 1], 1 / rule.tau2);
     }
-  };
-  struct assign_window {
-    token_quota* quotas;
-    index_t window;
-    REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept { quotas[s] = {0, window}; }
   };
   template <class Rule, class Seen>
   struct assign_quota {
