@@ -25,7 +25,7 @@ TEST_CASE("codes are within half a step of the keys, in every layout", "[decode_
     INFO(layout);
     estimates memory(cache.source(), rows.lengths, 4);
     const int4_keys<> to = memory.keys();
-    REQUIRE(quantise(cpu_backend{2}, cache.source(), to) == status::ok);
+    REQUIRE(quantise(divided<2>(), cache.source(), to) == status::ok);
     for (index_t s = 0; s < rows.sequences(); ++s) {
       for (index_t h = 0; h < rows.kv_heads; ++h) {
         for (index_t t = 0; t < rows.lengths[size(s)]; ++t) {
@@ -52,7 +52,7 @@ TEST_CASE("bounds are those of each page's keys", "[decode_index]") {
   const dense_cache<float> cache(rows);
   estimates memory(cache.source(), rows.lengths, 4);
   const page_bounds<> to = memory.page_bounds();
-  REQUIRE(bound_pages(cpu_backend{}, cache.source(), to) == status::ok);
+  REQUIRE(bound_pages(divided<1>(), cache.source(), to) == status::ok);
   for (index_t s = 0; s < rows.sequences(); ++s) {
     for (index_t h = 0; h < rows.kv_heads; ++h) {
       for (index_t page = 0; page * 4 < rows.lengths[size(s)]; ++page) {
@@ -75,8 +75,8 @@ TEST_CASE("tokens that come later leave the same index as all at once", "[decode
   const plain_rows rows = random_rows(base_seed() + 2, 8);
   const dense_cache<float> cache(rows);
   estimates whole(cache.source(), rows.lengths, 4), grown(cache.source(), rows.lengths, 4);
-  REQUIRE(quantise(cpu_backend{}, cache.source(), whole.keys()) == status::ok);
-  REQUIRE(bound_pages(cpu_backend{}, cache.source(), whole.page_bounds()) == status::ok);
+  REQUIRE(quantise(divided<1>(), cache.source(), whole.keys()) == status::ok);
+  REQUIRE(bound_pages(divided<1>(), cache.source(), whole.page_bounds()) == status::ok);
   std::vector<position_t> from(4, 0);
   for (position_t length = 1; length <= 30; length += 3) {
     std::vector<position_t> lengths;
@@ -91,13 +91,13 @@ TEST_CASE("tokens that come later leave the same index as all at once", "[decode
     }
     const dense_cache<float> so_far(shorter);
     const lengths_view<> first(from.data(), {4});
-    REQUIRE(quantise(cpu_backend{}, so_far.source(), grown.keys(), first) == status::ok);
-    REQUIRE(bound_pages(cpu_backend{}, so_far.source(), grown.page_bounds(), first) == status::ok);
+    REQUIRE(quantise(divided<1>(), so_far.source(), grown.keys(), first) == status::ok);
+    REQUIRE(bound_pages(divided<1>(), so_far.source(), grown.page_bounds(), first) == status::ok);
     from = lengths;
   }
   // The last step went to 28 of 30 tokens.
-  REQUIRE(quantise(cpu_backend{}, cache.source(), grown.keys(), {from.data(), {4}}) == status::ok);
-  REQUIRE(bound_pages(cpu_backend{}, cache.source(), grown.page_bounds(), {from.data(), {4}}) ==
+  REQUIRE(quantise(divided<1>(), cache.source(), grown.keys(), {from.data(), {4}}) == status::ok);
+  REQUIRE(bound_pages(divided<1>(), cache.source(), grown.page_bounds(), {from.data(), {4}}) ==
           status::ok);
   CHECK(grown.same_as(whole));
 }
@@ -111,8 +111,8 @@ TEST_CASE("NaN in a key stays in its codes and bounds", "[decode_index]") {
     rows.at(0, 0, 1, d) = std::nanf("");
     const dense_cache<float> cache(rows);
     estimates memory(cache.source(), rows.lengths, 4);
-    REQUIRE(quantise(cpu_backend{}, cache.source(), memory.keys()) == status::ok);
-    REQUIRE(bound_pages(cpu_backend{}, cache.source(), memory.page_bounds()) == status::ok);
+    REQUIRE(quantise(divided<1>(), cache.source(), memory.keys()) == status::ok);
+    REQUIRE(bound_pages(divided<1>(), cache.source(), memory.page_bounds()) == status::ok);
     CHECK(std::isnan(memory.key(0, 0, 1)[size(d)]));
     CHECK_FALSE(std::isnan(memory.key(0, 0, 2)[size(d)]));
     CHECK(std::isnan(memory.page_bounds().bounds(0, 0, 0, 0, d)));
@@ -134,14 +134,14 @@ TEST_CASE("twilight keeps the same tokens of keys that 4 bits can hold", "[decod
   }
   const dense_cache<float> cache(p.keys);
   estimates memory(cache.source(), p.lengths, 4);
-  REQUIRE(quantise(cpu_backend{}, cache.source(), memory.keys()) == status::ok);
+  REQUIRE(quantise(divided<1>(), cache.source(), memory.keys()) == status::ok);
   const policy::twilight rule{.p = 0.9};
   const auto exact = observe(p.query_view(), cache.source(), p.info());
   const auto estimate = observe(p.query_view(), memory.keys(), p.info());
-  const ranked_selection expected = run_ranked(rule, cpu_backend{}, exact);
+  const ranked_selection expected = run_ranked(rule, divided<1>(), exact);
   REQUIRE(expected.status == status::ok);
   CHECK(expected.counts[0].dropped() > 0);
-  CHECK(run_ranked(rule, cpu_backend{}, estimate) == expected);
+  CHECK(run_ranked(rule, divided<1>(), estimate) == expected);
 }
 
 TEST_CASE("pages that a sliding window hides take no place", "[decode_index]") {
@@ -152,11 +152,11 @@ TEST_CASE("pages that a sliding window hides take no place", "[decode_index]") {
   p.sliding_window = 16;
   const dense_cache<float> cache(p.keys);
   estimates memory(cache.source(), p.lengths, 4);
-  REQUIRE(bound_pages(cpu_backend{}, cache.source(), memory.page_bounds()) == status::ok);
+  REQUIRE(bound_pages(divided<1>(), cache.source(), memory.page_bounds()) == status::ok);
   const auto seen =
       with_pages(observe(p.query_view(), cache.source(), p.info()), memory.page_bounds());
   const ranked_selection s =
-      run_ranked(policy::twilight{.p = 1, .selected = 8}, cpu_backend{}, seen);
+      run_ranked(policy::twilight{.p = 1, .selected = 8}, divided<1>(), seen);
   REQUIRE(s.status == status::ok);
   CHECK(s.at(0) == std::vector<position_t>{48, 49, 50, 51, 52, 53, 54, 55});
 }
@@ -165,19 +165,19 @@ TEST_CASE("an index of another shape is refused", "[decode_index]") {
   const plain_rows rows = random_rows(base_seed() + 4), other = random_rows(base_seed() + 4, 8);
   const dense_cache<float> cache(rows), wider(other);
   estimates memory(cache.source(), rows.lengths, 4);
-  CHECK(quantise(cpu_backend{}, wider.source(), memory.keys()) == status::invalid_argument);
-  CHECK(bound_pages(cpu_backend{}, wider.source(), memory.page_bounds()) ==
+  CHECK(quantise(divided<1>(), wider.source(), memory.keys()) == status::invalid_argument);
+  CHECK(bound_pages(divided<1>(), wider.source(), memory.page_bounds()) ==
         status::invalid_argument);
   int4_keys<> keys = memory.keys();
   keys.dims = 9;
-  CHECK(quantise(cpu_backend{}, cache.source(), keys) == status::invalid_argument);
+  CHECK(quantise(divided<1>(), cache.source(), keys) == status::invalid_argument);
   page_bounds<> bounds = memory.page_bounds();
   bounds.page_tokens = 0;
-  CHECK(bound_pages(cpu_backend{}, cache.source(), bounds) == status::invalid_argument);
+  CHECK(bound_pages(divided<1>(), cache.source(), bounds) == status::invalid_argument);
   bounds.page_tokens = 4;
   bounds.bounds = {bounds.bounds.data(), {4, 2, 7, 2, 7}};  // of 8 pages
-  CHECK(bound_pages(cpu_backend{}, cache.source(), bounds) == status::invalid_argument);
+  CHECK(bound_pages(divided<1>(), cache.source(), bounds) == status::invalid_argument);
   const position_t before[] = {-1, 0, 0, 0};
-  CHECK(quantise(cpu_backend{}, cache.source(), memory.keys(), {before, {4}}) ==
+  CHECK(quantise(divided<1>(), cache.source(), memory.keys(), {before, {4}}) ==
         status::invalid_argument);
 }

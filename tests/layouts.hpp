@@ -219,6 +219,8 @@ class segmented_cache {
   refreekv::view<T, 4> slots_;
 };
 
+inline constexpr std::size_t layouts = 7;  // of for_each_layout
+
 /// Calls f(name, cache) for one cache of each layout.
 template <class T, class F>
 void for_each_layout(const plain_rows& rows, const F& f) {

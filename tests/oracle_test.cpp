@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int problems_of_each_type = 700;
+constexpr unsigned problems_of_each_type = affordable(700);
 
 refreekv::policy::refreekv random_rule(random_source& random, index_t window) {
   refreekv::policy::refreekv rule;
@@ -57,7 +57,6 @@ void round_problem(problem& p) {
 
 TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]", float,
                    Eigen::half, refreekv::bf16_bits) {
-  refreekv::thread_pool pool(7);
   const unsigned first = base_seed();
   for (unsigned seed = first; seed < first + problems_of_each_type; ++seed) {
     random_source random(seed);
@@ -76,9 +75,9 @@ TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]
     const refreekv::view q(queries.data(), {p.sequences(), p.window, p.q_heads(), p.head_dim});
     const auto check = [&](const auto& cache) {
       const auto seen = refreekv::observe(q, cache.source(), p.info());
-      const selection one = run_select(rule, refreekv::cpu_backend{}, seen);
+      const selection one = run_select(rule, divided<1>(), seen);
       REQUIRE(one.status == refreekv::status::ok);
-      const selection seven = run_select(rule, refreekv::cpu_backend{pool}, seen);
+      const selection seven = run_select(rule, divided<7>(), seen);
       const index_t heads_of_cut = p.q_heads() / std::max<index_t>(one.groups, 1);
       for (index_t s = 0; s < p.sequences(); ++s) {
         const auto rows = reference::attend(p, s);
@@ -105,7 +104,7 @@ TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]
 
 TEST_CASE("keys with a large common component keep their digits", "[oracle]") {
   // As of a model with a key bias: every logit is about 250.
-  for (unsigned seed = base_seed(); seed < base_seed() + 100; ++seed) {
+  for (unsigned seed = base_seed(); seed < base_seed() + affordable(100); ++seed) {
     INFO("REFREEKV_SEED=" << seed);
     random_source random(seed);
     problem p(1, 4, 64, 1, {static_cast<position_t>(random.between(5, 600))});
@@ -114,8 +113,8 @@ TEST_CASE("keys with a large common component keep their digits", "[oracle]") {
     for (index_t t = 0; t < p.lengths[0]; ++t) p.keys.at(0, 0, t, 0) = 50;
     const dense_cache<float> keys(p.keys);
     const refreekv::policy::refreekv rule;
-    const selection s = run_select(rule, refreekv::cpu_backend{},
-                                   refreekv::observe(p.query_view(), keys.source(), p.info()));
+    const selection s =
+        run_select(rule, divided<1>(), refreekv::observe(p.query_view(), keys.source(), p.info()));
     CHECK(reference::disagreement(s.at(0), reference::decide(reference::attend(p, 0), 0, 4, rule),
                                   rule.threshold) == "");
   }
@@ -123,7 +122,7 @@ TEST_CASE("keys with a large common component keep their digits", "[oracle]") {
 
 TEST_CASE("ready rows agree with the oracle on random problems", "[oracle]") {
   const unsigned first = base_seed();
-  for (unsigned seed = first; seed < first + 300; ++seed) {
+  for (unsigned seed = first; seed < first + affordable(300); ++seed) {
     random_source random(seed);
     problem p = random_problem(random);
     const refreekv::policy::refreekv rule = random_rule(random, p.window);
@@ -147,7 +146,7 @@ TEST_CASE("ready rows agree with the oracle on random problems", "[oracle]") {
     }
     const auto seen = refreekv::observe_rows(refreekv::view<const float, 4>(a), p.keys.kv_heads,
                                              {p.lengths.data(), {p.sequences()}}, p.info());
-    const selection s = run_select(rule, refreekv::cpu_backend{}, seen);
+    const selection s = run_select(rule, divided<1>(), seen);
     REQUIRE(s.status == refreekv::status::ok);
     const index_t heads_of_cut = p.q_heads() / std::max<index_t>(s.groups, 1);
     for (index_t i = 0; i < p.sequences(); ++i) {

@@ -13,13 +13,12 @@ using refreekv::pool_kind;
 using refreekv::token_budget;
 namespace policy = refreekv::policy;
 
-/// On one thread; seven must agree.
+/// Undivided; in seven parts it must be the same.
 template <class Policy, class Seen>
 kept_heads kept_by(const Policy& rule, const Seen& seen) {
-  static refreekv::thread_pool seven(7);
-  const ranked_selection one = run_ranked(rule, refreekv::cpu_backend{}, seen);
+  const ranked_selection one = run_ranked(rule, divided<1>(), seen);
   REQUIRE(one.status == refreekv::status::ok);
-  CHECK(run_ranked(rule, refreekv::cpu_backend{seven}, seen) == one);
+  CHECK(run_ranked(rule, divided<7>(), seen) == one);
   return one.kept;
 }
 
@@ -72,14 +71,14 @@ void h2o_real_drop(const json& entry) {
     INFO("step " << step);
     const row_tensor tensor({rows}, rows.window, 0);
     const auto seen = refreekv::with_scores(tensor.seen(2), scores_of);
-    guarded_bytes scratch(refreekv::workspace_size(rule, refreekv::cpu_backend{}, seen));
+    guarded_bytes scratch(refreekv::workspace_size(rule, divided<1>(), seen));
     guarded_positions kept(1, 2, rows.tokens);
-    REQUIRE(refreekv::select(rule, refreekv::cpu_backend{}, seen, kept.kept(), scratch.middle()) ==
+    REQUIRE(refreekv::select(rule, divided<1>(), seen, kept.kept(), scratch.middle()) ==
             refreekv::status::ok);
     const auto tokens = static_cast<position_t>(rows.tokens);
-    REQUIRE(
-        refreekv::compact(refreekv::cpu_backend{}, kept.kept(), refreekv::compaction::suffix_down,
-                          refreekv::dense<float>(cache, {&tokens, {1}})) == refreekv::status::ok);
+    REQUIRE(refreekv::compact(divided<1>(), kept.kept(), refreekv::compaction::suffix_down,
+                              refreekv::dense<float>(cache, {&tokens, {1}})) ==
+            refreekv::status::ok);
     slots = at_slots(slots, {positions_of(kept.kept(), 0, 0), positions_of(kept.kept(), 0, 1)});
     for (std::size_t h = 0; h < 2; ++h) {
       CHECK(slots[h] == entry[h][step]["kept"].get<std::vector<position_t>>());
@@ -101,7 +100,7 @@ check pyramid(index_t tokens, policy::pyramidkv rule) {
     REQUIRE(static_cast<index_t>(entry.size()) == rule.layers);
     for (index_t l = 0; l < rule.layers; ++l) {
       const json& expected = entry[static_cast<std::size_t>(l)];
-      const auto kept = run_ranked(rule, refreekv::cpu_backend{}, tensor.seen(1, info(l)));
+      const auto kept = run_ranked(rule, divided<1>(), tensor.seen(1, info(l)));
       CHECK(kept.counts[0].count ==
             (expected.is_null() ? tokens : expected.get<index_t>() + rule.window));
     }
@@ -164,7 +163,7 @@ std::vector<position_t> range_kept_by(const Policy& rule, position_t tokens = to
   const attention_rows rows = toy::attention(2);
   const row_tensor tensor({rows}, toy::tokens, 0);
   const auto seen = refreekv::observe_rows(tensor.rows(), 2, {&tokens, {1}});
-  return positions_in(run_select(rule, refreekv::cpu_backend{}, seen).at(0));
+  return positions_in(run_select(rule, divided<1>(), seen).at(0));
 }
 
 check position_ranked(double threshold) {
@@ -228,13 +227,12 @@ class cake_layer {
   template <class Seen>
   void select(const policy::cake& rule, const Seen& seen) {
     const auto length = static_cast<position_t>(slots[0].size());
-    guarded_bytes scratch(refreekv::workspace_size(rule, refreekv::cpu_backend{}, seen));
+    guarded_bytes scratch(refreekv::workspace_size(rule, divided<1>(), seen));
     guarded_positions kept(1, 2, seen.capacity());
-    REQUIRE(refreekv::select(rule, refreekv::cpu_backend{}, seen, kept.kept(), scratch.middle()) ==
+    REQUIRE(refreekv::select(rule, divided<1>(), seen, kept.kept(), scratch.middle()) ==
             refreekv::status::ok);
     REQUIRE(scratch.intact());
-    REQUIRE(refreekv::compact(refreekv::cpu_backend{}, kept.kept(),
-                              refreekv::compaction::suffix_down,
+    REQUIRE(refreekv::compact(divided<1>(), kept.kept(), refreekv::compaction::suffix_down,
                               source(&length)) == refreekv::status::ok);
     slots = at_slots(slots, {positions_of(kept.kept(), 0, 0), positions_of(kept.kept(), 0, 1)});
   }
@@ -354,7 +352,7 @@ void twilight(const json& entry) {
   const problem p = toy::twilight(2);
   const dense_cache<float> keys(p.keys);
   estimates estimated(keys.source(), p.lengths, 4);
-  const refreekv::cpu_backend on;
+  const auto on = divided<1>();
   REQUIRE(refreekv::quantise(on, keys.source(), estimated.keys()) == refreekv::status::ok);
   REQUIRE(refreekv::bound_pages(on, keys.source(), estimated.page_bounds()) ==
           refreekv::status::ok);

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr unsigned problems = 1000;  // of each policy
+constexpr unsigned problems = affordable(1000);  // of each policy
 
 namespace policy = refreekv::policy;
 using kept_heads = std::vector<std::vector<position_t>>;  // [kv_head]
@@ -150,22 +150,15 @@ void observe_somehow(problem& p, random_source& random, index_t layer, const Che
   }
 }
 
-/// One type of backend for all numbers of threads: half of what there is to compile.
-template <int threads>
-refreekv::cpu_backend<refreekv::thread_pool&> threads_of() {
-  static refreekv::thread_pool pool(threads);
-  return {pool};
-}
-
-/// disagree(rows, kept [kv_head]) says in what; one thread and seven do the same.
+/// disagree(rows, kept [kv_head]) says in what; undivided and in seven parts.
 template <class Policy, class Seen, class Disagree>
 void check_selection(const Policy& rule, const Seen& seen, const std::vector<attention_rows>& rows,
                      const Disagree& disagree) {
-  const ranked_selection one = run_ranked(rule, threads_of<1>(), seen);
+  const ranked_selection one = run_ranked(rule, divided<1>(), seen);
   REQUIRE(one.status == refreekv::status::ok);
-  CHECK(run_ranked(rule, threads_of<7>(), seen) == one);
-  if (refreekv::workspace_size(rule, threads_of<1>(), seen) > 0) {
-    CHECK(run_ranked(rule, threads_of<1>(), seen, 1).status == refreekv::status::small_workspace);
+  CHECK(run_ranked(rule, divided<7>(), seen) == one);
+  if (refreekv::workspace_size(rule, divided<1>(), seen) > 0) {
+    CHECK(run_ranked(rule, divided<1>(), seen, 1).status == refreekv::status::small_workspace);
   }
   for (index_t s = 0; s < seen.sequences(); ++s) {
     INFO("sequence " << s << " of " << rows[size(s)].tokens << " tokens");
@@ -303,9 +296,9 @@ TEST_CASE("h2o agrees with the oracle, and so do the scores it carries", "[oracl
         return carries ? run_ranked(rule, backend, refreekv::with_scores(seen, state.view()))
                        : run_ranked(rule, backend, seen);
       };
-      const ranked_selection one = select(threads_of<1>(), after);
+      const ranked_selection one = select(divided<1>(), after);
       REQUIRE(one.status == refreekv::status::ok);
-      CHECK(select(threads_of<7>(), after_seven) == one);
+      CHECK(select(divided<7>(), after_seven) == one);
       CHECK(after_seven.same_as(after));
       for (index_t s = 0; s < seen.sequences(); ++s) {
         const index_t n = rows[size(s)].tokens;
@@ -553,12 +546,12 @@ class cascade {
     const auto seen = refreekv::with_layers(observed, state(l, finished));
     const layer before = layers_[size(l)];
     const std::vector<double> preferences_before = preferences_;
-    const ranked_selection by_seven = run_ranked(rule_, threads_of<7>(), seen);
+    const ranked_selection by_seven = run_ranked(rule_, divided<7>(), seen);
     const std::vector<float> scores_of_seven = layers_[size(l)].scores;
     const std::vector<double> preferences_of_seven = preferences_;
     std::copy(before.scores.begin(), before.scores.end(), layers_[size(l)].scores.begin());
     std::copy(preferences_before.begin(), preferences_before.end(), preferences_.begin());
-    layers_[size(l)].selected = run_ranked(rule_, threads_of<1>(), seen);
+    layers_[size(l)].selected = run_ranked(rule_, divided<1>(), seen);
     REQUIRE(layers_[size(l)].selected.status == refreekv::status::ok);
     CHECK(by_seven == layers_[size(l)].selected);
     CHECK(same_bits(scores_of_seven, layers_[size(l)].scores));
@@ -774,7 +767,7 @@ void fill_estimates(estimates& to, const Keys& keys, const std::vector<position_
   for (const position_t n : lengths) half.push_back(n / 2);
   const auto sequences = static_cast<index_t>(lengths.size());
   const refreekv::lengths_view<> from(half.data(), {sequences});
-  const auto on = threads_of<7>();
+  const auto on = divided<7>();
   REQUIRE(refreekv::quantise(on, keys, to.keys()) == refreekv::status::ok);
   REQUIRE(refreekv::quantise(on, keys, to.keys(), from) == refreekv::status::ok);
   REQUIRE(refreekv::bound_pages(on, keys, to.page_bounds()) == refreekv::status::ok);
@@ -809,9 +802,9 @@ TEST_CASE("twilight of 4-bit keys and selected pages agrees with the oracle", "[
     check_codes(ours, p);
     const auto in_4_bits = refreekv::observe(p.query_view(), ours.keys());
     const auto check = [&](const auto& seen, index_t pages) {
-      const ranked_selection one = run_ranked(rule, threads_of<1>(), seen);
+      const ranked_selection one = run_ranked(rule, divided<1>(), seen);
       REQUIRE(one.status == refreekv::status::ok);
-      CHECK(run_ranked(rule, threads_of<7>(), seen) == one);
+      CHECK(run_ranked(rule, divided<7>(), seen) == one);
       for (index_t s = 0; s < p.sequences(); ++s) {
         INFO("sequence " << s << " of " << p.lengths[size(s)] << " tokens, paged " << pages);
         bool near_tie = false;
@@ -834,7 +827,7 @@ TEST_CASE("a sink that has nearly all attention does not drown the others", "[or
   }
   const dense_cache<float> cache(p.keys);
   const policy::snapkv rule{.budget = 11, .window = 1, .pool = {.width = 1}};
-  const ranked_selection s = run_ranked(
-      rule, threads_of<1>(), refreekv::observe(p.query_view(), cache.source(), p.info()));
+  const ranked_selection s =
+      run_ranked(rule, divided<1>(), refreekv::observe(p.query_view(), cache.source(), p.info()));
   CHECK(s.at(0) == std::vector<position_t>{0, 256, 257, 258, 259, 260, 261, 262, 263, 264, 599});
 }

@@ -5,6 +5,7 @@
 #include "catch.hpp"
 #include "layouts.hpp"
 #include "reference.hpp"
+#include "test_backend.hpp"
 
 struct ranked_selection {
   refreekv::status status;

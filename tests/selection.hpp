@@ -4,6 +4,7 @@
 
 #include "catch.hpp"
 #include "problem.hpp"
+#include "test_backend.hpp"
 
 namespace refreekv {
 inline std::ostream& operator<<(std::ostream& out, const kept_range& k) {

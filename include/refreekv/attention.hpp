@@ -88,7 +88,7 @@ struct row_normaliser {
 /// 2^n for a whole n; 0 where that would be denormal, infinity from n = 1024 on. NaN stays NaN.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double power_of_two(float n) noexcept {
   if (n < -1022) return 0;
-  if (!(n < 1024)) return n * std::numeric_limits<double>::infinity();
+  if (!(n < 1024)) return n * HUGE_VAL;  // no function, which device code could not call
   const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<int>(n) + 1023) << 52;
   double power;
   std::memcpy(&power, &bits, sizeof power);

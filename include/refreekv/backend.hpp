@@ -8,6 +8,7 @@
 #include "refreekv/kept_positions.hpp"
 #include "refreekv/norm_scan.hpp"
 #include "refreekv/observation.hpp"
+#include "refreekv/page_lists.hpp"
 #include "refreekv/status.hpp"
 
 namespace refreekv::inline v0 {
@@ -46,9 +47,10 @@ namespace refreekv::inline v0 {
 /// Of policies that score tokens. Scores are views [sequence, head, capacity] of which only entries
 /// below tokens(s) are read or written; quotas are [sequence].
 ///
-/// - `attention_scratch take_attention_scratch(arena&, B, rows, seen)` and `selection_scratch
-///   take_selection_scratch(arena&, B, seen)`: what the backend needs for the primitives below that
-///   are given them.
+/// - `attention_scratch take_attention_scratch(arena&, B, rows, seen)`, `selection_scratch
+///   take_selection_scratch(arena&, B, seen)`, where seen may still have its pages, and
+///   `ranking_scratch take_ranking_scratch(arena&, B, seen)`: what the backend needs for the
+///   primitives below that are given them.
 ///
 /// - `attention_sums(B, score_rows, seen, scores, scratch)`: the attention that each token receives
 ///   from the last rows, summed, in place of its score or, where it is carried, on top of it. With
@@ -94,6 +96,23 @@ namespace refreekv::inline v0 {
 ///
 /// - `quantise(B, keys, from, int4)` and `bound_pages(B, keys, from, pages)`: see
 ///   decode_index.hpp.
+///
+/// Of what engines want to hear about a decision, see release.hpp:
+///
+/// - `write_masks(B, kept, mask, keep, drop)`: mask [sequence, group, token], rows contiguous:
+///   `keep` for tokens that kept(s, g) keeps, `drop` for all others, those past a sequence's tokens
+///   among them. With kept_positions the same, of every KV head. Nothing outside the mask is
+///   written. O(entries of the mask).
+///
+/// - `plan_pages(B, kept, page_tokens, shared, to)`: kept [sequence, 1]; to.plans(s) = the
+///   page_plan of plan_pages, to.moves(s, 0) = kept where the plan's sinks move and otherwise a
+///   range that drops nothing, to.slots(s, 0) = kept_slots. shared may have no pointer.
+///   O(dropped pages).
+///
+/// - `release_pages(B, plans, shared, table, freed)`: remove_pages for each sequence: entries
+///   [first, last) leave the table, those after them shift down, and ids that nobody shares go to
+///   freed.ids in their order; both counts are brought up to date. What is past a count stays as it
+///   is. O(pages).
 ///
 /// Results do not depend on how the work is divided: the same inputs give the same bits.
 template <class Backend>

@@ -70,10 +70,18 @@ class dense {
   constexpr explicit dense(view<T, 4, Memory> rows, lengths_view<Memory> lengths = {}) noexcept
       : rows_(rows), lengths_(lengths) {}
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return rows_.extent(0); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return rows_.extent(1); }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return rows_.extent(2); }
-  [[nodiscard]] constexpr index_t head_dim() const noexcept { return rows_.extent(3); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return rows_.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return rows_.extent(1);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return rows_.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return rows_.extent(3);
+  }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return lengths_.data() == nullptr ? rows_.extent(2) : index_t{lengths_(sequence)};
@@ -112,10 +120,18 @@ class segmented {
   constexpr segmented(view<T, 4, Memory> slots, view<const segment, 2, Memory> segments) noexcept
       : slots_(slots), segments_(segments) {}
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return slots_.extent(0); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return slots_.extent(1); }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return slots_.extent(2); }
-  [[nodiscard]] constexpr index_t head_dim() const noexcept { return slots_.extent(3); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return slots_.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return slots_.extent(1);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return slots_.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return slots_.extent(3);
+  }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     index_t tokens = 0;

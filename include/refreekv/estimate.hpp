@@ -21,10 +21,16 @@ struct int4_keys {
   index_t dims;  ///< head_dim
   lengths_view<Memory> lengths;
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return codes.extent(0); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return codes.extent(1); }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return codes.extent(2); }
-  [[nodiscard]] constexpr index_t head_dim() const noexcept { return dims; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return codes.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return codes.extent(1);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return codes.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept { return dims; }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return lengths.data() == nullptr ? codes.extent(2) : index_t{lengths(sequence)};
   }

@@ -64,7 +64,7 @@ struct norm_scan {
   cut_scope scope;
 
   /// Cuts of each sequence.
-  [[nodiscard]] constexpr index_t groups(index_t kv_heads) const noexcept {
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t groups(index_t kv_heads) const noexcept {
     return scope == cut_scope::layer ? 1 : kv_heads;
   }
 
@@ -81,6 +81,12 @@ struct norm_scan {
   /// False where nothing can be decided: an empty, NaN or infinite norm keeps every token.
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr bool decidable(double baseline) noexcept {
     return baseline > 0 && baseline - baseline == 0;  // the difference of an infinity is NaN
+  }
+  /// Whether there is anything to decide about a sequence of `tokens` tokens, whose norms [chunk]
+  /// at the chunks' starts are given.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool decides(index_t tokens,
+                                                            const double* norms) const noexcept {
+    return tokens > sinks && decidable(norms[first_chunk()]);
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr double loss(double norm,
                                                                   double baseline) noexcept {
@@ -132,29 +138,35 @@ struct norm_scan_buffers {
   }
 };
 
+/// What is kept of a sequence that is cut at the token `last` of its chunk `crossing`. baseline:
+/// norm(sinks); norm and mass: of the curves inside the chunk, at that token.
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range cut_at(const norm_scan& scan,
+                                                               index_t tokens, index_t crossing,
+                                                               index_t last, double baseline,
+                                                               double norm, float mass) noexcept {
+  const position_ranking ranking(tokens, scan.sinks);
+  kept_range kept = ranking.from(chunking{tokens, scan.sinks}[crossing].begin + last);
+  if (kept.dropped() > 0) {
+    // Two roundings meet here, of a sum over chunks and of one over tokens.
+    const double loss = norm_scan::loss(norm, baseline);
+    kept.loss = static_cast<float>(loss < 0 ? 0 : loss < scan.threshold ? loss : scan.threshold);
+    kept.dropped_mass = mass;
+  }
+  return kept;
+}
+
 /// What is kept of a sequence, from its summed curves. norms: [chunk]; chunk_norms, chunk_masses:
 /// [chunk_tokens] of the crossing chunk.
-[[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range stop(const norm_scan& scan, index_t tokens,
-                                                             const double* norms,
-                                                             const double* chunk_norms,
-                                                             const float* chunk_masses) noexcept {
-  const position_ranking ranking(tokens, scan.sinks);
+[[nodiscard]] constexpr kept_range stop(const norm_scan& scan, index_t tokens, const double* norms,
+                                        const double* chunk_norms,
+                                        const float* chunk_masses) noexcept {
   const chunking chunks{tokens, scan.sinks};
-  if (tokens <= scan.sinks || !norm_scan::decidable(norms[scan.first_chunk()])) {
-    return ranking.all();
-  }
+  if (!scan.decides(tokens, norms)) return position_ranking(tokens, scan.sinks).all();
   const double baseline = norms[scan.first_chunk()];
   const index_t crossing = scan.crossing(norms, chunks.count());
   const token_range range = chunks[crossing];
   const index_t last = scan.last_allowed(chunk_norms, range.end - range.begin, baseline);
-  kept_range kept = ranking.from(range.begin + last);
-  if (kept.dropped() > 0) {
-    // Two roundings meet here, of a sum over chunks and of one over tokens.
-    const double loss = norm_scan::loss(chunk_norms[last], baseline);
-    kept.loss = static_cast<float>(loss < 0 ? 0 : loss < scan.threshold ? loss : scan.threshold);
-    kept.dropped_mass = chunk_masses[last];
-  }
-  return kept;
+  return cut_at(scan, tokens, crossing, last, baseline, chunk_norms[last], chunk_masses[last]);
 }
 
 }  // namespace refreekv::inline v0

@@ -81,12 +81,24 @@ struct query_observation {
   Keys keys;
   layer_info<memory> info;
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return keys.sequences(); }
-  [[nodiscard]] constexpr index_t q_heads() const noexcept { return queries.extent(2); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return keys.kv_heads(); }
-  [[nodiscard]] constexpr index_t head_dim() const noexcept { return keys.head_dim(); }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return keys.capacity(); }
-  [[nodiscard]] constexpr index_t window() const noexcept { return queries.extent(1); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return keys.sequences();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_heads() const noexcept {
+    return queries.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return keys.kv_heads();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return keys.head_dim();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return keys.capacity();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t window() const noexcept {
+    return queries.extent(1);
+  }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return keys.tokens(sequence);
   }
@@ -136,11 +148,21 @@ struct row_observation {
   lengths_view<Memory> lengths;
   layer_info<Memory> info;  ///< of the attention only sliding_window is used
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return rows.extent(0); }
-  [[nodiscard]] constexpr index_t q_heads() const noexcept { return rows.extent(2); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return kv_head_count; }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return rows.extent(3); }
-  [[nodiscard]] constexpr index_t window() const noexcept { return rows.extent(1); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return rows.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_heads() const noexcept {
+    return rows.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return kv_head_count;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return rows.extent(3);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t window() const noexcept {
+    return rows.extent(1);
+  }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return lengths.data() == nullptr ? rows.extent(3) : index_t{lengths(sequence)};
   }
@@ -162,10 +184,18 @@ struct cache_observation {
   Keys keys;
   layer_info<memory> info;
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return keys.sequences(); }
-  [[nodiscard]] constexpr index_t q_heads() const noexcept { return keys.kv_heads(); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return keys.kv_heads(); }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return keys.capacity(); }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return keys.sequences();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_heads() const noexcept {
+    return keys.kv_heads();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return keys.kv_heads();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return keys.capacity();
+  }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return keys.tokens(sequence);
   }

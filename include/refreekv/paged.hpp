@@ -36,8 +36,12 @@ class page_table {
     return t;
   }
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return lengths_.extent(0); }
-  [[nodiscard]] constexpr index_t max_pages() const noexcept { return max_pages_; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return lengths_.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t max_pages() const noexcept {
+    return max_pages_;
+  }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence,
                                                               index_t page_tokens) const noexcept {
@@ -111,11 +115,19 @@ class paged {
                   page_table<Index, Memory> table) noexcept
       : page_(page), pointers_(pointers), pages_(pointers.extent(0)), table_(table) {}
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return table_.sequences(); }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return page_.extent(0); }
-  [[nodiscard]] constexpr index_t page_tokens() const noexcept { return page_.extent(1); }
-  [[nodiscard]] constexpr index_t head_dim() const noexcept { return page_.extent(2); }
-  [[nodiscard]] constexpr index_t capacity() const noexcept {
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return table_.sequences();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return page_.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t page_tokens() const noexcept {
+    return page_.extent(1);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return page_.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
     return table_.max_pages() * page_tokens();
   }
 

@@ -4,6 +4,7 @@
 
 #include "refreekv/cpu/backend.hpp"
 #include "refreekv/decode_index.hpp"
+#include "refreekv/layered.hpp"
 #include "refreekv/paged.hpp"
 #include "refreekv/policy/attention_ranked.hpp"
 #include "refreekv/policy/cake.hpp"
@@ -14,4 +15,5 @@
 #include "refreekv/policy/streaming_llm.hpp"
 #include "refreekv/policy/twilight.hpp"
 #include "refreekv/prune.hpp"
+#include "refreekv/release.hpp"
 #include "refreekv/version.hpp"

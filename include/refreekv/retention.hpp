@@ -129,7 +129,8 @@ template <class Kept>
 /// page i of the sequence; null where none does.
 using shared_pages = const std::uint8_t*;
 
-[[nodiscard]] constexpr bool is_shared(shared_pages shared, index_t page) noexcept {
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_shared(shared_pages shared,
+                                                            index_t page) noexcept {
   return shared != nullptr && (shared[page / 8] >> (page % 8) & 1) != 0;
 }
 
@@ -144,27 +145,64 @@ struct page_plan {
   index_t first_slot = 0;   ///< of the kept tokens in the new table
 };
 
+namespace detail {
+
+/// What plan_pages chooses from; how many pages nobody shares is not counted yet.
+struct page_choice {
+  page_plan stay = {};
+  page_plan move = {};
+  index_t written = 0;  ///< sinks that move go to pages [move.last, written)
+
+  /// Given how many pages nobody shares of those that `stay` and `move` take out, and of those that
+  /// sinks would be written to.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr page_plan best(
+      index_t stay_private, index_t move_private, index_t written_private) const noexcept {
+    const bool moves = written_private == written - move.last && move_private > stay_private;
+    page_plan plan = moves ? move : stay;
+    plan.freed = moves ? move_private : stay_private;
+    return plan;
+  }
+};
+
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr page_choice choose_pages(
+    const kept_range& kept, index_t page_tokens) noexcept {
+  const index_t sinks = kept.sinks, cut = kept.cut;
+  const auto pages = [&](index_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
+  if (sinks == cut) return {};
+  const index_t first = pages(sinks), last = cut < kept.tokens ? cut / page_tokens : pages(cut);
+  page_choice choice{.stay = {.first = first, .last = last < first ? first : last}};
+  if (sinks == 0) {
+    choice.stay.first_slot = cut < kept.tokens ? cut % page_tokens : 0;
+  } else {
+    const index_t target = cut - sinks;
+    choice.move = {
+        .last = target / page_tokens, .sinks_move = true, .first_slot = target % page_tokens};
+    choice.written = pages(cut);
+  }
+  return choice;
+}
+
+/// Pages [first, last) that nobody shares.
+[[nodiscard]] constexpr index_t private_pages(shared_pages shared, index_t first,
+                                              index_t last) noexcept {
+  if (shared == nullptr) return last - first;
+  index_t count = 0;
+  for (index_t page = first; page < last; ++page) count += is_shared(shared, page) ? 0 : 1;
+  return count;
+}
+
+}  // namespace detail
+
 /// The sinks move if that frees more pages and writes no shared one.
 /// Requires page_tokens >= 1. O(dropped pages). (ours)
 [[nodiscard]] constexpr page_plan plan_pages(const kept_range& kept, index_t page_tokens,
                                              shared_pages shared = nullptr) noexcept {
-  const index_t sinks = kept.sinks, cut = kept.cut;
-  if (sinks == cut) return {};
-  const auto plan = [&](index_t first, index_t last, bool sinks_move, index_t first_slot) {
-    page_plan p{first, last < first ? first : last, 0, sinks_move, first_slot};
-    for (index_t page = p.first; page < p.last; ++page) p.freed += is_shared(shared, page) ? 0 : 1;
-    return p;
+  const detail::page_choice choice = detail::choose_pages(kept, page_tokens);
+  const auto count = [&](index_t first, index_t last) {
+    return detail::private_pages(shared, first, last);
   };
-  const index_t end = cut < kept.tokens ? cut : (cut + page_tokens - 1) / page_tokens * page_tokens;
-  if (sinks == 0) return plan(0, end / page_tokens, false, cut < end ? 0 : cut % page_tokens);
-
-  const page_plan stay = plan((sinks + page_tokens - 1) / page_tokens, end / page_tokens, false, 0);
-  const index_t target = cut - sinks;
-  for (index_t page = target / page_tokens; page * page_tokens < cut; ++page) {
-    if (is_shared(shared, page)) return stay;
-  }
-  const page_plan move = plan(0, target / page_tokens, true, target % page_tokens);
-  return move.freed > stay.freed ? move : stay;
+  return choice.best(count(choice.stay.first, choice.stay.last), count(0, choice.move.last),
+                     count(choice.move.last, choice.written));
 }
 
 /// Takes the plan's pages out of table [page], whose `pages` entries shift down, and appends those

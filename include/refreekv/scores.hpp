@@ -23,6 +23,26 @@ struct pooling {
   }
 };
 
+/// The pooled score of token t, of scores [count] with a stride. NaN stays. O(width).
+[[nodiscard]] REFREEKV_HOST_DEVICE inline float pooled_score(const pooling& pool, index_t count,
+                                                             const float* scores, index_t stride,
+                                                             index_t t) noexcept {
+  const index_t reach = (index_t{pool.width} - 1) / 2;
+  const index_t first = t < reach ? 0 : t - reach;
+  const index_t last = count - t > reach ? t + reach : count - 1;
+  double sum = 0;
+  float most = scores[t * stride];
+  for (index_t i = first; i <= last; ++i) {
+    const float score = scores[i * stride];
+    sum += double{score};
+    if (score > most) most = score;
+  }
+  if (pool.kind == pool_kind::average || sum != sum) {
+    return static_cast<float>(sum / static_cast<double>(pool.width));
+  }
+  return most;
+}
+
 /// What a sequence keeps: its last `recent` tokens, and of those before them the `ranked` with the
 /// highest scores, the earlier ones among equals. All where there are no more than that.
 struct token_quota {

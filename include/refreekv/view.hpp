@@ -13,13 +13,17 @@ namespace refreekv::inline v0 {
 struct host_memory {};
 struct device_memory {};
 
-/// Raw 16-bit storage of an engine that has no type for it: `reinterpret_cast<bf16_bits*>(p)` of
-/// a uint16_t* says what the bits mean.
+/// Raw storage of an engine that has no type for it: `reinterpret_cast<bf16_bits*>(p)` of a
+/// uint16_t* says what the bits mean.
 struct bf16_bits {
   std::uint16_t bits;
 };
 struct f16_bits {
   std::uint16_t bits;
+};
+/// 4 bits of exponent, 3 of mantissa, no infinity. (OCP fp8)
+struct fp8_e4m3_bits {
+  std::uint8_t bits;
 };
 
 /// A non-owning tensor: pointer, extents and strides, both in elements. A layout is its strides:

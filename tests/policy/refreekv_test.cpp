@@ -53,7 +53,7 @@ TEST_CASE("the position-ranked toy data of the released code comes out", "[refre
     INFO(name);
     const policy::refreekv rule{.threshold = std::stod(threshold), .full_layers = 0};
     const selection s =
-        run_select(rule, cpu_backend{}, observe_rows(view(rows.data(), {1, 1, 2, 12}), 2));
+        run_select(rule, divided<1>(), observe_rows(view(rows.data(), {1, 1, 2, 12}), 2));
     REQUIRE(s.status == status::ok);
     CHECK(positions(s.at(0)) == golden.at(name).at("kept").get<std::vector<position_t>>());
   }
@@ -72,12 +72,12 @@ TEST_CASE("a larger threshold never keeps more, and a full row never keeps more 
       position_t last = 0;
       for (const double threshold : {0.0, 0.001, 0.01, 0.1, 0.5, 1.0}) {
         policy::refreekv rule{.threshold = threshold, .window = window};
-        const kept_range kept = run_select(rule, cpu_backend{}, seen).at(0);
+        const kept_range kept = run_select(rule, divided<1>(), seen).at(0);
         CHECK(kept.cut >= last);
         last = kept.cut;
         // The sinks' energy only adds to what a cut cannot lose.
         rule.norm = norm_scope::full_row;
-        CHECK(run_select(rule, cpu_backend{}, seen).at(0).cut >= kept.cut);
+        CHECK(run_select(rule, divided<1>(), seen).at(0).cut >= kept.cut);
       }
       CHECK(last == p.lengths[0] - 1);
     }
@@ -94,8 +94,8 @@ TEST_CASE("a window wider than the sequence is the sequence", "[refreekv]") {
     const policy::refreekv all{.threshold = 0.2, .window = 40, .average = average};
     const policy::refreekv more{.threshold = 0.2, .window = 5000, .average = average};
     for (index_t s = 0; s < 2; ++s) {
-      CHECK(run_select(all, cpu_backend{}, seen).at(s).cut ==
-            run_select(more, cpu_backend{}, seen).at(s).cut);
+      CHECK(run_select(all, divided<1>(), seen).at(s).cut ==
+            run_select(more, divided<1>(), seen).at(s).cut);
     }
   }
 }

@@ -77,7 +77,7 @@ TEST_CASE("select needs neither queries nor a workspace", "[streaming_llm]") {
   const plain_rows rows(2, 4, {30, 3, 0});
   const dense_cache<float> cache(rows);
   const policy::streaming_llm rule{.sinks = 4, .budget = 14};
-  const selection s = run_select(rule, cpu_backend{}, observe(cache.source()));
+  const selection s = run_select(rule, divided<1>(), observe(cache.source()));
   REQUIRE(s.status == status::ok);
   CHECK(s.at(0).cut == 20);
   CHECK(s.at(1).dropped() == 0);

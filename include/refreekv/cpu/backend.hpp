@@ -12,6 +12,7 @@
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/norm_scan.hpp"
 #include "refreekv/cpu/ranked_scan.hpp"
+#include "refreekv/cpu/release.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -35,6 +36,7 @@ struct ops<cpu_backend<Executor>> {
   using scan_scratch = cpu_detail::scan_scratch;
   using attention_scratch = cpu_detail::attention_scratch;
   using selection_scratch = cpu_detail::selection_scratch;
+  struct ranking_scratch {};
 
   template <class Seen>
   static scan_scratch take_scan_scratch(arena& from, const backend_type& b, const norm_scan& scan,
@@ -113,6 +115,11 @@ struct ops<cpu_backend<Executor>> {
   }
 
   template <class Seen>
+  static ranking_scratch take_ranking_scratch(arena&, const backend_type&, const Seen&) noexcept {
+    return {};
+  }
+
+  template <class Seen>
   static status attention_sums(const backend_type& b, const score_rows& rows, const Seen& seen,
                                const scores_view<>& scores,
                                const attention_scratch& scratch) noexcept {
@@ -164,7 +171,7 @@ struct ops<cpu_backend<Executor>> {
   template <class Seen>
   static status rank_tokens(const backend_type& b, index_t recent, const Seen& seen,
                             const scores_view<>& scores, const scores_view<>& weights,
-                            position_t* order, double* norms, const selection_scratch&) noexcept {
+                            position_t* order, double* norms, const ranking_scratch&) noexcept {
     cpu_detail::rank_tokens(b.on, recent, seen, scores, weights, order, norms);
     return status::ok;
   }
@@ -172,7 +179,7 @@ struct ops<cpu_backend<Executor>> {
   template <class Seen>
   static status stop_ranked(const backend_type& b, double threshold, index_t recent,
                             const Seen& seen, const double* norms, position_t* order,
-                            const kept_positions<>& kept, const selection_scratch&) noexcept {
+                            const kept_positions<>& kept, const ranking_scratch&) noexcept {
     cpu_detail::stop_ranked(b.on, threshold, recent, seen, norms, order, kept);
     return status::ok;
   }
@@ -196,6 +203,34 @@ struct ops<cpu_backend<Executor>> {
   static status bound_pages(const backend_type& b, const Keys& keys, const lengths_view<>& from,
                             const page_bounds<>& to) noexcept {
     cpu_detail::bound_pages(b.on, keys, from, to);
+    return status::ok;
+  }
+
+  template <class T>
+  static status write_masks(const backend_type& b, view<const kept_range, 2> kept, view<T, 3> mask,
+                            T keep, T drop) noexcept {
+    cpu_detail::write_masks(b.on, kept, mask, keep, drop);
+    return status::ok;
+  }
+
+  template <class T>
+  static status write_masks(const backend_type& b, const kept_positions<>& kept, view<T, 3> mask,
+                            T keep, T drop) noexcept {
+    cpu_detail::write_masks(b.on, kept, mask, keep, drop);
+    return status::ok;
+  }
+
+  static status plan_pages(const backend_type&, view<const kept_range, 2> kept, index_t page_tokens,
+                           const shared_pages_view<>& shared, const page_plans<>& to) noexcept {
+    cpu_detail::plan_pages(kept, page_tokens, shared, to);
+    return status::ok;
+  }
+
+  template <class Index>
+  static status release_pages(const backend_type& b, view<const page_plan, 1> plans,
+                              const shared_pages_view<>& shared, const page_lists<Index>& table,
+                              const page_lists<Index>& freed) noexcept {
+    cpu_detail::release_pages(b.on, plans, shared, table, freed);
     return status::ok;
   }
 };

@@ -81,8 +81,7 @@ void crossing_curve(const Executor& on, const norm_scan& scan, const Seen& seen,
     float* chunk_masses = buffers.chunk_masses + i * chunk_tokens;
     std::fill(chunk_norms, chunk_norms + chunk_tokens, 0.0);
     std::fill(chunk_masses, chunk_masses + chunk_tokens, 0.0f);
-    if (seen.tokens(sequence) <= scan.sinks) return;
-    if (!norm_scan::decidable(norms[scan.first_chunk()])) return;
+    if (!scan.decides(seen.tokens(sequence), norms)) return;
     const index_t crossing = scan.crossing(norms, chunks);
     for (index_t h = 0; h < kv_heads; ++h) {
       scanner.add_chunk_norms(worker, {sequence, crossing, i % groups * kv_heads + h}, chunk_norms,

@@ -123,31 +123,14 @@ void attention_spread(const Executor& on, index_t window, double gain, const See
   }
 }
 
-/// Pools values [count], which may have strides. O(count * width).
-inline void pool_row(const pooling& pool, index_t count, const float* values, index_t stride,
-                     float* pooled, index_t pooled_stride) noexcept {
-  const index_t reach = (index_t{pool.width} - 1) / 2;
-  for (index_t t = 0; t < count; ++t) {
-    const index_t first = std::max<index_t>(0, t - reach), last = std::min(count - 1, t + reach);
-    double sum = 0;
-    float most = values[t * stride];
-    for (index_t i = first; i <= last; ++i) {
-      const float value = values[i * stride];
-      sum += double{value};
-      if (!(value <= most)) most = value;  // NaN stays
-    }
-    pooled[t * pooled_stride] = pool.kind == pool_kind::max
-                                    ? (std::isnan(sum) ? static_cast<float>(sum) : most)
-                                    : static_cast<float>(sum / static_cast<double>(pool.width));
-  }
-}
-
 template <class Executor, class Seen>
 void pool(const Executor& on, const pooling& how, const token_quota* quotas, const Seen& seen,
           const scores_view<>& scores, const scores_view<>& pooled) noexcept {
   for_each_head(on, seen, index_t{how.width}, [&](int, index_t s, index_t h) {
     const index_t count = std::max<index_t>(0, seen.tokens(s) - quotas[s].recent);
-    pool_row(how, count, scores.at(s, h), scores.stride(2), pooled.at(s, h), pooled.stride(2));
+    for (index_t t = 0; t < count; ++t) {
+      pooled(s, h, t) = pooled_score(how, count, scores.at(s, h), scores.stride(2), t);
+    }
   });
 }
 

@@ -39,7 +39,7 @@ struct attention_ranked {
     position_t* order;  ///< [sequence, kv_head, capacity]
     double* norms;      ///< [sequence, capacity]
     typename ops<Backend>::attention_scratch attention;
-    typename ops<Backend>::selection_scratch selection;
+    typename ops<Backend>::ranking_scratch ranking;
   };
 
   template <backend Backend, attention_observation Seen>
@@ -52,7 +52,7 @@ struct attention_ranked {
             from.take<double>(sequences, capacity),
             ops<Backend>::take_attention_scratch(from, on, detail::rows_of(seen, window),
                                                  observed(seen)),
-            ops<Backend>::take_selection_scratch(from, on, observed(seen))};
+            ops<Backend>::take_ranking_scratch(from, on, observed(seen))};
   }
 
   /// `reduce` sums norms [sequence, capacity]: the heads of all ranks lose the same number.
@@ -70,13 +70,11 @@ struct attention_ranked {
     status s = run::attention_sums(on, score_rows{rows}, what, scores, work.attention);
     if (s == status::ok) s = run::attention_sums(on, score_rows{1}, what, weights, work.attention);
     if (s == status::ok) {
-      s = run::rank_tokens(on, recent, what, scores, weights, work.order, work.norms,
-                           work.selection);
+      s = run::rank_tokens(on, recent, what, scores, weights, work.order, work.norms, work.ranking);
     }
     if (s == status::ok) s = reduce(work.norms, sequences * capacity);
     if (s == status::ok) {
-      s = run::stop_ranked(on, threshold, recent, what, work.norms, work.order, kept,
-                           work.selection);
+      s = run::stop_ranked(on, threshold, recent, what, work.norms, work.order, kept, work.ranking);
     }
     return s;
   }

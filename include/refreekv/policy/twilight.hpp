@@ -47,7 +47,7 @@ struct twilight {
                                       const Seen& seen) const noexcept {
     return {from.take<float>(seen.sequences(), seen.q_heads(), seen.capacity()),
             ops<Backend>::take_attention_scratch(from, on, 1, observed(seen)),
-            ops<Backend>::take_selection_scratch(from, on, observed(seen))};
+            ops<Backend>::take_selection_scratch(from, on, seen)};
   }
 
   template <backend Backend, attention_observation Seen>

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of a tile of rows to a chunk, in units of each row's own.
+#pragma once
+
+#include "refreekv/cuda/logits.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// Registers of a thread that a row of its tile takes: those of its part of a query.
+template <class Seen>
+inline constexpr int row_registers = 8;
+template <class Query, kv_source Keys>
+inline constexpr int row_registers<query_observation<Query, Keys>> =
+    fragment_elements<typename key_reader<Keys>::staged>;
+template <class Query, class Rows, class Scales>
+inline constexpr int row_registers<query_observation<Query, scaled_keys<Rows, Scales>>> =
+    row_registers<query_observation<Query, Rows>>;
+
+/// The most rows of a tile that registers have room for, and those in a body that keeps more there
+/// than sums of values.
+template <class Seen>
+inline constexpr int most_rows = row_registers<Seen> > 8 ? 4 : 8;
+template <class Seen>
+inline constexpr int few_rows = most_rows<Seen> / 2;
+
+/// Whether a tile's values are left for others to read.
+enum class leaves { statistics, values };
+
+/// exp(x) / 2^unit, for a whole unit up to 2^21. NaN stays NaN.
+[[nodiscard]] REFREEKV_DEVICE float exponential(float x, float unit) noexcept {
+  // ln 2 in two parts: a multiple of the first by a whole number up to 2^14 is exact.
+  const float r = x - unit * 0.693359375f;
+  return std::exp(r + unit * 2.12194440e-4f);
+}
+
+/// Logits become values; one warp, which owns the row.
+template <leaves Leaves, thread_block Block, class Query, class Keys>
+[[nodiscard]] REFREEKV_DEVICE chunk_statistics to_values(Block& block,
+                                                         const query_observation<Query, Keys>&,
+                                                         float* row, int count) noexcept {
+  constexpr float log2e = std::numbers::log2e_v<float>;
+  float peak = -infinity, sum = 0, sum_squares = 0;
+  for (int t = lane_of(block); t < count; t += warp_threads) peak = larger{}(peak, row[t]);
+  peak = block.warp_reduce(peak, larger{});
+  const float unit = std::rint(peak * log2e);
+  // Logits without digits after the point are exact relative to their peak.
+  const bool exact = std::fabs(unit) < 0x1p21f;
+  const float origin = exact || peak == -infinity ? 0 : peak;
+  for (int t = lane_of(block); t < count; t += warp_threads) {
+    const float value = exponential(row[t] - origin, exact ? unit : 0);
+    sum += value;
+    sum_squares += value * value;
+    if constexpr (Leaves == leaves::values) row[t] = value;
+  }
+  return {unit, block.warp_reduce(sum, plus{}), block.warp_reduce(sum_squares, plus{})};
+}
+
+/// The same for ready rows: values are attention / 2^unit.
+template <leaves Leaves, thread_block Block, class Row, class Memory>
+[[nodiscard]] REFREEKV_DEVICE chunk_statistics to_values(Block& block,
+                                                         const row_observation<Row, Memory>&,
+                                                         float* row, int count) noexcept {
+  float peak = 0, sum = 0, sum_squares = 0;
+  for (int t = lane_of(block); t < count; t += warp_threads) peak = larger{}(peak, row[t]);
+  peak = block.warp_reduce(peak, larger{});
+  const bool scaled = peak > 0 && peak < infinity;
+  const float unit = scaled ? std::rint(std::log2(peak)) : 0;
+  const double scale = scaled ? power_of_two(-unit) : 1;
+  for (int t = lane_of(block); t < count; t += warp_threads) {
+    const auto value = static_cast<float>(double{row[t]} * scale);
+    sum += value;
+    sum_squares += value * value;
+    if constexpr (Leaves == leaves::values) row[t] = value;
+  }
+  sum = block.warp_reduce(sum, plus{});
+  // Not where there is NaN: it has no peak.
+  return {sum == 0 ? -infinity : unit, sum, block.warp_reduce(sum_squares, plus{})};
+}
+
+/// Fills a tile with its rows' values, if they are asked for, and their statistics. The block's
+/// threads are in step afterwards. O(rows of the tile * tokens * head_dim)
+template <leaves Leaves, int Lanes, int Rows, thread_block Block, class Seen>
+REFREEKV_DEVICE void attend(Block& block, tile<Seen, Rows>& s, const Seen& seen,
+                            const query_window& window, const tile_place& at) noexcept {
+  fill<Lanes>(block, s, seen, window, at);
+  for (int i = warp_of(block); i < Rows; i += block_warps) {
+    const chunk_statistics own = to_values<Leaves>(block, seen, s.values[i], at.size());
+    if (lane_of(block) == 0) s.statistics[i] = own;
+  }
+  block.sync();
+}
+
+/// Sets a tile's units to f(i), in a thread each. The block's threads are in step afterwards.
+template <int Rows, thread_block Block, class F>
+REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noexcept {
+  if (block.rank() < Rows) s.units[block.rank()] = f(block.rank());
+  block.sync();
+}
+
+/// The window of the last `rows` rows of a sequence.
+template <class Seen>
+[[nodiscard]] REFREEKV_DEVICE query_window window_of(const Seen& seen, index_t sequence,
+                                                     index_t rows) noexcept {
+  return {seen.tokens(sequence), rows, seen.info.attention.sliding_window};
+}
+
+/// Whether no row of a span sees any token of a range.
+[[nodiscard]] REFREEKV_DEVICE bool sees_nothing(const query_window& window, const row_span& span,
+                                                token_range tokens) noexcept {
+  const index_t first = span.row > window.first_row() ? span.row : window.first_row();
+  const index_t last = span.row + span.rows - 1;
+  return first > last || tokens.begin >= window.visible(last).end ||
+         tokens.end <= window.visible(first).begin;
+}
+
+/// Leaves statistics [sequence, q_head, rows, chunk] of some rows of the window.
+template <class Seen, int Rows, int Lanes>
+struct statistics_body {
+  struct shared {
+    cuda_detail::tile<Seen, Rows> tile;
+  };
+  /// As many as there are registers for, without a spill of queries.
+  static constexpr int resident_blocks = Rows * row_registers<Seen> <= 8    ? 4
+                                         : Rows * row_registers<Seen> <= 32 ? 3
+                                                                            : 2;
+
+  Seen seen;
+  index_t window;     ///< rows of it
+  index_t row, rows;  ///< [row, row + rows) of them are read
+  index_t sinks;      ///< which have chunks of their own
+  index_t chunks;     ///< of the longest sequence
+  chunk_statistics* statistics;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tiles() const noexcept {
+    return (seen.q_heads() / seen.kv_heads() * rows + Rows - 1) / Rows;
+  }
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * chunks * seen.kv_heads() * tiles();
+  }
+
+  /// item: [sequence, chunk, kv_head, tile], so that tiles of one chunk find its keys in the cache.
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t tile = item % tiles(), kv_heads = seen.kv_heads();
+    item /= tiles();
+    const index_t kv_head = item % kv_heads, chunk = item / kv_heads % chunks;
+    const index_t sequence = item / kv_heads / chunks;
+    const query_window rows_seen = window_of(seen, sequence, window);
+    const chunking chunks_there{rows_seen.tokens, sinks};
+    if (chunk >= chunks_there.count()) return;
+    const auto group = static_cast<int>(seen.q_heads() / kv_heads);
+    const tile_place at{sequence,
+                        kv_head,
+                        {kv_head * group, group, row, static_cast<int>(rows)},
+                        static_cast<int>(tile) * Rows,
+                        chunks_there[chunk]};
+    const bool hidden = sees_nothing(rows_seen, at.span, at.tokens);
+    if (!hidden) attend<leaves::statistics, Lanes>(block, s.tile, seen, rows_seen, at);
+    const int i = block.rank(), of = at.first + i;
+    if (i >= Rows || of >= at.span.count()) return;
+    const index_t to =
+        (sequence * seen.q_heads() + at.span.q_head_of(of)) * rows + at.span.row_of(of) - row;
+    statistics[to * chunks + chunk] =
+        hidden ? chunk_statistics{-infinity, 0, 0} : s.tile.statistics[i];
+  }
+};
+
+/// Joins statistics [sequence, q_head, rows, chunk] to normalisers [sequence, q_head, window] of
+/// rows [row, row + rows) of the window. A warp a row.
+template <class Seen>
+struct normalise_body {
+  struct shared {};
+  Seen seen;
+  index_t window;
+  index_t row, rows;
+  index_t sinks;
+  index_t chunks;
+  const chunk_statistics* statistics;
+  row_normaliser* normalisers;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return (seen.sequences() * seen.q_heads() * rows + block_warps - 1) / block_warps;
+  }
+
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t i = item * block_warps + warp_of(block);
+    const index_t head = i / rows, r = i % rows;
+    if (head >= seen.sequences() * seen.q_heads()) return;
+    const query_window rows_seen = window_of(seen, head / seen.q_heads(), window);
+    if (row + r < rows_seen.first_row()) return;
+    row_normaliser& to = normalisers[head * window + row + r];
+    const row_normaliser found =
+        normaliser(block, rows_seen.tokens, head % seen.q_heads(), statistics + i * chunks);
+    if (lane_of(block) == 0) to = found;
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE row_normaliser normaliser(Block& block, index_t tokens, index_t q_head,
+                                            const chunk_statistics* of) const noexcept {
+    if constexpr (requires { seen.queries; }) {
+      const auto& logits = seen.info.attention.sink_logits;
+      const double sink = (logits.data() != nullptr ? double{logits(q_head)} : -double{infinity}) /
+                          std::numbers::ln2;
+      const index_t count = chunking{tokens, sinks}.count();
+      auto unit = static_cast<float>(std::rint(sink));
+      for (index_t c = lane_of(block); c < count; c += warp_threads) {
+        unit = larger{}(unit, of[c].unit);
+      }
+      unit = block.warp_reduce(unit, larger{});
+      double sum = 0;
+      for (index_t c = lane_of(block); c < count; c += warp_threads) {
+        sum += double{of[c].sum} * power_of_two(of[c].unit - unit);
+      }
+      return {unit, block.warp_reduce(sum, plus{}) + std::exp2(sink - double{unit})};
+    } else {
+      return {0, 1};  // ready rows are normalised
+    }
+  }
+};
+
+/// Calls f with the number of rows of a tile as a constant: 1, or `Most` if more are wanted.
+template <int Most, class F>
+[[nodiscard]] status with_tile(index_t rows, const F& f) noexcept {
+  if (rows <= 1) return f(std::integral_constant<int, 1>{});
+  return f(std::integral_constant<int, Most>{});
+}
+
+/// The lanes that read a key together where it does not matter much.
+inline constexpr int any_lanes = 16;
+
+/// Calls f with how many lanes share a key, as a constant: no more than it has vectors, if 8 do.
+template <class Query, class Keys, class F>
+[[nodiscard]] status with_lanes(const query_observation<Query, Keys>& seen, const F& f) noexcept {
+  if (seen.head_dim() <= 8 * fragment_elements<typename key_reader<Keys>::staged>) {
+    return f(std::integral_constant<int, 8>{});
+  }
+  return f(std::integral_constant<int, any_lanes>{});
+}
+template <class Row, class Memory, class F>
+[[nodiscard]] status with_lanes(const row_observation<Row, Memory>&, const F& f) noexcept {
+  return f(std::integral_constant<int, any_lanes>{});
+}
+
+/// Runs a statistics_body of as many rows and lanes as suit the observation.
+template <class Backend, class Seen>
+[[nodiscard]] status read_chunks(const Backend& on, const Seen& seen, index_t window, index_t row,
+                                 index_t rows, index_t sinks, index_t chunks,
+                                 chunk_statistics* statistics) noexcept {
+  const auto run = [&](auto tile) {
+    return with_lanes(seen, [&](auto lanes) {
+      const statistics_body<Seen, tile(), lanes()> body{seen,  window, row,       rows,
+                                                        sinks, chunks, statistics};
+      return run_blocks(on, body.items(), body);
+    });
+  };
+  const index_t wanted = seen.q_heads() / seen.kv_heads() * rows;
+  return wanted <= few_rows<Seen> ? with_tile<few_rows<Seen>>(wanted, run)
+                                  : with_tile<most_rows<Seen>>(wanted, run);
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

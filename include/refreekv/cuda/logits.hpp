@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+// Logits of a tile of queries against a chunk of keys: the read that all decisions wait for.
+//
+// A key is read by neighbouring threads, 16 bytes each, and multiplied with every query of the tile
+// before the next: query heads of a group share the read. Reads go through shared memory, two
+// rounds ahead of the products, because that keeps them in flight while sums are exchanged.
+#pragma once
+
+#include <cmath>
+
+#include "refreekv/cuda/element.hpp"
+#include "refreekv/estimate.hpp"
+#include "refreekv/norm_scan.hpp"
+#include "refreekv/observation.hpp"
+#include "refreekv/scaled_keys.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// A chunk has a token for each thread.
+static_assert(chunk_tokens == block_threads);
+
+/// The vectors that a thread has on their way in each of the two rounds.
+inline constexpr int reads_ahead = 4;
+
+/// How a key of a source is found and read, in `staged` elements.
+/// - `at(keys, sequence, kv_head, token)`: its address.
+/// - `is_vector(address, dims)`: whether it can be copied as it is, 16 bytes at a time.
+/// - `vector(address, dim)`: those from dim on.
+/// - `gather(address, dim, dims, to)`: the same, element by element, with zeros past the end.
+/// - `product(address, x)`: q.k, given the sum x of products with staged elements.
+template <class Keys>
+struct key_reader {
+  using element_type = std::remove_const_t<typename Keys::element_type>;
+  using staged = stored<element_type>;
+  struct address {
+    const element_type* data;
+    index_t dim_stride;
+  };
+
+  [[nodiscard]] static REFREEKV_DEVICE address at(const Keys& keys, index_t sequence,
+                                                  index_t kv_head, index_t token) noexcept {
+    const auto run = keys.run_at(sequence, kv_head, token);
+    return {run.data, run.dim_stride};
+  }
+  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address& key, index_t dims) noexcept {
+    return key.dim_stride == 1 && dims % fragment_elements<staged> == 0 &&
+           reinterpret_cast<std::uintptr_t>(key.data) % sizeof(vector16) == 0;
+  }
+  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address& key,
+                                                          index_t dim) noexcept {
+    return key.data + dim;
+  }
+  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
+                                     vector16& to) noexcept {
+    to = {};
+    REFREEKV_NO_UNROLL
+    for (int i = 0; i < fragment_elements<staged> && dim + i < dims; ++i) {
+      std::memcpy(reinterpret_cast<char*>(&to) + i * int{sizeof(staged)},
+                  key.data + (dim + i) * key.dim_stride, sizeof(staged));
+    }
+  }
+  [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
+};
+
+template <class Rows, class Scales>
+struct key_reader<scaled_keys<Rows, Scales>> {
+  using rows = key_reader<Rows>;
+  using staged = typename rows::staged;
+  struct address {
+    typename rows::address row;
+    float scale;
+  };
+
+  [[nodiscard]] static REFREEKV_DEVICE address at(const scaled_keys<Rows, Scales>& keys,
+                                                  index_t sequence, index_t kv_head,
+                                                  index_t token) noexcept {
+    return {rows::at(keys.rows, sequence, kv_head, token),
+            *keys.scales.run_at(sequence, kv_head, token).data};
+  }
+  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address& key, index_t dims) noexcept {
+    return rows::is_vector(key.row, dims);
+  }
+  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address& key,
+                                                          index_t dim) noexcept {
+    return rows::vector(key.row, dim);
+  }
+  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
+                                     vector16& to) noexcept {
+    rows::gather(key.row, dim, dims, to);
+  }
+  [[nodiscard]] static REFREEKV_DEVICE float product(const address& key, float x) noexcept {
+    return x * key.scale;
+  }
+};
+
+template <class Memory>
+struct key_reader<int4_keys<Memory>> {
+  using staged = float;
+  struct address {
+    const std::uint8_t* codes;
+    float low, step;
+  };
+
+  [[nodiscard]] static REFREEKV_DEVICE address at(const int4_keys<Memory>& keys, index_t sequence,
+                                                  index_t kv_head, index_t token) noexcept {
+    return {keys.codes.at(sequence, kv_head, token), keys.ranges(sequence, kv_head, token, 0),
+            keys.ranges(sequence, kv_head, token, 1)};
+  }
+  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address&, index_t) noexcept {
+    return false;
+  }
+  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address&, index_t) noexcept {
+    return nullptr;
+  }
+  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
+                                     vector16& to) noexcept {
+    to = {};
+    for (int i = 0; i < fragment_elements<float> && dim + i < dims; ++i) {
+      const unsigned codes = key.codes[(dim + i) / 2];
+      const unsigned code = (dim + i) % 2 == 0 ? codes & 15u : codes >> 4;
+      to.words[i] = as_bits(static_cast<float>(code) * key.step + key.low);
+    }
+  }
+  [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
+};
+
+/// Rows [row, row + rows) of `heads` query heads, numbered [q_head, row].
+struct row_span {
+  index_t q_head;  ///< the first
+  int heads;
+  index_t row;  ///< the first, of the window
+  int rows;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int count() const noexcept { return heads * rows; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_head_of(int i) const noexcept {
+    return q_head + (rows == 1 ? i : i / rows);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t row_of(int i) const noexcept {
+    return row + (rows == 1 ? 0 : i % rows);
+  }
+};
+
+/// Which rows of which tokens a block works on: those of a span from `first` on, as many as its
+/// tile has; past the span's end there is nothing.
+struct tile_place {
+  index_t sequence;
+  index_t kv_head;
+  row_span span;
+  int first;
+  token_range tokens;  ///< chunk_tokens at most
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int size() const noexcept {
+    return static_cast<int>(tokens.end - tokens.begin);
+  }
+};
+
+/// What a block shares to fill a tile of `Rows` rows.
+template <int Rows>
+struct tile_rows {
+  float values[std::size_t{Rows}][block_threads];
+  chunk_statistics statistics[std::size_t{Rows}];
+  float units[std::size_t{Rows}];  ///< what a value of 1 stands for, see set_units
+};
+template <class Seen, int Rows>
+struct tile : tile_rows<Rows> {};
+template <class Query, class Keys, int Rows>
+struct tile<query_observation<Query, Keys>, Rows> : tile_rows<Rows> {
+  vector16 slots[2][reads_ahead][block_threads];
+  typename key_reader<Keys>::address keys[block_threads];
+};
+
+/// Dimensions [dim, dim + N) of a query, with zeros past its end. query: [head_dim], or null.
+template <int N, class Query>
+REFREEKV_DEVICE void load_query(const Query* query, index_t stride, index_t dim, index_t dims,
+                                float (&to)[std::size_t{N}]) noexcept {
+  constexpr int width = fragment_elements<Query>;
+  const bool is_vector = N % width == 0 && stride == 1 && query != nullptr && dim + N <= dims &&
+                         reinterpret_cast<std::uintptr_t>(query + dim) % sizeof(vector16) == 0;
+  if (is_vector) {
+    REFREEKV_UNROLL
+    for (int i = 0; i + width <= N; i += width) {
+      vector16 bits;
+      std::memcpy(&bits, __builtin_assume_aligned(query + dim + i, sizeof bits), sizeof bits);
+      float part[std::size_t{width}];
+      unpack<Query>(bits, part);
+      REFREEKV_UNROLL
+      for (int k = 0; k < width; ++k) to[i + k] = part[k];
+    }
+  } else {
+    REFREEKV_UNROLL
+    for (int i = 0; i < N; ++i) {
+      to[i] = query != nullptr && dim + i < dims ? widen(query[(dim + i) * stride]) : 0;
+    }
+  }
+}
+
+/// Leaves q.k in the tile's values [row, token], each by the thread that is told to: nobody may
+/// read them before a sync.
+template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
+REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>, Rows>& s,
+                              const query_observation<Query, Keys>& seen,
+                              const query_window& window, const tile_place& at) noexcept {
+  using reader = key_reader<Keys>;
+  using staged = typename reader::staged;
+  constexpr int width = fragment_elements<staged>;
+  constexpr int tokens_at_once = block_threads / Lanes;
+  constexpr int round = tokens_at_once * reads_ahead;
+  constexpr int lanes_of_row = Lanes / Rows;  // that end up with the same one
+  const int count = at.size(), rank = block.rank();
+  const int lane = rank % Lanes, own = rank / Lanes;
+  const index_t dims = seen.head_dim();
+
+  bool is_vector = true;
+  if (rank < count) {
+    s.keys[rank] = reader::at(seen.keys, at.sequence, at.kv_head, at.tokens.begin + rank);
+    is_vector = reader::is_vector(s.keys[rank], dims);
+  }
+  is_vector = block.sync_and(is_vector);
+
+  for (index_t slice = 0; slice < dims; slice += Lanes * width) {
+    const index_t dim = slice + lane * width;
+    const auto fetch = [&](int base, int buffer) {
+      REFREEKV_UNROLL
+      for (int u = 0; u < reads_ahead; ++u) {
+        const int token = base + u * tokens_at_once + own;
+        vector16& slot = s.slots[buffer][u][rank];
+        if (token >= count) continue;
+        if (!is_vector) {
+          reader::gather(s.keys[token], dim, dims, slot);
+        } else if (dim < dims) {
+          block.copy_async(&slot, reader::vector(s.keys[token], dim));
+        } else {
+          slot = {};
+        }
+      }
+      block.commit();
+    };
+    fetch(0, 0);
+    float query[std::size_t{Rows}][std::size_t{width}];
+    REFREEKV_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const int of = at.first + i;
+      const index_t row = seen.window() - window.rows + at.span.row_of(of);
+      load_query<width>(
+          of < at.span.count() ? seen.queries.at(at.sequence, row, at.span.q_head_of(of)) : nullptr,
+          seen.queries.stride(3), dim, dims, query[i]);
+    }
+    int buffer = 0;
+    for (int base = 0; base < count; base += round, buffer ^= 1) {
+      fetch(base + round, buffer ^ 1);
+      block.template wait<1>();
+      REFREEKV_UNROLL
+      for (int u = 0; u < reads_ahead; ++u) {
+        const int token = base + u * tokens_at_once + own;
+        float key[std::size_t{width}], dots[std::size_t{Rows}];
+        unpack<staged>(s.slots[buffer][u][rank], key);
+        REFREEKV_UNROLL
+        for (int i = 0; i < Rows; ++i) {
+          dots[i] = 0;
+          REFREEKV_UNROLL
+          for (int d = 0; d < width; ++d) dots[i] += query[i][d] * key[d];
+        }
+        const float dot = block.template tile_reduce_scatter<Lanes>(dots, plus{});
+        if (lane % lanes_of_row == 0 && token < count) {
+          float& value = s.values[lane / lanes_of_row][token];
+          value = slice == 0 ? dot : value + dot;
+        }
+      }
+    }
+    block.template wait<0>();
+  }
+}
+
+/// What a model makes of q.k: scale, soft cap, ALiBi; -inf where the row does not see the token.
+template <class Query, class Keys>
+[[nodiscard]] REFREEKV_DEVICE float logit(const query_observation<Query, Keys>& seen,
+                                          token_range visible, index_t q_head, index_t token,
+                                          float product) noexcept {
+  const auto& params = seen.info.attention;
+  if (token < visible.begin || token >= visible.end) return -infinity;
+  float x = product * seen.scale();
+  if (params.soft_cap > 0) {
+    // In double: a cap of 50 would turn float tanh's last digit into 3e-6 of a logit.
+    const double cap = params.soft_cap;
+    x = static_cast<float>(cap * (1 - 2 / (std::exp(x * (2 / cap)) + 1)));
+  }
+  if (params.alibi_slopes.data() != nullptr) {
+    const double slope = params.alibi_slopes(q_head);
+    x = static_cast<float>(x + slope * static_cast<double>(token - (visible.end - 1)));
+  }
+  return x;
+}
+
+/// Fills the tile's values with logits; a row that does not exist has -inf alone. The block's
+/// threads are in step afterwards.
+template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
+REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Rows>& s,
+                          const query_observation<Query, Keys>& seen, const query_window& window,
+                          const tile_place& at) noexcept {
+  multiply<Lanes>(block, s, seen, window, at);
+  block.sync();
+  const int t = block.rank();
+  if (t < at.size()) {
+    REFREEKV_NO_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const int of = at.first + i;
+      const index_t row = at.span.row_of(of);
+      const bool exists = of < at.span.count() && row >= window.first_row();
+      s.values[i][t] =
+          exists ? logit(seen, window.visible(row), at.span.q_head_of(of), at.tokens.begin + t,
+                         key_reader<Keys>::product(s.keys[t], s.values[i][t]))
+                 : -infinity;
+    }
+  }
+  block.sync();
+}
+
+/// The same for ready rows: attention, and 0 where the row does not see the token.
+template <int Lanes, int Rows, thread_block Block, class Row, class Memory>
+REFREEKV_DEVICE void fill(Block& block, tile<row_observation<Row, Memory>, Rows>& s,
+                          const row_observation<Row, Memory>& seen, const query_window& window,
+                          const tile_place& at) noexcept {
+  const int t = block.rank();
+  if (t < at.size()) {
+    REFREEKV_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const int of = at.first + i;
+      const index_t row = at.span.row_of(of), token = at.tokens.begin + t;
+      float& value = s.values[i][t];
+      value = 0;
+      if (of >= at.span.count() || row < window.first_row()) continue;
+      const token_range visible = window.visible(row);
+      if (token < visible.begin || token >= visible.end) continue;
+      value = widen(
+          seen.rows(at.sequence, seen.window() - window.rows + row, at.span.q_head_of(of), token));
+    }
+  }
+  block.sync();
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

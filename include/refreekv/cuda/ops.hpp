@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// The primitives of a device, on whatever runs blocks of threads: see run_blocks.
+#pragma once
+
+#include "refreekv/backend.hpp"
+#include "refreekv/cuda/compact.hpp"
+#include "refreekv/cuda/estimate.hpp"
+#include "refreekv/cuda/norm_scan.hpp"
+#include "refreekv/cuda/ranked_scan.hpp"
+#include "refreekv/cuda/release.hpp"
+#include "refreekv/cuda/token_scores.hpp"
+#include "refreekv/cuda/top_tokens.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// What ops<> of a device is made of. Elements are float, f16_bits, bf16_bits and what stored_as
+/// knows to be one of them; keys may be int8 or fp8_e4m3_bits, too, as scaled_keys.
+template <class Backend, class Memory>
+struct device_ops {
+  using memory = Memory;
+  using scan_scratch = cuda_detail::scan_scratch;
+  using attention_scratch = cuda_detail::attention_scratch;
+  using selection_scratch = cuda_detail::selection_scratch;
+  using ranking_scratch = cuda_detail::ranking_scratch;
+
+  template <class Seen>
+  static scan_scratch take_scan_scratch(arena& from, const Backend&, const norm_scan& scan,
+                                        const Seen& seen) noexcept {
+    return scan_scratch::take(from, scan, seen);
+  }
+  template <class Seen>
+  static attention_scratch take_attention_scratch(arena& from, const Backend&, index_t rows,
+                                                  const Seen& seen) noexcept {
+    return attention_scratch::take(from, rows, seen);
+  }
+  template <class Seen>
+  static selection_scratch take_selection_scratch(arena& from, const Backend&,
+                                                  const Seen& seen) noexcept {
+    return selection_scratch::take(from, seen);
+  }
+  template <class Seen>
+  static ranking_scratch take_ranking_scratch(arena& from, const Backend& on,
+                                              const Seen& seen) noexcept {
+    return ranking_scratch::take(from, on, seen);
+  }
+
+  template <class F>
+  static status for_each_sequence(const Backend& on, index_t sequences, const F& f) noexcept {
+    return run_blocks(on, blocks_for(sequences), for_each_body<F>{sequences, f});
+  }
+
+  // Each is the function of its name, in the header that tells what it is about.
+  static status norm_curve(const auto&... arguments) noexcept {
+    return cuda_detail::norm_curve(arguments...);
+  }
+  static status crossing_curve(const auto&... arguments) noexcept {
+    return cuda_detail::crossing_curve(arguments...);
+  }
+  static status find_cuts(const auto&... arguments) noexcept {
+    return cuda_detail::find_cuts(arguments...);
+  }
+  static status compact(const auto&... arguments) noexcept {
+    return cuda_detail::compact(arguments...);
+  }
+  static status attention_sums(const auto&... arguments) noexcept {
+    return cuda_detail::attention_sums(arguments...);
+  }
+  static status attention_spread(const auto&... arguments) noexcept {
+    return cuda_detail::attention_spread(arguments...);
+  }
+  static status pool(const auto&... arguments) noexcept { return cuda_detail::pool(arguments...); }
+  static status keep_all(const auto&... arguments) noexcept {
+    return cuda_detail::keep_all(arguments...);
+  }
+  static status top_tokens(const auto&... arguments) noexcept {
+    return cuda_detail::top_tokens(arguments...);
+  }
+  static status top_mass(const auto&... arguments) noexcept {
+    return cuda_detail::top_mass(arguments...);
+  }
+  static status rank_tokens(const auto&... arguments) noexcept {
+    return cuda_detail::rank_tokens(arguments...);
+  }
+  static status stop_ranked(const auto&... arguments) noexcept {
+    return cuda_detail::stop_ranked(arguments...);
+  }
+  static status select_pages(const auto&... arguments) noexcept {
+    return cuda_detail::select_pages(arguments...);
+  }
+  static status quantise(const auto&... arguments) noexcept {
+    return cuda_detail::quantise(arguments...);
+  }
+  static status bound_pages(const auto&... arguments) noexcept {
+    return cuda_detail::bound_pages(arguments...);
+  }
+  static status write_masks(const auto&... arguments) noexcept {
+    return cuda_detail::write_masks(arguments...);
+  }
+  static status plan_pages(const auto&... arguments) noexcept {
+    return cuda_detail::plan_pages(arguments...);
+  }
+  static status release_pages(const auto&... arguments) noexcept {
+    return cuda_detail::release_pages(arguments...);
+  }
+};
+
+}  // namespace refreekv::inline v0::cuda_detail

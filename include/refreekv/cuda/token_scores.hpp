@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores of tokens on a device: attention summed over rows, its spread, and pooling.
+#pragma once
+
+#include "refreekv/cuda/attend.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// Rows of all query heads of a KV head whose statistics are kept at the same time.
+inline constexpr index_t block_rows = 128;
+
+/// Normalisers of all rows, 16 bytes each, and statistics of a block of them, 12 bytes for each
+/// chunk.
+struct attention_scratch {
+  index_t window;                ///< rows of the longest sequence
+  index_t rows;                  ///< of each query head in a block
+  index_t chunks;                ///< of the longest sequence
+  chunk_statistics* statistics;  ///< [sequence, q_head, rows, chunk]
+  row_normaliser* normalisers;   ///< [sequence, q_head, window]
+  double* totals;                ///< [sequence, kv_head, chunk, 2]
+
+  template <class Seen>
+  static attention_scratch take(arena& from, index_t window, const Seen& seen) noexcept {
+    const index_t group = seen.q_heads() / seen.kv_heads();
+    const index_t most = group < block_rows ? block_rows / group : 1;
+    attention_scratch s{};
+    s.window = window < seen.capacity() ? window : seen.capacity();
+    s.rows = s.window < most ? s.window : most;
+    s.chunks = chunking{seen.capacity(), 0}.count();
+    s.statistics = from.take<chunk_statistics>(seen.sequences(), seen.q_heads(), s.rows, s.chunks);
+    s.normalisers = from.take<row_normaliser>(seen.sequences(), seen.q_heads(), s.window);
+    s.totals = from.take<double>(seen.sequences(), seen.kv_heads(), s.chunks, 2);
+    return s;
+  }
+};
+
+/// Leaves the normalisers of the last rows. The keys are read once for each block of rows.
+template <class Backend, class Seen>
+[[nodiscard]] status normalise_rows(const Backend& on, index_t window, const Seen& seen,
+                                    const attention_scratch& scratch) noexcept {
+  status s = status::ok;
+  for (index_t row = 0; row < window && s == status::ok; row += scratch.rows) {
+    const index_t rows = window - row < scratch.rows ? window - row : scratch.rows;
+    s = read_chunks(on, seen, window, row, rows, 0, scratch.chunks, scratch.statistics);
+    if (s != status::ok) break;
+    const normalise_body<Seen> body{
+        seen, window, row, rows, 0, scratch.chunks, scratch.statistics, scratch.normalisers};
+    s = run_blocks(on, body.items(), body);
+  }
+  return s;
+}
+
+/// Reads a chunk again and calls f(attention) for each row of a span that sees the thread's token.
+/// The block is in step between tiles. normalisers: [q_head of the span, window]
+template <int Rows, thread_block Block, class Seen, class F>
+REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const Seen& seen,
+                                        const query_window& window, tile_place at,
+                                        const row_normaliser* normalisers, const F& f) noexcept {
+  for (at.first = 0; at.first < at.span.count(); at.first += Rows) {
+    const int last = at.first + Rows < at.span.count() ? at.first + Rows : at.span.count();
+    const index_t head = at.span.q_head_of(at.first);
+    if (head == at.span.q_head_of(last - 1)) {
+      const index_t row = at.span.row_of(at.first);
+      if (sees_nothing(window, {head, 1, row, last - at.first}, at.tokens)) continue;
+    }
+    attend<leaves::values, any_lanes>(block, s, seen, window, at);
+    set_units(block, s, [&](int i) {
+      const int of = at.first + i;
+      const index_t row = at.span.row_of(of);
+      if (of >= last || row < window.first_row()) return 0.0f;
+      const index_t q_head = at.span.q_head_of(of) - at.span.q_head;
+      return static_cast<float>(
+          attention_at(s.statistics[i].unit, normalisers[q_head * window.rows + row]));
+    });
+    const index_t token = at.tokens.begin + block.rank();
+    for (int i = 0; at.first + i < last && token < at.tokens.end; ++i) {
+      // Not by its value: where a row is NaN, that of what it does not see is still 0.
+      const token_range visible = window.visible(at.span.row_of(at.first + i));
+      if (token >= visible.begin && token < visible.end) {
+        f(s.values[i][block.rank()] * s.units[i]);
+      }
+    }
+    block.sync();
+  }
+}
+
+/// Scores of the tokens: a thread each.
+template <class Seen, int Rows>
+struct attention_sums_body {
+  struct shared {
+    cuda_detail::tile<Seen, Rows> tile;
+  };
+  Seen seen;
+  index_t window;
+  bool carried;
+  scores_view<typename Seen::memory> scores;  ///< [sequence, head, token]
+  index_t chunks;
+  const row_normaliser* normalisers;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * chunks * scores.extent(1);
+  }
+
+  /// item: [sequence, chunk, head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t heads = scores.extent(1), head = item % heads;
+    const index_t chunk = item / heads % chunks, sequence = item / heads / chunks;
+    const query_window rows = window_of(seen, sequence, window);
+    const chunking there{rows.tokens, 0};
+    if (chunk >= there.count()) return;
+    const index_t q_heads = seen.q_heads() / heads;  // of a score
+    const tile_place at{sequence,
+                        head * q_heads / (seen.q_heads() / seen.kv_heads()),
+                        {head * q_heads, static_cast<int>(q_heads), 0, static_cast<int>(window)},
+                        0,
+                        there[chunk]};
+    double sum = 0;
+    for_each_attention(block, s.tile, seen, rows, at,
+                       normalisers + (sequence * seen.q_heads() + head * q_heads) * window,
+                       [&](float attention) { sum += double{attention}; });
+    if (block.rank() >= at.size()) return;
+    const index_t token = at.tokens.begin + block.rank();
+    const bool fresh = token >= rows.tokens - window;
+    float& score = scores(sequence, head, token);
+    const auto mean = static_cast<float>(sum / static_cast<double>(q_heads));
+    score = carried && !fresh ? score + mean : mean;
+  }
+};
+
+template <class Backend, class Seen>
+[[nodiscard]] status attention_sums(const Backend& on, const score_rows& rows, const Seen& seen,
+                                    const scores_view<typename Seen::memory>& scores,
+                                    const attention_scratch& scratch) noexcept {
+  const index_t window = rows.rows < scratch.window ? rows.rows : scratch.window;
+  const status s = normalise_rows(on, window, seen, scratch);
+  if (s != status::ok) return s;
+  return with_tile<few_rows<Seen>>(seen.q_heads() / scores.extent(1) * window, [&](auto tile) {
+    const attention_sums_body<Seen, tile()> body{seen,   window,         rows.carried,
+                                                 scores, scratch.chunks, scratch.normalisers};
+    return run_blocks(on, body.items(), body);
+  });
+}
+
+/// Mean attention and a multiple of its variance, a thread a token, and what they add to the
+/// sequence's totals.
+template <class Seen, int Rows>
+struct attention_spread_body {
+  struct shared {
+    cuda_detail::tile<Seen, Rows> tile;
+    warp_values<double> sums;
+  };
+  Seen seen;
+  index_t window;
+  double gain;
+  scores_view<typename Seen::memory> scores;  ///< [sequence, kv_head, token]
+  attention_scratch scratch;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * scratch.chunks * seen.kv_heads();
+  }
+
+  /// item: [sequence, chunk, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t chunk = item / kv_heads % scratch.chunks;
+    const index_t sequence = item / kv_heads / scratch.chunks;
+    const query_window rows = window_of(seen, sequence, window);
+    const chunking chunks{rows.tokens, 0};
+    const token_range range = chunk < chunks.count() ? chunks[chunk] : token_range{0, 0};
+    const index_t before_rows = rows.tokens - (rows.rows - rows.first_row());
+    const index_t scored = range.end < before_rows ? range.end : before_rows;
+    double entropy = 0, variance = 0;
+    if (range.begin < scored) {
+      const index_t token = range.begin + block.rank();
+      const index_t group = seen.q_heads() / kv_heads;
+      const auto n = static_cast<double>(rows.rows - rows.first_row());
+      double score = 0;
+      for (index_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+        const tile_place at{sequence, kv_head, {h, 1, 0, static_cast<int>(window)}, 0, range};
+        double sum = 0, squares = 0;
+        for_each_attention(block, s.tile, seen, rows, at,
+                           scratch.normalisers + (sequence * seen.q_heads() + h) * window,
+                           [&](float attention) {
+                             if (token >= scored) return;
+                             const double a = attention;
+                             sum += a;
+                             squares += a * a;
+                             entropy -= double{attention * std::log(attention + 1e-10f)};
+                           });
+        double spread = n < 2 ? 0 : (squares - sum / n * sum) / (n - 1);
+        if (spread < 0) spread = 0;
+        variance += spread;
+        score += sum / n + gain * spread;
+      }
+      if (token < scored) {
+        scores(sequence, kv_head, token) = static_cast<float>(score / static_cast<double>(group));
+      } else {
+        variance = 0;
+      }
+    }
+    entropy = block_reduce(block, s.sums, entropy, plus{});
+    variance = block_reduce(block, s.sums, variance, plus{});
+    if (block.rank() == 0) {
+      double* own = scratch.totals + 2 * ((sequence * kv_heads + kv_head) * scratch.chunks + chunk);
+      own[0] = entropy;
+      own[1] = variance;
+    }
+  }
+};
+
+/// Sums totals [sequence, kv_head, chunk, 2] to [sequence, 2]. A thread a KV head.
+template <class Memory>
+struct totals_body {
+  struct shared {
+    warp_values<double> sums;
+  };
+  index_t kv_heads, chunks;
+  const double* parts;
+  double* totals;
+
+  /// item: sequence
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    double entropy = 0, variance = 0;
+    for (index_t h = block.rank(); h < kv_heads; h += block_threads) {
+      double of_head = 0;
+      for (index_t c = 0; c < chunks; ++c) {
+        const double* part = parts + 2 * ((item * kv_heads + h) * chunks + c);
+        of_head += part[0];
+        variance += part[1];
+      }
+      entropy += of_head < 0 ? 0 : of_head;  // of ready rows that exceed 1, say
+    }
+    entropy = block_reduce(block, s.sums, entropy, plus{});
+    variance = block_reduce(block, s.sums, variance, plus{});
+    if (block.rank() == 0) {
+      totals[2 * item] = entropy;
+      totals[2 * item + 1] = variance;
+    }
+  }
+};
+
+template <class Backend, class Seen>
+[[nodiscard]] status attention_spread(const Backend& on, index_t rows, double gain,
+                                      const Seen& seen,
+                                      const scores_view<typename Seen::memory>& scores,
+                                      double* totals, const attention_scratch& scratch) noexcept {
+  const index_t window = rows < scratch.window ? rows : scratch.window;
+  status s = normalise_rows(on, window, seen, scratch);
+  if (s != status::ok) return s;
+  s = with_tile<few_rows<Seen>>(window, [&](auto tile) {
+    const attention_spread_body<Seen, tile()> body{seen, window, gain, scores, scratch};
+    return run_blocks(on, body.items(), body);
+  });
+  if (s != status::ok) return s;
+  const totals_body<typename Seen::memory> body{seen.kv_heads(), scratch.chunks, scratch.totals,
+                                                totals};
+  return run_blocks(on, seen.sequences(), body);
+}
+
+/// Pools scores, a thread a token.
+template <class Seen>
+struct pool_body {
+  struct shared {};
+  pooling how;
+  const token_quota* quotas;
+  Seen seen;
+  scores_view<typename Seen::memory> scores, pooled;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * seen.kv_heads() * blocks_for(seen.capacity());
+  }
+
+  /// item: [sequence, kv_head, block of tokens]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t blocks = blocks_for(seen.capacity());
+    const index_t t = item % blocks * block_threads + block.rank();
+    const index_t h = item / blocks % seen.kv_heads(), s = item / blocks / seen.kv_heads();
+    const index_t count = seen.tokens(s) - quotas[s].recent;
+    if (t >= count) return;
+    pooled(s, h, t) = pooled_score(how, count, scores.at(s, h), scores.stride(2), t);
+  }
+};
+
+template <class Backend, class Seen>
+[[nodiscard]] status pool(const Backend& on, const pooling& how, const token_quota* quotas,
+                          const Seen& seen, const scores_view<typename Seen::memory>& scores,
+                          const scores_view<typename Seen::memory>& pooled) noexcept {
+  const pool_body<Seen> body{how, quotas, seen, scores, pooled};
+  return run_blocks(on, body.items(), body);
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

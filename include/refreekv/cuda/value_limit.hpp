@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a block stops taking values of a row: at the k largest, or at those that hold a share.
+//
+// A radix descent finds the limit in place: digit by digit from the top, the values that share the
+// digits found so far are weighed in bins by their next one. Weights are integers, so sums are the
+// same in any order. A row is read once a digit, without temporary memory.
+#pragma once
+
+#include <cmath>
+
+#include "refreekv/attention.hpp"
+#include "refreekv/cuda/element.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// Values of one head: [token].
+struct value_row {
+  const float* values;
+  index_t stride;
+
+  [[nodiscard]] REFREEKV_DEVICE float operator()(index_t t) const noexcept {
+    return values[t * stride];
+  }
+};
+
+/// Calls f(value) for each of the row's first `count`. Loads go out in batches: what bounds a block
+/// that reads a row on its own is how long each one takes.
+template <thread_block Block, class F>
+REFREEKV_DEVICE void for_each_value(const Block& block, const value_row& row, index_t count,
+                                    const F& f) noexcept {
+  constexpr int batch = 8;
+  for (index_t first = block.rank(); first < count; first += batch * block_threads) {
+    float values[batch];
+    REFREEKV_UNROLL
+    for (int i = 0; i < batch; ++i) {
+      const index_t t = first + i * block_threads;
+      values[i] = t < count ? row(t) : 0;
+    }
+    REFREEKV_UNROLL
+    for (int i = 0; i < batch; ++i) {
+      if (first + i * block_threads < count) f(values[i]);
+    }
+  }
+}
+
+/// Whether any of the row's first `count` values is NaN.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE bool any_nan(Block& block, const value_row& row,
+                                           index_t count) noexcept {
+  bool ordered = true;
+  for_each_value(block, row, count, [&](float v) { ordered = ordered && v == v; });
+  return !block.sync_and(ordered);
+}
+
+/// Calls f(i, t) for the tokens t of [begin, end) for which holds(t), the i-th of them from 0 in
+/// their order. Returns how many there are.
+template <thread_block Block, class Predicate, class F>
+REFREEKV_DEVICE index_t for_each_where(Block& block, warp_values<std::uint64_t>& shared,
+                                       index_t begin, index_t end, const Predicate& holds,
+                                       const F& f) noexcept {
+  // One prefix sum counts four times 256 tokens, in 16 bits each.
+  constexpr int parts = 4;
+  index_t count = 0;
+  for (index_t first = begin; first < end; first += parts * block_threads) {
+    std::uint64_t flags = 0;
+    REFREEKV_UNROLL
+    for (int part = 0; part < parts; ++part) {
+      const index_t t = first + part * block_threads + block.rank();
+      const bool held = t < end && holds(t);
+      flags |= std::uint64_t{held} << 16 * part;
+    }
+    const auto sums = block_prefix_sum(block, shared, flags);
+    REFREEKV_UNROLL
+    for (int part = 0; part < parts; ++part) {
+      const auto own = static_cast<index_t>(sums.own >> 16 * part & 0xffff);
+      const index_t t = first + part * block_threads + block.rank();
+      if ((flags >> 16 * part & 1) != 0) f(count + own - 1, t);
+      count += static_cast<index_t>(sums.all >> 16 * part & 0xffff);
+    }
+  }
+  return count;
+}
+
+/// Which values of a row are taken: those above `least`, and its equals among the first tokens.
+struct value_limit {
+  float least;
+  index_t equals_end;  ///< negative: everything is taken, NaN too
+
+  [[nodiscard]] REFREEKV_DEVICE static value_limit everything() noexcept { return {0, -1}; }
+  [[nodiscard]] REFREEKV_DEVICE static value_limit nothing() noexcept { return {infinity, 0}; }
+
+  [[nodiscard]] REFREEKV_DEVICE bool takes(float value, index_t t) const noexcept {
+    return value > least || (value == least && t < equals_end) || equals_end < 0;
+  }
+};
+
+/// An integer that orders as the float does; -0 is 0. Requires no NaN.
+[[nodiscard]] REFREEKV_DEVICE std::uint32_t ordered_bits(float x) noexcept {
+  const std::uint32_t bits = as_bits(x == 0 ? 0.0f : x);
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
+}
+[[nodiscard]] REFREEKV_DEVICE float from_ordered_bits(std::uint32_t bits) noexcept {
+  return as_float(bits >> 31 != 0 ? bits & 0x7fffffffu : ~bits);
+}
+
+/// Weighs each value 1. The block shares its bins: to add 1, a device joins the threads of a warp
+/// that add to the same place.
+struct count_bins {
+  using weight = unsigned;
+  static constexpr int digit_bits = 8;
+  struct shared {
+    unsigned counts[1 << digit_bits];
+  };
+
+  template <thread_block Block>
+  REFREEKV_DEVICE void clear(const Block& block, shared& s) const noexcept {
+    s.counts[block.rank()] = 0;
+  }
+  template <thread_block Block>
+  REFREEKV_DEVICE void add(Block& block, shared& s, std::uint32_t bin, float) const noexcept {
+    block.add(s.counts[bin], 1u);
+  }
+  /// The weight of a bin, to the first of block_threads / bins neighbouring threads; 0 to others.
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE weight of_bin(Block& block, const shared& s) const noexcept {
+    return s.counts[block.rank()];
+  }
+};
+
+/// Weighs each value > 0 by itself in fixed point, in which no value vanishes and one that holds
+/// at least 2^-37 of the sum is exact. Each thread has bins of its own: devices have no 64-bit
+/// addition in shared memory but a loop of compare and swap, in which threads that meet in a bin
+/// wait for each other.
+class mass_bins {
+ public:
+  using weight = std::uint64_t;
+  static constexpr int digit_bits = 4;
+  static constexpr int bins = 1 << digit_bits;
+  struct shared {
+    weight masses[bins][block_threads];
+  };
+
+  /// `sum` is that of the values, up to rounding. Requires a normal number > 0.
+  REFREEKV_DEVICE explicit mass_bins(double sum) noexcept
+      : scale_(power_of_two(static_cast<float>(60 - std::ilogb(sum)))) {}
+
+  [[nodiscard]] REFREEKV_DEVICE weight of(float value) const noexcept {
+    if (!(value > 0)) return 0;
+    const auto mass = static_cast<weight>(double{value} * scale_);
+    return mass > 0 ? mass : 1;
+  }
+  /// What sums to at least `needed`; at least one value does.
+  [[nodiscard]] REFREEKV_DEVICE weight at_least(double needed) const noexcept {
+    const auto mass = static_cast<weight>(std::ceil(needed * scale_));
+    return mass > 0 ? mass : 1;
+  }
+
+  template <thread_block Block>
+  REFREEKV_DEVICE void clear(const Block& block, shared& s) const noexcept {
+    REFREEKV_UNROLL
+    for (int bin = 0; bin < bins; ++bin) s.masses[bin][block.rank()] = 0;
+  }
+  template <thread_block Block>
+  REFREEKV_DEVICE void add(const Block& block, shared& s, std::uint32_t bin,
+                           float value) const noexcept {
+    s.masses[bin][block.rank()] += of(value);
+  }
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE weight of_bin(Block& block, const shared& s) const noexcept {
+    constexpr int lanes = block_threads / bins;
+    const int lane = block.rank() % lanes;
+    weight sum[1] = {};
+    REFREEKV_UNROLL
+    for (int i = lane; i < block_threads; i += lanes) sum[0] += s.masses[block.rank() / lanes][i];
+    const weight mass = block.template tile_reduce_scatter<lanes>(sum, plus{});
+    return lane == 0 ? mass : 0;
+  }
+
+ private:
+  double scale_;  // a power of two: the sum becomes 2^60 to 2^61, which leaves room for rounding up
+};
+
+/// The smallest value that is taken.
+template <class Weight>
+struct descent_end {
+  std::uint32_t bits;  ///< ordered_bits of it
+  Weight needed;       ///< what its equals must weigh together
+  Weight equals;       ///< what all of them weigh
+};
+
+template <class Bins>
+struct limit_memory {
+  using weight = typename Bins::weight;
+
+  typename Bins::shared bins;
+  warp_values<weight> weights;
+  descent_end<weight> end;
+  warp_values<std::uint64_t> counts;
+  index_t equals_end;
+};
+
+/// The fewest of the row's first `count` values, the largest ones, that weigh `needed` together;
+/// all of some weight if they do not. Requires no NaN, needed > 0 and a value of some weight.
+template <class Bins, thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE auto descend(Block& block, limit_memory<Bins>& s,
+                                           const value_row& row, index_t count, const Bins& bins,
+                                           typename Bins::weight needed) noexcept {
+  constexpr std::uint32_t bin_count = 1u << Bins::digit_bits;
+  const auto bin = static_cast<std::uint32_t>(block.rank()) / (block_threads / bin_count);
+  descent_end<typename Bins::weight> end{0, needed, 0};
+  for (int shift = 32 - Bins::digit_bits; shift >= 0; shift -= Bins::digit_bits) {
+    bins.clear(block, s.bins);
+    block.sync();
+    for_each_value(block, row, count, [&](float v) {
+      const std::uint32_t digit = (ordered_bits(v) ^ end.bits) >> shift;
+      if (digit < bin_count) bins.add(block, s.bins, digit, v);
+    });
+    block.sync();
+    const auto own = bins.of_bin(block, s.bins);
+    const auto sums = block_suffix_sum(block, s.weights, own);
+    const auto above = sums.own - own;
+    if (end.needed > sums.all) end.needed = sums.all;
+    if (above < end.needed && end.needed <= sums.own) {
+      s.end = {end.bits | bin << shift, end.needed - above, own};
+    }
+    block.sync();
+    end = s.end;
+  }
+  return end;
+}
+
+/// The limit at a value of which `wanted` are taken, of `equals` that there are.
+template <class Bins, thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE value_limit limit_at(Block& block, limit_memory<Bins>& s,
+                                                   const value_row& row, index_t count, float least,
+                                                   index_t wanted, index_t equals) noexcept {
+  if (wanted >= equals) return {least, count};
+  for_each_where(
+      block, s.counts, 0, count, [&](index_t t) { return row(t) == least; },
+      [&](index_t i, index_t t) {
+        if (i == wanted - 1) s.equals_end = t + 1;
+      });
+  block.sync();
+  return {least, s.equals_end};
+}
+
+/// The limit of the k largest of the row's first `count` values. Requires 0 < k <= count and no
+/// NaN.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE value_limit limit_of_largest(Block& block,
+                                                           limit_memory<count_bins>& s,
+                                                           const value_row& row, index_t count,
+                                                           index_t k) noexcept {
+  const auto end = descend(block, s, row, count, count_bins{}, static_cast<unsigned>(k));
+  return limit_at(block, s, row, count, from_ordered_bits(end.bits), index_t{end.needed},
+                  index_t{end.equals});
+}
+
+/// The limit of the fewest of the row's first `count` values that sum to at least `needed`; all
+/// that are not 0 if they do not. Requires values >= 0 and their sum, up to rounding, > 0.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE value_limit limit_of_sum(Block& block, limit_memory<mass_bins>& s,
+                                                       const value_row& row, index_t count,
+                                                       double sum, double needed) noexcept {
+  const mass_bins bins(sum);
+  const auto end = descend(block, s, row, count, bins, bins.at_least(needed));
+  const float least = from_ordered_bits(end.bits);
+  const auto each = static_cast<double>(bins.of(least));
+  const double equals = std::rint(static_cast<double>(end.equals) / each);
+  const double wanted = std::ceil(static_cast<double>(end.needed) / each);
+  return limit_at(block, s, row, count, least, static_cast<index_t>(wanted),
+                  static_cast<index_t>(equals));
+}
+
+struct smaller {
+  template <class T>
+  REFREEKV_DEVICE T operator()(T a, T b) const noexcept {
+    return b < a ? b : a;
+  }
+};
+
+struct bisection_memory {
+  warp_values<float> values;
+  warp_values<double> sums;
+};
+
+/// The limit of the values that Twilight's published kernel takes: those above what it finds by
+/// bisection from the first one. Requires values >= 0 that sum to 1 / part.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE value_limit limit_of_bisection(Block& block, bisection_memory& s,
+                                                             const value_row& row, index_t count,
+                                                             float part, float share) noexcept {
+  constexpr float precision = 1e-5f;
+  float low = 0, high = row(0) * part;
+  for (;;) {
+    const float middle = (low + high) / 2;
+    float next = high, previous = low;
+    double above = 0;
+    for_each_value(block, row, count, [&](float x) {
+      const float v = x * part;
+      if (v > low && v < next) next = v;
+      if (v <= high && v > previous) previous = v;
+      if (v > middle) above += double{v};
+    });
+    next = block_reduce(block, s.values, next, smaller{});
+    previous = block_reduce(block, s.values, previous, larger{});
+    above = block_reduce(block, s.sums, above, plus{});
+    if (above >= double{share}) {
+      low = middle;
+    } else {
+      high = previous < middle ? previous : middle;
+    }
+    if (!(previous - next > precision)) break;
+  }
+  float least = infinity;
+  for_each_value(block, row, count, [&](float x) {
+    if (x * part > low && x < least) least = x;
+  });
+  return {block_reduce(block, s.values, least, smaller{}), count};
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

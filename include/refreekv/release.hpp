@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decisions about a whole batch in the forms in which engines want to hear them, on the host or
+// where a device has them: masks, and pages that leave a page table.
+//
+// An engine with pages calls, in this order and on a device in one stream: select, plan_pages,
+// compact of `moves` with sinks_up, release_pages, and write_masks of `slots`.
+// retention.hpp says the same of one sequence on the host.
+#pragma once
+
+#include "refreekv/page_lists.hpp"
+#include "refreekv/prune.hpp"
+
+namespace refreekv::inline v0 {
+
+namespace detail {
+
+/// Whether a view has contiguous rows for each sequence.
+template <class T, std::size_t Rank, class Memory>
+[[nodiscard]] constexpr bool has_rows(const view<T, Rank, Memory>& rows,
+                                      index_t sequences) noexcept {
+  return !rows.malformed() && rows.extent(0) == sequences &&
+         (rows.extent(Rank - 1) <= 1 || rows.stride(Rank - 1) == 1);
+}
+
+/// Whether there are ranges [sequence, group], on the host also whether they are within `tokens`.
+template <class Memory>
+[[nodiscard]] constexpr bool has_ranges(const view<const kept_range, 2, Memory>& kept,
+                                        index_t sequences, index_t groups,
+                                        index_t tokens) noexcept {
+  if (kept.malformed() || kept.extent(0) != sequences || kept.extent(1) != groups) return false;
+  if constexpr (std::same_as<Memory, host_memory>) {
+    for (index_t s = 0; s < sequences; ++s) {
+      for (index_t g = 0; g < groups; ++g) {
+        const kept_range& k = kept(s, g);
+        if (k.sinks < 0 || k.sinks > k.cut || k.cut > k.tokens || k.tokens > tokens) return false;
+      }
+    }
+  }
+  return true;
+}
+
+/// The same of positions [sequence, kv_head, ...].
+template <class Memory>
+[[nodiscard]] constexpr bool has_positions(const kept_positions<Memory>& kept, index_t sequences,
+                                           index_t kv_heads, index_t tokens) noexcept {
+  if (misshapen(kept, sequences, kv_heads, 0) != nullptr) return false;
+  if constexpr (std::same_as<Memory, host_memory>) {
+    for (index_t s = 0; s < sequences; ++s) {
+      for (index_t h = 0; h < kv_heads; ++h) {
+        const kept_count& k = kept.counts(s, h);
+        if (k.count < 0 || k.count > kept.positions.extent(2) || k.tokens > tokens) return false;
+        for (index_t i = 0; i < k.count; ++i) {
+          const index_t position = kept.positions(s, h, i);
+          if (position < 0 || position >= k.tokens) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+/// Whether `shared` says something about `pages` pages of each sequence, or about none of them.
+template <class Memory>
+[[nodiscard]] constexpr bool has_bits(const shared_pages_view<Memory>& shared, index_t sequences,
+                                      index_t pages) noexcept {
+  return shared.data() == nullptr ||
+         (has_rows(shared, sequences) && shared.extent(1) >= (pages + 7) / 8);
+}
+
+template <class T, class Memory>
+[[nodiscard]] constexpr bool has_one_each(const view<T, 1, Memory>& values,
+                                          index_t sequences) noexcept {
+  return !values.malformed() && values.extent(0) == sequences;
+}
+
+template <class Index, class Memory>
+[[nodiscard]] constexpr bool has_lists(const page_lists<Index, Memory>& lists, index_t sequences,
+                                       index_t pages) noexcept {
+  return has_rows(lists.ids, sequences) && has_one_each(lists.counts, sequences) &&
+         lists.ids.extent(1) >= pages;
+}
+
+/// Whether the sequences' pages are in `shared`; not known of a device's.
+template <class Memory>
+[[nodiscard]] constexpr bool covers(const shared_pages_view<Memory>& shared,
+                                    const view<const kept_range, 2, Memory>& kept,
+                                    index_t page_tokens) noexcept {
+  index_t pages = 0;
+  if constexpr (std::same_as<Memory, host_memory>) {
+    for (index_t s = 0; s < kept.extent(0); ++s) {
+      const index_t own = (kept(s, 0).tokens + page_tokens - 1) / page_tokens;
+      pages = own > pages ? own : pages;
+    }
+  }
+  return has_bits(shared, kept.extent(0), pages);
+}
+
+/// Whether the plans are of tables with these counts; not known of a device's.
+template <class Index, class Memory>
+[[nodiscard]] constexpr bool are_plans_of(const page_lists<Index, Memory>& table,
+                                          const view<const page_plan, 1, Memory>& plans) noexcept {
+  if constexpr (std::same_as<Memory, host_memory>) {
+    for (index_t s = 0; s < plans.extent(0); ++s) {
+      const page_plan& plan = plans(s);
+      if (plan.first < 0 || plan.first > plan.last || plan.last > table.counts(s) ||
+          table.counts(s) > table.ids.extent(1)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace detail
+
+/// Writes `keep` for tokens that stay, `drop` for those that go and for what follows the last token
+/// of a sequence: bytes (1, 0), booleans, or an additive mask of any float type (0, -infinity).
+/// mask: [sequence, group, token], with the groups of `kept`, rows contiguous and at least as long
+/// as the longest sequence; a device, where that is not checked, writes no further than they are.
+/// Neither allocates nor synchronises. O(entries of the mask).
+template <backend Backend, class T>
+  requires(!std::is_const_v<T>)
+[[nodiscard]] status write_masks(const Backend& on,
+                                 view<const kept_range, 2, typename ops<Backend>::memory> kept,
+                                 view<T, 3, typename ops<Backend>::memory> mask,
+                                 std::type_identity_t<T> keep,
+                                 std::type_identity_t<T> drop) noexcept {
+  if (!detail::has_rows(mask, kept.extent(0)) ||
+      !detail::has_ranges(kept, mask.extent(0), mask.extent(1), mask.extent(2))) {
+    return status::invalid_argument;
+  }
+  return ops<Backend>::write_masks(on, kept, mask, keep, drop);
+}
+
+/// The same for positions that are no range; mask: [sequence, kv_head, token].
+template <backend Backend, class T>
+  requires(!std::is_const_v<T>)
+[[nodiscard]] status write_masks(const Backend& on,
+                                 const kept_positions<typename ops<Backend>::memory>& kept,
+                                 view<T, 3, typename ops<Backend>::memory> mask,
+                                 std::type_identity_t<T> keep,
+                                 std::type_identity_t<T> drop) noexcept {
+  if (!detail::has_rows(mask, kept.counts.extent(0)) ||
+      !detail::has_positions(kept, mask.extent(0), mask.extent(1), mask.extent(2))) {
+    return status::invalid_argument;
+  }
+  return ops<Backend>::write_masks(on, kept, mask, keep, drop);
+}
+
+/// Which pages each sequence can give up whole, and what must move before: plan_pages of
+/// retention.hpp for each sequence. Nothing is moved or freed yet.
+/// kept: [sequence, 1], in pages of page_tokens tokens; heads that share pages share a range
+/// (unite). Neither allocates nor synchronises. O(dropped pages).
+template <backend Backend>
+[[nodiscard]] status plan_pages(
+    const Backend& on, view<const kept_range, 2, typename ops<Backend>::memory> kept,
+    index_t page_tokens, const page_plans<typename ops<Backend>::memory>& to,
+    shared_pages_view<typename ops<Backend>::memory> shared = {}) noexcept {
+  const index_t sequences = kept.extent(0);
+  if (page_tokens < 1 || page_tokens > max_count ||
+      !detail::has_ranges(kept, sequences, 1, max_count) ||
+      !detail::has_one_each(to.plans, sequences) ||
+      detail::misshapen(to.moves, sequences, 1, 0) != nullptr ||
+      detail::misshapen(to.slots, sequences, 1, 0) != nullptr ||
+      !detail::covers(shared, kept, page_tokens)) {
+    return status::invalid_argument;
+  }
+  return ops<Backend>::plan_pages(on, kept, page_tokens, shared, to);
+}
+
+/// Takes the plans' pages out of the sequences' tables, whose ids shift down and whose counts
+/// shrink, and lists those that nobody shares in `freed`: they are the caller's to reuse. A row of
+/// `freed` is as long as one of the table; past its count it keeps what it had, and so does the
+/// table.
+/// plans, shared: as plan_pages wrote the one and saw the other; what it put into `moves` has been
+/// compacted. Neither allocates nor synchronises. O(pages).
+template <backend Backend, class Index>
+  requires(std::same_as<Index, std::int32_t> || std::same_as<Index, std::int64_t>)
+[[nodiscard]] status release_pages(
+    const Backend& on, view<const page_plan, 1, typename ops<Backend>::memory> plans,
+    const page_lists<Index, typename ops<Backend>::memory>& table,
+    const page_lists<Index, typename ops<Backend>::memory>& freed,
+    shared_pages_view<typename ops<Backend>::memory> shared = {}) noexcept {
+  const index_t sequences = plans.extent(0), pages = table.ids.extent(1);
+  if (!detail::has_one_each(plans, sequences) || !detail::has_lists(table, sequences, 0) ||
+      !detail::has_lists(freed, sequences, pages) || !detail::has_bits(shared, sequences, pages) ||
+      !detail::are_plans_of(table, plans)) {
+    return status::invalid_argument;
+  }
+  return ops<Backend>::release_pages(on, plans, shared, table, freed);
+}
+
+}  // namespace refreekv::inline v0
