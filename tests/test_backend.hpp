@@ -1,14 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backend that a test runs on: the same sources test the CPU's and, emulated, the device's.
+// The backend that a test runs on: the same sources test the CPU's and the device's, the latter
+// emulated or, compiled by nvcc, on a device.
 #pragma once
 
-#if defined(REFREEKV_TEST_EMULATED)
+#if defined(__CUDACC__)
+#include "cuda/device/managed_backend.cuh"
+#elif defined(REFREEKV_TEST_EMULATED)
 #include "cuda/emulated_backend.hpp"
 #else
 #include "refreekv/cpu/backend.hpp"
 #endif
 
-#if defined(REFREEKV_TEST_EMULATED)
+#if defined(__CUDACC__)
+
+/// A device divides the work as it likes: every run is another order.
+template <int parts>
+managed_backend divided() {
+  return {};
+}
+
+inline constexpr bool exhaustive = false;
+constexpr unsigned affordable(unsigned count) { return count; }
+
+#elif defined(REFREEKV_TEST_EMULATED)
 
 /// With 1 part blocks and threads run in order, otherwise in one that the number decides.
 template <int parts>
@@ -32,6 +46,12 @@ refreekv::cpu_backend<refreekv::thread_pool&> divided() {
 }
 
 inline constexpr bool exhaustive = true;
-constexpr unsigned affordable(unsigned count) { return count; }
+constexpr unsigned affordable(unsigned count) {
+#if defined(REFREEKV_TEST_FEWER)  // a sanitizer's build: others run all of them
+  return (count + 3) / 4;
+#else
+  return count;
+#endif
+}
 
 #endif

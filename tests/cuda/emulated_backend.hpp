@@ -2,9 +2,9 @@
 // A backend whose kernel bodies run on the CPU, by emulated blocks.
 #pragma once
 
-#include <Eigen/Core>
 #include <cstddef>
 
+#include "eigen_elements.hpp"
 #include "emulated_block.hpp"
 #include "refreekv/cuda/ops.hpp"
 #include "refreekv/status.hpp"
@@ -60,13 +60,3 @@ inline refreekv::status sort_segments(const emulated_backend& on, std::uint64_t*
 template <>
 struct refreekv::ops<emulation::emulated_backend>
     : refreekv::cuda_detail::device_ops<emulation::emulated_backend, refreekv::host_memory> {};
-
-// Eigen's elements stand for the device's own.
-template <>
-struct refreekv::cuda_detail::stored_as<Eigen::half> {
-  using type = f16_bits;
-};
-template <>
-struct refreekv::cuda_detail::stored_as<Eigen::bfloat16> {
-  using type = bf16_bits;
-};
