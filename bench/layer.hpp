@@ -1,33 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The layers that are measured, by the name of the model they belong to.
+// A layer that is measured on the CPU.
 #pragma once
 
-#include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <vector>
 
+#include "geometry.hpp"
 #include "refreekv/refreekv.hpp"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace bench {
-
-using refreekv::index_t;
-
-struct geometry {
-  const char* name;
-  index_t q_heads, kv_heads, head_dim;
-};
-
-inline constexpr std::array<geometry, 5> geometries{{{"llama3_8b", 32, 8, 128},
-                                                     {"llama3_70b", 64, 8, 128},
-                                                     {"mistral_7b", 32, 8, 128},
-                                                     {"qwen2_5_7b", 28, 4, 128},
-                                                     {"smollm2", 9, 3, 64}}};
 
 /// An array in huge pages where there are any: with small ones, chance decides which of them share
 /// a place in the caches, and every run measures something else.

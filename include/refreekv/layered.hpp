@@ -9,7 +9,8 @@ namespace refreekv::inline v0 {
 /// A source for each layer, all of one shape: sequence s of layer l is sequence l * batch + s of
 /// the whole, and queries and decisions are ordered the same way. On a device the table of sources
 /// lies in its memory: they are plain values, copied there once, as pointers would be.
-/// A rule that tells layers apart by number sees all of them as one: as info.layer says.
+/// A rule that tells layers apart by number takes all of them for info.layer: leave those out that
+/// are never pruned (the first full_layers), and give pyramidkv and cake one layer at a time.
 template <kv_source Source>
 class layered {
  public:

@@ -9,7 +9,8 @@
 namespace refreekv::inline v0 {
 
 /// Where the device's work runs: `cuda_backend{stream}`. Calls return before it is done, launch the
-/// same kernels whatever the lengths are, and may be captured into a graph. Nothing waits for the
+/// same kernels whatever the lengths are, and may be captured into a graph (after a first call
+/// outside of one, as code is loaded then). Nothing waits for the
 /// device, so an error inside a kernel shows where the engine waits for the stream; a launch that
 /// is refused comes back as status::device_error, and cudaGetLastError tells why.
 /// Elements are float, __half, __nv_bfloat16 and their raw bits; keys may be scaled_keys of int8 or

@@ -2,7 +2,7 @@
 // What a kernel body may ask of the threads that run it.
 //
 // Bodies are written once, as templates over thread_block: CUDA runs them on the device, tests run
-// them on the CPU with an emulated block. No header beside this one but backend.cuh knows which.
+// them on the CPU with an emulated block. Few lines know which it is.
 #pragma once
 
 #include <concepts>

@@ -8,11 +8,9 @@
 
 #include <cmath>
 
-#include "refreekv/cuda/element.hpp"
-#include "refreekv/estimate.hpp"
+#include "refreekv/cuda/key_reader.hpp"
 #include "refreekv/norm_scan.hpp"
 #include "refreekv/observation.hpp"
-#include "refreekv/scaled_keys.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
@@ -21,108 +19,6 @@ static_assert(chunk_tokens == block_threads);
 
 /// The vectors that a thread has on their way in each of the two rounds.
 inline constexpr int reads_ahead = 4;
-
-/// How a key of a source is found and read, in `staged` elements.
-/// - `at(keys, sequence, kv_head, token)`: its address.
-/// - `is_vector(address, dims)`: whether it can be copied as it is, 16 bytes at a time.
-/// - `vector(address, dim)`: those from dim on.
-/// - `gather(address, dim, dims, to)`: the same, element by element, with zeros past the end.
-/// - `product(address, x)`: q.k, given the sum x of products with staged elements.
-template <class Keys>
-struct key_reader {
-  using element_type = std::remove_const_t<typename Keys::element_type>;
-  using staged = stored<element_type>;
-  struct address {
-    const element_type* data;
-    index_t dim_stride;
-  };
-
-  [[nodiscard]] static REFREEKV_DEVICE address at(const Keys& keys, index_t sequence,
-                                                  index_t kv_head, index_t token) noexcept {
-    const auto run = keys.run_at(sequence, kv_head, token);
-    return {run.data, run.dim_stride};
-  }
-  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address& key, index_t dims) noexcept {
-    return key.dim_stride == 1 && dims % fragment_elements<staged> == 0 &&
-           reinterpret_cast<std::uintptr_t>(key.data) % sizeof(vector16) == 0;
-  }
-  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address& key,
-                                                          index_t dim) noexcept {
-    return key.data + dim;
-  }
-  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
-                                     vector16& to) noexcept {
-    to = {};
-    REFREEKV_NO_UNROLL
-    for (int i = 0; i < fragment_elements<staged> && dim + i < dims; ++i) {
-      std::memcpy(reinterpret_cast<char*>(&to) + i * int{sizeof(staged)},
-                  key.data + (dim + i) * key.dim_stride, sizeof(staged));
-    }
-  }
-  [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
-};
-
-template <class Rows, class Scales>
-struct key_reader<scaled_keys<Rows, Scales>> {
-  using rows = key_reader<Rows>;
-  using staged = typename rows::staged;
-  struct address {
-    typename rows::address row;
-    float scale;
-  };
-
-  [[nodiscard]] static REFREEKV_DEVICE address at(const scaled_keys<Rows, Scales>& keys,
-                                                  index_t sequence, index_t kv_head,
-                                                  index_t token) noexcept {
-    return {rows::at(keys.rows, sequence, kv_head, token),
-            *keys.scales.run_at(sequence, kv_head, token).data};
-  }
-  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address& key, index_t dims) noexcept {
-    return rows::is_vector(key.row, dims);
-  }
-  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address& key,
-                                                          index_t dim) noexcept {
-    return rows::vector(key.row, dim);
-  }
-  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
-                                     vector16& to) noexcept {
-    rows::gather(key.row, dim, dims, to);
-  }
-  [[nodiscard]] static REFREEKV_DEVICE float product(const address& key, float x) noexcept {
-    return x * key.scale;
-  }
-};
-
-template <class Memory>
-struct key_reader<int4_keys<Memory>> {
-  using staged = float;
-  struct address {
-    const std::uint8_t* codes;
-    float low, step;
-  };
-
-  [[nodiscard]] static REFREEKV_DEVICE address at(const int4_keys<Memory>& keys, index_t sequence,
-                                                  index_t kv_head, index_t token) noexcept {
-    return {keys.codes.at(sequence, kv_head, token), keys.ranges(sequence, kv_head, token, 0),
-            keys.ranges(sequence, kv_head, token, 1)};
-  }
-  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address&, index_t) noexcept {
-    return false;
-  }
-  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address&, index_t) noexcept {
-    return nullptr;
-  }
-  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
-                                     vector16& to) noexcept {
-    to = {};
-    for (int i = 0; i < fragment_elements<float> && dim + i < dims; ++i) {
-      const unsigned codes = key.codes[(dim + i) / 2];
-      const unsigned code = (dim + i) % 2 == 0 ? codes & 15u : codes >> 4;
-      to.words[i] = as_bits(static_cast<float>(code) * key.step + key.low);
-    }
-  }
-  [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
-};
 
 /// Rows [row, row + rows) of `heads` query heads, numbered [q_head, row].
 struct row_span {
@@ -219,22 +115,29 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
 
   for (index_t slice = 0; slice < dims; slice += Lanes * width) {
     const index_t dim = slice + lane * width;
+    const bool has_dims = dim < dims;
     const auto fetch = [&](int base, int buffer) {
-      REFREEKV_UNROLL
-      for (int u = 0; u < reads_ahead; ++u) {
-        const int token = base + u * tokens_at_once + own;
-        vector16& slot = s.slots[buffer][u][rank];
-        if (token >= count) continue;
-        if (!is_vector) {
-          reader::gather(s.keys[token], dim, dims, slot);
-        } else if (dim < dims) {
-          block.copy_async(&slot, reader::vector(s.keys[token], dim));
-        } else {
-          slot = {};
+      if (is_vector) {
+        REFREEKV_UNROLL
+        for (int u = 0; u < reads_ahead; ++u) {
+          const int token = base + u * tokens_at_once + own;
+          if (token >= count || !has_dims) continue;
+          block.copy_async(&s.slots[buffer][u][rank], reader::vector(s.keys[token], dim));
+        }
+      } else {
+        REFREEKV_NO_UNROLL
+        for (int u = 0; u < reads_ahead; ++u) {
+          const int token = base + u * tokens_at_once + own;
+          if (token >= count || !has_dims) continue;
+          reader::gather(s.keys[token], dim, dims, s.slots[buffer][u][rank]);
         }
       }
       block.commit();
     };
+    if (!has_dims) {
+      for (int u = 0; u < 2 * reads_ahead; ++u)
+        s.slots[u / reads_ahead][u % reads_ahead][rank] = {};
+    }
     fetch(0, 0);
     float query[std::size_t{Rows}][std::size_t{width}];
     REFREEKV_UNROLL

@@ -4,8 +4,8 @@
 
 #include "refreekv/backend.hpp"
 #include "refreekv/cuda/compact.hpp"
+#include "refreekv/cuda/crossing.hpp"
 #include "refreekv/cuda/estimate.hpp"
-#include "refreekv/cuda/norm_scan.hpp"
 #include "refreekv/cuda/ranked_scan.hpp"
 #include "refreekv/cuda/release.hpp"
 #include "refreekv/cuda/token_scores.hpp"

@@ -45,12 +45,14 @@ inline cudaError_t sort_some(std::byte* temporary, std::size_t& bytes, const std
       stream);
 }
 
-/// Bytes that sort_on_stream needs.
+/// Bytes that sort_on_stream needs. Asks the current device.
 [[nodiscard]] inline std::size_t sort_bytes_of(index_t segments, index_t segment_stride) noexcept {
   std::size_t bytes = 0;
   const index_t most = segments_at_once(segments, segment_stride);
-  // A refusal shows when the sort is launched.
-  (void)sort_some(nullptr, bytes, nullptr, nullptr, most, segment_stride, nullptr, nullptr);
+  if (sort_some(nullptr, bytes, nullptr, nullptr, most, segment_stride, nullptr, nullptr) !=
+      cudaSuccess) {
+    (void)cudaGetLastError();  // the sort will be refused, and say so
+  }
   return bytes;
 }
 

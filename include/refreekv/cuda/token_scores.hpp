@@ -9,8 +9,8 @@ namespace refreekv::inline v0::cuda_detail {
 /// Rows of all query heads of a KV head whose statistics are kept at the same time.
 inline constexpr index_t block_rows = 128;
 
-/// Normalisers of all rows, 16 bytes each, and statistics of a block of them, 12 bytes for each
-/// chunk.
+/// Of each sequence: normalisers of all rows of a query head, 16 bytes each, and statistics of a
+/// block of them, 12 bytes for each chunk.
 struct attention_scratch {
   index_t window;                ///< rows of the longest sequence
   index_t rows;                  ///< of each query head in a block
@@ -73,6 +73,7 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const
           attention_at(s.statistics[i].unit, normalisers[q_head * window.rows + row]));
     });
     const index_t token = at.tokens.begin + block.rank();
+    REFREEKV_NO_UNROLL
     for (int i = 0; at.first + i < last && token < at.tokens.end; ++i) {
       // Not by its value: where a row is NaN, that of what it does not see is still 0.
       const token_range visible = window.visible(at.span.row_of(at.first + i));
@@ -150,6 +151,8 @@ struct attention_spread_body {
     cuda_detail::tile<Seen, Rows> tile;
     warp_values<double> sums;
   };
+  static constexpr int resident_blocks = row_registers<Seen> > 8 ? 1 : 2;  // without a spill
+
   Seen seen;
   index_t window;
   double gain;

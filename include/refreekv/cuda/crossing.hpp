@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// The second half of the norm scan on a device: the curve inside the chunk in which the loss
+// crosses the threshold, and the cut.
+#pragma once
+
+#include "refreekv/cuda/norm_curve.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// norm_scan::last_allowed by a whole block. O(count / threads)
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE index_t last_allowed(Block& block, warp_values<index_t>& shared,
+                                                   const norm_scan& scan, const double* curve,
+                                                   index_t count, double baseline) noexcept {
+  index_t last = 0;
+  for (index_t i = block.rank(); i < count; i += block_threads) {
+    if (norm_scan::loss(curve[i], baseline) <= scan.threshold) last = i;
+  }
+  return block_reduce(block, shared, last, larger{});
+}
+
+/// norm_scan::crossing by a whole block.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE index_t crossing(Block& block, warp_values<index_t>& shared,
+                                               const norm_scan& scan, const double* norms,
+                                               index_t chunks) noexcept {
+  const index_t first = scan.first_chunk();
+  return first + last_allowed(block, shared, scan, norms + first, chunks - first, norms[first]);
+}
+
+/// Leaves what each KV head adds to the curves inside its group's crossing chunk.
+template <class Seen, int Rows>
+struct crossing_body {
+  struct shared {
+    cuda_detail::tile<Seen, Rows> tile;
+    warp_values<index_t> last;
+    warp_values<double> sums;
+  };
+  norm_scan scan;
+  Seen seen;
+  norm_scan_buffers buffers;
+  scan_scratch scratch;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * seen.kv_heads();
+  }
+
+  /// item: [sequence, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t sequence = item / seen.kv_heads(), kv_head = item % seen.kv_heads();
+    const index_t groups = scan.groups(seen.kv_heads());
+    const index_t group = groups == 1 ? 0 : kv_head;
+    const double* norms = buffers.norms + (sequence * groups + group) * buffers.chunks;
+    const int t = block.rank();
+    const query_window window = window_of(seen, sequence, scan.window);
+    double norm = 0;
+    float mass = 0;
+    if (scan.decides(window.tokens, norms)) {
+      const chunking chunks{window.tokens, scan.sinks};
+      const index_t chunk = crossing(block, s.last, scan, norms, chunks.count());
+      const tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
+      for_each_energy(
+          block, s.tile, seen, scan, buffers, chunk, at,
+          [&](index_t q_head, double unit, float energy) {
+            const scanned_head head = scanned_head::of(scan, seen, buffers, sequence, q_head);
+            double after = 0;
+            REFREEKV_NO_UNROLL
+            for (index_t c = chunk + 1 + t; c < chunks.count(); c += block_threads) {
+              after += head.energy(c);
+            }
+            after = block_reduce(block, s.sums, after, plus{}) + head.outside_cut(block);
+            const double own = t < at.size() ? unit * double{energy} : 0;
+            const double from_here = after + block_suffix_sum(block, s.sums, own).own;
+            if (t < at.size()) norm += std::sqrt(from_here);
+          },
+          [&](const tile_place& tile) {
+            for (int i = warp_of(block); i < Rows; i += block_warps) {
+              if (exists(tile, window, i)) {
+                masses_before(block, s.tile, i, tile, chunk);
+              }
+            }
+            block.sync();
+            for (int i = 0; i < Rows && t < at.size(); ++i) {
+              if (exists(tile, window, i)) mass = larger{}(mass, s.tile.values[i][t]);
+            }
+          });
+    }
+    scratch.head_norms[item * chunk_tokens + t] = norm;
+    scratch.head_masses[item * chunk_tokens + t] = mass;
+  }
+
+ private:
+  [[nodiscard]] static REFREEKV_DEVICE bool exists(const tile_place& tile,
+                                                   const query_window& window, int i) noexcept {
+    const int of = tile.first + i;
+    return of < tile.span.count() && tile.span.row_of(of) >= window.first_row();
+  }
+
+  /// A row's values become the attention to all candidates before each of their tokens.
+  template <thread_block Block>
+  REFREEKV_DEVICE void masses_before(Block& block, cuda_detail::tile<Seen, Rows>& s, int i,
+                                     const tile_place& at, index_t chunk) const noexcept {
+    const int of = at.first + i;
+    const index_t row = at.span.row_of(of);
+    const scanned_head head =
+        scanned_head::of(scan, seen, buffers, at.sequence, at.span.q_head_of(of));
+    float* values = s.values[i];
+    double before = 0;
+    REFREEKV_NO_UNROLL
+    for (index_t c = scan.first_chunk() + lane_of(block); c < chunk; c += warp_threads) {
+      const chunk_statistics& there = head.statistics_of(row, c);
+      before += attention_at(there.unit, head.rows[row]) * double{there.sum};
+    }
+    before = block.warp_reduce(before, plus{});
+    const double attention = attention_at(s.statistics[i].unit, head.rows[row]);
+    REFREEKV_NO_UNROLL
+    for (int base = 0; base < at.size(); base += warp_threads) {
+      const int t = base + lane_of(block);
+      const double own = t < at.size() ? attention * double{values[t]} : 0;
+      const double here = before + block.warp_prefix_sum(own);
+      if (t < at.size()) values[t] = static_cast<float>(here - own);
+      before = block.warp_broadcast(here, warp_threads - 1);
+    }
+  }
+};
+
+/// Sums the KV heads of each group: chunk_norms and chunk_masses [sequence, group, chunk_tokens].
+template <class Seen>
+struct join_heads_body {
+  struct shared {};
+  norm_scan scan;
+  Seen seen;
+  norm_scan_buffers buffers;
+  scan_scratch scratch;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * scan.groups(seen.kv_heads());
+  }
+
+  /// item: [sequence, group]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t heads = seen.kv_heads() / scan.groups(seen.kv_heads());
+    double norm = 0;
+    float mass = 0;
+    for (index_t h = item * heads; h < (item + 1) * heads; ++h) {
+      norm += scratch.head_norms[h * chunk_tokens + block.rank()];
+      mass = larger{}(mass, scratch.head_masses[h * chunk_tokens + block.rank()]);
+    }
+    buffers.chunk_norms[item * chunk_tokens + block.rank()] = norm;
+    buffers.chunk_masses[item * chunk_tokens + block.rank()] = mass;
+  }
+};
+
+/// Writes kept [sequence, group]: `stop`, by a whole block.
+template <class Seen>
+struct find_cuts_body {
+  struct shared {
+    warp_values<index_t> last;
+  };
+  norm_scan scan;
+  Seen seen;
+  norm_scan_buffers buffers;
+  kept_ranges<typename Seen::memory> kept;
+
+  [[nodiscard]] constexpr index_t items() const noexcept { return kept.extent(0) * kept.extent(1); }
+
+  /// item: [sequence, group]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t groups = kept.extent(1), tokens = seen.tokens(item / groups);
+    const double* norms = buffers.norms + item * buffers.chunks;
+    const double* chunk_norms = buffers.chunk_norms + item * chunk_tokens;
+    kept_range found = position_ranking(tokens, scan.sinks).all();
+    if (scan.decides(tokens, norms)) {
+      const chunking chunks{tokens, scan.sinks};
+      const double baseline = norms[scan.first_chunk()];
+      const index_t chunk = crossing(block, s.last, scan, norms, chunks.count());
+      const token_range range = chunks[chunk];
+      const index_t last =
+          last_allowed(block, s.last, scan, chunk_norms, range.end - range.begin, baseline);
+      found = cut_at(scan, tokens, chunk, last, baseline, chunk_norms[last],
+                     buffers.chunk_masses[item * chunk_tokens + last]);
+    }
+    if (block.rank() == 0) kept(item / groups, item % groups) = found;
+  }
+};
+
+template <class Backend, class Seen>
+[[nodiscard]] status crossing_curve(const Backend& on, const norm_scan& scan, const Seen& seen,
+                                    const norm_scan_buffers& buffers,
+                                    const scan_scratch& scratch) noexcept {
+  const status s = with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
+    const crossing_body<Seen, rows()> body{scan, seen, buffers, scratch};
+    return run_blocks(on, body.items(), body);
+  });
+  if (s != status::ok) return s;
+  const join_heads_body<Seen> body{scan, seen, buffers, scratch};
+  return run_blocks(on, body.items(), body);
+}
+
+template <class Backend, class Seen>
+[[nodiscard]] status find_cuts(const Backend& on, const norm_scan& scan, const Seen& seen,
+                               const norm_scan_buffers& buffers,
+                               const kept_ranges<typename Seen::memory>& kept) noexcept {
+  const find_cuts_body<Seen> body{scan, seen, buffers, kept};
+  return run_blocks(on, body.items(), body);
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

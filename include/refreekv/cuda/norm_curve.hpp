@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// The first half of the norm scan on a device: the keys are read, and the curve at the chunks'
+// starts comes out.
+//
+// One kernel reads the keys; all others work on three floats a chunk. Lengths are read by the
+// kernels: what is launched depends on extents alone.
+#pragma once
+
+#include "refreekv/cuda/scanned_head.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// What the norm scan works in besides norm_scan_buffers: of each sequence 8 bytes for each query
+/// head and chunk, and 3 KB for each KV head.
+struct scan_scratch {
+  double* head_curves;  ///< [sequence, q_head, chunk]
+  double* head_norms;   ///< [sequence, kv_head, chunk_tokens]: inside the crossing chunk
+  float* head_masses;   ///< [sequence, kv_head, chunk_tokens]
+
+  template <class Seen>
+  static scan_scratch take(arena& from, const norm_scan& scan, const Seen& seen) noexcept {
+    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
+    const index_t chunks = chunking{seen.capacity(), scan.sinks}.count();
+    return {from.take<double>(sequences, seen.q_heads(), chunks),
+            from.take<double>(sequences, kv_heads, chunk_tokens),
+            from.take<float>(sequences, kv_heads, chunk_tokens)};
+  }
+};
+
+/// A mean over rows needs their normalisers: from a second read of a chunk, its energy takes the
+/// place of the first row's sum of squares.
+template <class Seen, int Rows>
+struct energies_body {
+  struct shared {
+    cuda_detail::tile<Seen, Rows> tile;
+    warp_values<float> sums;
+  };
+  norm_scan scan;
+  Seen seen;
+  norm_scan_buffers buffers;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * buffers.chunks * seen.kv_heads();
+  }
+
+  /// item: [sequence, chunk, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t kv_head = item % seen.kv_heads();
+    const index_t chunk = item / seen.kv_heads() % buffers.chunks;
+    const index_t sequence = item / seen.kv_heads() / buffers.chunks;
+    const query_window window = window_of(seen, sequence, scan.window);
+    const chunking chunks{window.tokens, scan.sinks};
+    if (chunk >= chunks.count() || window.first_row() == scan.window) return;
+    const tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
+    for_each_energy(
+        block, s.tile, seen, scan, buffers, chunk, at,
+        [&](index_t q_head, double, float energy) {
+          const float sum = block_reduce(block, s.sums, energy, plus{});
+          const scanned_head head = scanned_head::of(scan, seen, buffers, sequence, q_head);
+          if (block.rank() == 0) {
+            head.statistics_of(window.first_row(), chunk).sum_squares = sum;
+          }
+        },
+        [](const tile_place&) {});
+  }
+};
+
+/// Leaves each query head's norms at the chunks' starts. A warp a head.
+template <class Seen>
+struct head_curves_body {
+  struct shared {};
+  norm_scan scan;
+  Seen seen;
+  norm_scan_buffers buffers;
+  double* head_curves;  ///< [sequence, q_head, chunk]
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return (seen.sequences() * seen.q_heads() + block_warps - 1) / block_warps;
+  }
+
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t i = item * block_warps + warp_of(block);
+    if (i >= seen.sequences() * seen.q_heads()) return;
+    const index_t sequence = i / seen.q_heads();
+    const scanned_head head = scanned_head::of(scan, seen, buffers, sequence, i % seen.q_heads());
+    const index_t count = chunking{head.window.tokens, scan.sinks}.count();
+    double after = head.outside_cut(block);
+    // Whole warps of chunks from the last one back, of which a lane has one.
+    for (index_t base = (count - 1) / warp_threads * warp_threads;
+         base + warp_threads > scan.first_chunk(); base -= warp_threads) {
+      const index_t c = base + lane_of(block);
+      const bool there = c >= scan.first_chunk() && c < count;
+      const double energies = after + block.warp_suffix_sum(there ? head.energy(c) : 0.0);
+      if (there) head_curves[i * buffers.chunks + c] = std::sqrt(energies);
+      after = block.warp_broadcast(energies, 0);
+    }
+  }
+};
+
+/// Sums the heads of each group: norms [sequence, group, chunk], 0 where there is no candidate.
+template <class Seen>
+struct join_curves_body {
+  struct shared {};
+  norm_scan scan;
+  Seen seen;
+  norm_scan_buffers buffers;
+  const double* head_curves;  ///< [sequence, q_head, chunk]
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * scan.groups(seen.kv_heads()) * blocks_for(buffers.chunks);
+  }
+
+  /// item: [sequence, group, block of chunks]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t blocks = blocks_for(buffers.chunks), groups = scan.groups(seen.kv_heads());
+    const index_t c = item % blocks * block_threads + block.rank(), group = item / blocks;
+    if (c >= buffers.chunks) return;
+    const index_t tokens = seen.tokens(group / groups), heads = seen.q_heads() / groups;
+    const bool there = c >= scan.first_chunk() && c < chunking{tokens, scan.sinks}.count();
+    double norm = 0;
+    for (index_t h = group * heads; there && h < (group + 1) * heads; ++h) {
+      norm += head_curves[h * buffers.chunks + c];
+    }
+    buffers.norms[group * buffers.chunks + c] = norm;
+  }
+};
+
+template <class Backend, class Seen>
+[[nodiscard]] status norm_curve(const Backend& on, const norm_scan& scan, const Seen& seen,
+                                const norm_scan_buffers& buffers,
+                                const scan_scratch& scratch) noexcept {
+  status s = read_chunks(on, seen, scan.window, 0, scan.window, scan.sinks, buffers.chunks,
+                         buffers.statistics);
+  if (s == status::ok) {
+    const normalise_body<Seen> body{
+        seen,           scan.window,        0,           scan.window, scan.sinks,
+        buffers.chunks, buffers.statistics, buffers.rows};
+    s = run_blocks(on, body.items(), body);
+  }
+  if (s == status::ok && !scan.one_pass()) {
+    s = with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
+      const energies_body<Seen, rows()> body{scan, seen, buffers};
+      return run_blocks(on, body.items(), body);
+    });
+  }
+  if (s == status::ok) {
+    const head_curves_body<Seen> body{scan, seen, buffers, scratch.head_curves};
+    s = run_blocks(on, body.items(), body);
+  }
+  if (s == status::ok) {
+    const join_curves_body<Seen> body{scan, seen, buffers, scratch.head_curves};
+    s = run_blocks(on, body.items(), body);
+  }
+  return s;
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the norm scan knows of a query head, and what another read of a chunk adds to that.
+#pragma once
+
+#include "refreekv/cuda/attend.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// What is known of one query head of a sequence.
+struct scanned_head {
+  norm_scan scan;
+  query_window window;
+  index_t chunks;                ///< of the longest sequence
+  chunk_statistics* statistics;  ///< [window, chunk]
+  const row_normaliser* rows;    ///< [window]
+
+  template <class Seen>
+  [[nodiscard]] static REFREEKV_DEVICE scanned_head of(const norm_scan& scan, const Seen& seen,
+                                                       const norm_scan_buffers& buffers,
+                                                       index_t sequence, index_t q_head) noexcept {
+    const index_t row = (sequence * seen.q_heads() + q_head) * scan.window;
+    return {scan, window_of(seen, sequence, scan.window), buffers.chunks,
+            buffers.statistics + row * buffers.chunks, buffers.rows + row};
+  }
+
+  [[nodiscard]] REFREEKV_DEVICE chunk_statistics& statistics_of(index_t row,
+                                                                index_t chunk) const noexcept {
+    return statistics[row * chunks + chunk];
+  }
+
+  /// The most that a value of 1 in a chunk stands for in any row. NaN once any row's is.
+  [[nodiscard]] REFREEKV_DEVICE double largest_attention(index_t chunk) const noexcept {
+    double largest = 0;
+    REFREEKV_NO_UNROLL
+    for (index_t r = window.first_row(); r < scan.window; ++r) {
+      const double attention = attention_at(statistics_of(r, chunk).unit, rows[r]);
+      if (!(attention <= largest)) largest = attention;
+      if (largest != largest) break;
+    }
+    return largest;
+  }
+
+  /// The energy of a chunk.
+  [[nodiscard]] REFREEKV_DEVICE double energy(index_t chunk) const noexcept {
+    const index_t first = window.first_row();
+    if (first == scan.window) return 0;
+    if (!scan.one_pass()) {
+      const double largest = largest_attention(chunk);
+      return largest * (largest * double{statistics_of(first, chunk).sum_squares});
+    }
+    double energy = 0;
+    REFREEKV_NO_UNROLL
+    for (index_t r = first; r < scan.window; ++r) {
+      const chunk_statistics& row = statistics_of(r, chunk);
+      const double attention = attention_at(row.unit, rows[r]);
+      energy += attention * (attention * double{row.sum_squares});
+    }
+    return energy;
+  }
+
+  /// The energy that no cut removes, and that a warp finds together.
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE double outside_cut(Block& block) const noexcept {
+    double energies = 0;
+    if (scan.norm == norm_scope::full_row) {
+      const index_t sinks = window.tokens < scan.sinks ? window.tokens : scan.sinks;
+      const index_t count = chunking::of_sinks(sinks);
+      for (index_t c = lane_of(block); c < count; c += warp_threads) energies += energy(c);
+      energies = block.warp_reduce(energies, plus{});
+    }
+    return energies;
+  }
+};
+
+/// Where the rows of one KV head are.
+template <class Seen>
+[[nodiscard]] REFREEKV_DEVICE tile_place kv_head_place(const Seen& seen, const norm_scan& scan,
+                                                       index_t sequence, index_t kv_head,
+                                                       token_range tokens) noexcept {
+  const auto group = static_cast<int>(seen.q_heads() / seen.kv_heads());
+  return {sequence, kv_head, {kv_head * group, group, 0, static_cast<int>(scan.window)}, 0, tokens};
+}
+
+/// How many rows that are.
+template <class Seen>
+[[nodiscard]] index_t rows_of_kv_head(const norm_scan& scan, const Seen& seen) noexcept {
+  return seen.q_heads() / seen.kv_heads() * scan.window;
+}
+
+/// Reads a chunk of one KV head again for the energies of its tokens. For each of its query heads
+/// on_head(q_head, unit, energy) is called by all threads: the energy of the thread's token is
+/// `energy` times `unit`. After each tile of rows on_tile(place) is, in step, and may use up the
+/// tile's values.
+template <int Rows, thread_block Block, class Seen, class OnHead, class OnTile>
+REFREEKV_DEVICE void for_each_energy(Block& block, tile<Seen, Rows>& s, const Seen& seen,
+                                     const norm_scan& scan, const norm_scan_buffers& buffers,
+                                     index_t chunk, tile_place at, const OnHead& on_head,
+                                     const OnTile& on_tile) noexcept {
+  const query_window window = window_of(seen, at.sequence, scan.window);
+  const bool mean = scan.average == row_average::mean;
+  const bool own = block.rank() < at.size();
+  const auto head_of = [&](int i) {
+    return scanned_head::of(scan, seen, buffers, at.sequence, at.span.q_head_of(i));
+  };
+  float energy = 0;
+  for (at.first = 0; at.first < at.span.count(); at.first += Rows) {
+    attend<leaves::values, any_lanes>(block, s, seen, window, at);
+    set_units(block, s, [&](int i) {
+      const int of = at.first + i;
+      if (of >= at.span.count() || at.span.row_of(of) < window.first_row()) return 0.0f;
+      const scanned_head head = head_of(of);
+      const double largest = head.largest_attention(chunk);
+      const double attention = attention_at(s.statistics[i].unit, head.rows[at.span.row_of(of)]);
+      return largest == 0 ? 0.0f : static_cast<float>(attention / largest);
+    });
+    REFREEKV_NO_UNROLL
+    for (int i = 0; i < Rows && at.first + i < at.span.count(); ++i) {
+      const float value = own ? s.values[i][block.rank()] * s.units[i] : 0;
+      energy += mean ? value : value * value;
+      if (at.span.row_of(at.first + i) < window.rows - 1) continue;
+      if (mean && own) {
+        const index_t rows = window.rows_seeing(at.tokens.begin + block.rank());
+        energy = rows == 0 ? 0 : energy / static_cast<float>(rows);
+        energy *= energy;
+      }
+      const double largest = head_of(at.first + i).largest_attention(chunk);
+      on_head(at.span.q_head_of(at.first + i), largest * largest, energy);
+      energy = 0;
+    }
+    block.sync();
+    on_tile(at);
+    block.sync();
+  }
+}
+
+}  // namespace refreekv::inline v0::cuda_detail
