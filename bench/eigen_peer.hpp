@@ -15,7 +15,8 @@ template <class T>
 index_t eigen_cut(const layer<T>& one) {
   using Eigen::Dynamic, Eigen::Map, Eigen::RowMajor;
   using elements = Eigen::Matrix<T, Dynamic, Dynamic, RowMajor>;
-  const auto [name, q_heads, kv_heads, head_dim] = one.shape();
+  const index_t q_heads = one.shape().q_heads, kv_heads = one.shape().kv_heads;
+  const index_t head_dim = one.shape().head_dim;
   const index_t tokens = one.tokens(), group = q_heads / kv_heads, sinks = 4;
   Eigen::ArrayXd norms = Eigen::ArrayXd::Zero(tokens);
   for (index_t h = 0; h < kv_heads; ++h) {

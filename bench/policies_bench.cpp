@@ -248,7 +248,7 @@ void add(const char* name, const Rule& rule, index_t window, const geometry& g, 
 const bool added = [] {
   const token_budget half = token_budget::share(0.5);
   for (const geometry& g : {geometries[0], geometries[1]}) {
-    const index_t layers = g.q_heads == 64 ? 80 : 32;
+    const index_t layers = g.layers;
     const std::vector<std::int64_t> all{1024, 8192, 32768};
     add("refreekv", policy::refreekv{}, 1, g, layers, all);
     add("refreekv_16_rows", policy::refreekv{.window = 16, .average = row_average::frobenius}, 16,
