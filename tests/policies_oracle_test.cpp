@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr unsigned problems = affordable(1000);  // of each policy
+constexpr unsigned problems = exhaustive ? affordable(1000) : 250;  // of each policy
 
 namespace policy = refreekv::policy;
 using kept_heads = std::vector<std::vector<position_t>>;  // [kv_head]
