@@ -57,7 +57,6 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
                     const tensor<float>& single, const paged<__nv_bfloat16, int, device>& pages,
                     const paged<__half, std::int64_t, device>& wide_pages,
                     const segmented<__half, device>& segments,
-                    const layered<tensor<__nv_bfloat16>>& layers,
                     const layered<paged<__nv_bfloat16, int, device>>& paged_layers,
                     const scaled<__nv_fp8_e4m3>& fp8, const scaled<std::int8_t>& int8,
                     const int4_keys<device>& int4, view<const __half, 4, device> rows) {
@@ -72,7 +71,6 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
   select_and_size(policy::refreekv{}, observed_by<__nv_bfloat16>(pages));
   select_and_size(policy::refreekv{}, observed_by<__half>(wide_pages));
   select_and_size(policy::refreekv{}, observed_by<__half>(segments));
-  select_and_size(policy::refreekv{}, observed_by<__nv_bfloat16>(layers));
   select_and_size(policy::refreekv{}, observed_by<__nv_bfloat16>(paged_layers));
   select_and_size(policy::refreekv{}, observed_by<__nv_bfloat16>(fp8));
   select_and_size(policy::refreekv{}, observed_by<__half>(int8));
