@@ -16,8 +16,8 @@ template <class Query, class Rows, class Scales>
 inline constexpr int row_registers<query_observation<Query, scaled_keys<Rows, Scales>>> =
     row_registers<query_observation<Query, Rows>>;
 
-/// The most rows of a tile that registers have room for, and those in a body that keeps more there
-/// than sums of values.
+/// The most rows of a tile that registers have room for, and those in a body that goes on working
+/// with values.
 template <class Seen>
 inline constexpr int most_rows = row_registers<Seen> > 8 ? 4 : 8;
 template <class Seen>

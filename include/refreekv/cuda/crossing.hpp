@@ -3,21 +3,10 @@
 // crosses the threshold, and the cut.
 #pragma once
 
+#include "refreekv/cuda/last_allowed.hpp"
 #include "refreekv/cuda/norm_curve.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
-
-/// norm_scan::last_allowed by a whole block. O(count / threads)
-template <thread_block Block>
-[[nodiscard]] REFREEKV_DEVICE index_t last_allowed(Block& block, warp_values<index_t>& shared,
-                                                   const norm_scan& scan, const double* curve,
-                                                   index_t count, double baseline) noexcept {
-  index_t last = 0;
-  for (index_t i = block.rank(); i < count; i += block_threads) {
-    if (norm_scan::loss(curve[i], baseline) <= scan.threshold) last = i;
-  }
-  return block_reduce(block, shared, last, larger{});
-}
 
 /// norm_scan::crossing by a whole block.
 template <thread_block Block>
@@ -62,15 +51,15 @@ struct crossing_body {
       const tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
       for_each_energy(
           block, s.tile, seen, scan, buffers, chunk, at,
-          [&](index_t q_head, double unit, float energy) {
-            const scanned_head head = scanned_head::of(scan, seen, buffers, sequence, q_head);
+          [&](const scanned_head& head, float energy) {
             double after = 0;
             REFREEKV_NO_UNROLL
             for (index_t c = chunk + 1 + t; c < chunks.count(); c += block_threads) {
               after += head.energy(c);
             }
             after = block_reduce(block, s.sums, after, plus{}) + head.outside_cut(block);
-            const double own = t < at.size() ? unit * double{energy} : 0;
+            const double largest = head.largest_attention(chunk);
+            const double own = t < at.size() ? largest * largest * double{energy} : 0;
             const double from_here = after + block_suffix_sum(block, s.sums, own).own;
             if (t < at.size()) norm += std::sqrt(from_here);
           },

@@ -55,9 +55,8 @@ struct energies_body {
     const tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
     for_each_energy(
         block, s.tile, seen, scan, buffers, chunk, at,
-        [&](index_t q_head, double, float energy) {
+        [&](const scanned_head& head, float energy) {
           const float sum = block_reduce(block, s.sums, energy, plus{});
-          const scanned_head head = scanned_head::of(scan, seen, buffers, sequence, q_head);
           if (block.rank() == 0) {
             head.statistics_of(window.first_row(), chunk).sum_squares = sum;
           }

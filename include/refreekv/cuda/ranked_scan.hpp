@@ -2,6 +2,7 @@
 // The norm scan along a ranking by score, on a device.
 #pragma once
 
+#include "refreekv/cuda/last_allowed.hpp"
 #include "refreekv/cuda/top_tokens.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
@@ -31,14 +32,6 @@ struct ranking_scratch {
     return s;
   }
 };
-
-/// The tokens before the last `recent`.
-template <class Seen>
-[[nodiscard]] REFREEKV_DEVICE index_t candidates_of(const Seen& seen, index_t sequence,
-                                                    index_t recent) noexcept {
-  const index_t tokens = seen.tokens(sequence);
-  return tokens > recent ? tokens - recent : 0;
-}
 
 /// Writes for each candidate a key: in their order are first the lowest scores, and among equals
 /// the last positions.
@@ -230,8 +223,9 @@ struct stop_ranked_body {
     if (candidates == 0 || !norm_scan::decidable(curve[0])) {
       return keep_tokens(block, kept, sequence, head, tokens);
     }
-    const index_t cut =
-        block_reduce(block, s.cuts, last_allowed(block, curve, candidates), larger{});
+    norm_scan scan{};
+    scan.threshold = threshold;
+    const index_t cut = last_allowed(block, s.cuts, scan, curve, candidates, curve[0]);
 
     std::uint8_t* is_kept = marks + item * seen.capacity();
     for (index_t t = block.rank(); t < candidates; t += block_threads) is_kept[t] = 0;
@@ -239,22 +233,8 @@ struct stop_ranked_body {
     const position_t* row = order + item * seen.capacity();
     for (index_t i = cut + block.rank(); i < candidates; i += block_threads) is_kept[row[i]] = 1;
     block.sync();
-    position_writer<memory> writer(kept, sequence, head);
-    writer.take_where(block, s.counts, 0, candidates, [&](index_t t) { return is_kept[t] != 0; });
-    writer.take_range(block, candidates, tokens);
-    writer.finish(block, tokens);
-  }
-
- private:
-  /// The last of the thread's indices whose loss is allowed, or 0.
-  template <thread_block Block>
-  [[nodiscard]] REFREEKV_DEVICE index_t last_allowed(const Block& block, const double* curve,
-                                                     index_t candidates) const noexcept {
-    index_t last = 0;
-    for (index_t i = block.rank(); i < candidates; i += block_threads) {
-      if (norm_scan::loss(curve[i], curve[0]) <= threshold) last = i;
-    }
-    return last;
+    keep_where(block, s.counts, kept, sequence, head, candidates, tokens,
+               [&](index_t t) { return is_kept[t] != 0; });
   }
 };
 

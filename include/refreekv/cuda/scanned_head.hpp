@@ -88,9 +88,9 @@ template <class Seen>
 }
 
 /// Reads a chunk of one KV head again for the energies of its tokens. For each of its query heads
-/// on_head(q_head, unit, energy) is called by all threads: the energy of the thread's token is
-/// `energy` times `unit`. After each tile of rows on_tile(place) is, in step, and may use up the
-/// tile's values.
+/// on_head(head, energy) is called by all threads: the energy of the thread's token, in units of
+/// the head's largest_attention squared. After each tile of rows on_tile(place) is, in step, and
+/// may use up the tile's values.
 template <int Rows, thread_block Block, class Seen, class OnHead, class OnTile>
 REFREEKV_DEVICE void for_each_energy(Block& block, tile<Seen, Rows>& s, const Seen& seen,
                                      const norm_scan& scan, const norm_scan_buffers& buffers,
@@ -123,8 +123,7 @@ REFREEKV_DEVICE void for_each_energy(Block& block, tile<Seen, Rows>& s, const Se
         energy = rows == 0 ? 0 : energy / static_cast<float>(rows);
         energy *= energy;
       }
-      const double largest = head_of(at.first + i).largest_attention(chunk);
-      on_head(at.span.q_head_of(at.first + i), largest * largest, energy);
+      on_head(head_of(at.first + i), energy);
       energy = 0;
     }
     block.sync();

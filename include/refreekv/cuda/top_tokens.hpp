@@ -25,52 +25,44 @@ struct selection_scratch {
   }
 };
 
-/// Keeps what is taken of one head, in ascending order. The whole block calls its members.
-template <class Memory>
-class position_writer {
- public:
-  REFREEKV_DEVICE position_writer(const kept_positions<Memory>& kept, index_t sequence,
-                                  index_t head) noexcept
-      : to_(kept.positions.at(sequence, head)),
-        stride_(kept.positions.stride(2)),
-        kept_(kept.counts.at(sequence, head)) {}
+/// The tokens before the last `recent`.
+template <class Seen>
+[[nodiscard]] REFREEKV_DEVICE index_t candidates_of(const Seen& seen, index_t sequence,
+                                                    index_t recent) noexcept {
+  const index_t tokens = seen.tokens(sequence);
+  return tokens > recent ? tokens - recent : 0;
+}
 
-  template <thread_block Block>
-  REFREEKV_DEVICE void take_range(const Block& block, index_t begin, index_t end) noexcept {
-    for (index_t t = begin + block.rank(); t < end; t += block_threads) write(t - begin, t);
-    if (begin < end) count_ += end - begin;
+/// Keeps those of one head's tokens [0, candidates) for which holds(t), and all after them.
+template <class Memory, thread_block Block, class Predicate>
+REFREEKV_DEVICE void keep_where(Block& block, warp_values<std::uint64_t>& shared,
+                                const kept_positions<Memory>& kept, index_t sequence, index_t head,
+                                index_t candidates, index_t tokens,
+                                const Predicate& holds) noexcept {
+  position_t* to = kept.positions.at(sequence, head);
+  const index_t stride = kept.positions.stride(2);
+  const auto write = [&](index_t i, index_t t) { to[stride * i] = static_cast<position_t>(t); };
+  const index_t held = for_each_where(block, shared, candidates, holds, write);
+  for (index_t t = candidates + block.rank(); t < tokens; t += block_threads) {
+    write(held + t - candidates, t);
   }
-  /// Those of [begin, end) for which holds(t).
-  template <thread_block Block, class Predicate>
-  REFREEKV_DEVICE void take_where(Block& block, warp_values<std::uint64_t>& shared, index_t begin,
-                                  index_t end, const Predicate& holds) noexcept {
-    count_ += for_each_where(block, shared, begin, end, holds,
-                             [&](index_t i, index_t t) { write(i, t); });
+  if (block.rank() == 0) {
+    kept.counts(sequence, head) = {static_cast<position_t>(held + tokens - candidates),
+                                   static_cast<position_t>(tokens)};
   }
-  template <thread_block Block>
-  REFREEKV_DEVICE void finish(const Block& block, index_t tokens) const noexcept {
-    if (block.rank() == 0) {
-      *kept_ = {static_cast<position_t>(count_), static_cast<position_t>(tokens)};
-    }
-  }
+}
 
- private:
-  REFREEKV_DEVICE void write(index_t i, index_t position) const noexcept {
-    to_[stride_ * (count_ + i)] = static_cast<position_t>(position);
-  }
-
-  position_t* to_;
-  index_t stride_;
-  kept_count* kept_;
-  index_t count_ = 0;
-};
-
+/// Keeps all of one head.
 template <class Memory, thread_block Block>
 REFREEKV_DEVICE void keep_tokens(const Block& block, const kept_positions<Memory>& kept,
                                  index_t sequence, index_t head, index_t tokens) noexcept {
-  position_writer<Memory> writer(kept, sequence, head);
-  writer.take_range(block, 0, tokens);
-  writer.finish(block, tokens);
+  for (index_t t = block.rank(); t < tokens; t += block_threads) {
+    kept.positions(sequence, head, t) = static_cast<position_t>(t);
+  }
+  if (block.rank() == 0) {
+    kept.counts(sequence, head) = {static_cast<position_t>(tokens),
+                                   static_cast<position_t>(tokens)};
+  }
 }
 
 template <class Seen>
@@ -121,7 +113,7 @@ struct top_tokens_body {
     const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
     const index_t tokens = seen.tokens(sequence);
     const token_quota quota = quotas[sequence];
-    const index_t candidates = tokens > quota.recent ? tokens - quota.recent : 0;
+    const index_t candidates = candidates_of(seen, sequence, quota.recent);
     if (quota.ranked >= candidates) return keep_tokens(block, kept, sequence, head, tokens);
     const value_row row{scores.at(sequence, head), scores.stride(2)};
     if (any_nan(block, row, candidates)) {
@@ -133,11 +125,8 @@ struct top_tokens_body {
     const value_limit limit = quota.ranked > 0
                                   ? limit_of_largest(block, s, row, candidates, quota.ranked)
                                   : value_limit::nothing();
-    position_writer<memory> writer(kept, sequence, head);
-    writer.take_where(block, s.counts, 0, candidates,
-                      [&](index_t t) { return limit.takes(row(t), t); });
-    writer.take_range(block, candidates, tokens);
-    writer.finish(block, tokens);
+    keep_where(block, s.counts, kept, sequence, head, candidates, tokens,
+               [&](index_t t) { return limit.takes(row(t), t); });
   }
 };
 
@@ -237,8 +226,7 @@ struct keep_union_body {
     const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
     const index_t group = seen.q_heads() / seen.kv_heads(), tokens = seen.tokens(sequence);
     const float* first = scores.at(sequence, head * group);
-    position_writer<memory> writer(kept, sequence, head);
-    writer.take_where(block, s, 0, tokens, [&](index_t t) {
+    keep_where(block, s, kept, sequence, head, tokens, tokens, [&](index_t t) {
       bool taken = false;
       for (index_t g = 0; g < group; ++g) {
         const float score = first[g * scores.stride(1) + t * scores.stride(2)];
@@ -246,7 +234,6 @@ struct keep_union_body {
       }
       return taken;
     });
-    writer.finish(block, tokens);
   }
 };
 

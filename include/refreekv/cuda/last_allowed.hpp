@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The stop rule of a falling curve, by a whole block.
+#pragma once
+
+#include "refreekv/cuda/block.hpp"
+#include "refreekv/norm_scan.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// norm_scan::last_allowed by a whole block. O(count / threads)
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE index_t last_allowed(Block& block, warp_values<index_t>& shared,
+                                                   const norm_scan& scan, const double* curve,
+                                                   index_t count, double baseline) noexcept {
+  index_t last = 0;
+  for (index_t i = block.rank(); i < count; i += block_threads) {
+    if (norm_scan::loss(curve[i], baseline) <= scan.threshold) last = i;
+  }
+  return block_reduce(block, shared, last, larger{});
+}
+
+}  // namespace refreekv::inline v0::cuda_detail
