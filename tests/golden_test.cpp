@@ -139,7 +139,7 @@ void check_query_and_keys(const csv_line& line, std::size_t turn, const problem&
   std::size_t number = 0;
   for_each_layout<T>(p.keys, [&](const char* layout, const auto& cache) {
     INFO(layout);
-    if (!exhaustive && number++ != turn % layouts) return;
+    if (!exhaustive && number++ != turn % layout_kinds) return;
     const auto seen = refreekv::observe(q, cache.source());
     rule.scope = refreekv::cut_scope::layer;
     CHECK(cuts(rule, seen) == std::vector{static_cast<position_t>(integer(line, "cut"))});

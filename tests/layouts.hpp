@@ -219,7 +219,7 @@ class segmented_cache {
   refreekv::view<T, 4> slots_;
 };
 
-inline constexpr std::size_t layouts = 7;  // of for_each_layout
+inline constexpr std::size_t layout_kinds = 7;  // of for_each_layout
 
 /// Calls f(name, cache) for one cache of each layout.
 template <class T, class F>

@@ -10,6 +10,8 @@ namespace refreekv::inline v0 {
 template <class Index, class Memory = host_memory>
 class page_table {
  public:
+  using memory = Memory;
+
   /// ids [sequence, page], padded at the end; lengths [sequence] in tokens. (vLLM)
   [[nodiscard]] static constexpr page_table padded(view<const Index, 2, Memory> ids,
                                                    lengths_view<Memory> lengths) noexcept {
