@@ -25,7 +25,7 @@ float exponentiate(Eigen::Ref<row_vector> row, Eigen::Index visible) {
 
 }  // namespace
 
-void attend(std::span<const float> queries, std::size_t q_heads, const layer_cache& cache,
+void attend(std::span<const float> queries, std::size_t q_heads, const layer_memory& cache,
             int threads, std::span<float> output) {
   const std::size_t head_dim = cache.head_dim();
   const std::size_t row = q_heads * head_dim;
@@ -36,31 +36,43 @@ void attend(std::span<const float> queries, std::size_t q_heads, const layer_cac
 
 #pragma omp parallel num_threads(threads)
   {
-    matrix scores;  // [token, slot]
+    matrix scores;  // [token, row]
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::size_t block = 0; block < blocks; ++block) {
       for (std::size_t q_head = 0; q_head < q_heads; ++q_head) {
         const std::size_t kv_head = q_head / group;
         const std::size_t begin = block * block_tokens;
         const std::size_t count = std::min(block_tokens, tokens - begin);
-        const std::size_t older = cache.length(kv_head) - tokens;  // slots that all tokens see
-        const Eigen::Index slots = index(older + begin + count);
+        const std::size_t older = cache.length(kv_head) - tokens;  // rows that all tokens see
+        const std::size_t rows = older + begin + count;
         const std::size_t offset = begin * row + q_head * head_dim;
 
         const const_strided_rows q(queries.data() + offset, index(count), index(head_dim),
                                    Eigen::OuterStride<>(index(row)));
-        const Eigen::Map<const matrix> k(cache.keys(kv_head), slots, index(head_dim));
-        const Eigen::Map<const matrix> v(cache.values(kv_head), slots, index(head_dim));
         strided_rows out(output.data() + offset, index(count), index(head_dim),
                          Eigen::OuterStride<>(index(row)));
 
-        scores.resize(index(count), slots);
-        scores.noalias() = (scale * q) * k.transpose();
+        // Calls f(first row, keys or values [row, head_dim]) for each part that lies together.
+        const auto for_each_part = [&](const float* kv_rows::*what, const auto& f) {
+          for (std::size_t next = 0; next < rows;) {
+            const kv_rows part = cache.rows_from(kv_head, next);
+            const std::size_t size = std::min(part.count, rows - next);
+            f(index(next), Eigen::Map<const matrix>(part.*what, index(size), index(head_dim)));
+            next += size;
+          }
+        };
+        scores.resize(index(count), index(rows));
+        for_each_part(&kv_rows::keys, [&](Eigen::Index first, const auto& k) {
+          scores.middleCols(first, k.rows()).noalias() = (scale * q) * k.transpose();
+        });
         Eigen::VectorXf sums(index(count));
         for (Eigen::Index token = 0; token < index(count); ++token) {
           sums[token] = exponentiate(scores.row(token), index(older + begin) + token + 1);
         }
-        out.noalias() = scores * v;
+        out.setZero();
+        for_each_part(&kv_rows::values, [&](Eigen::Index first, const auto& v) {
+          out.noalias() += scores.middleCols(first, v.rows()) * v;
+        });
         out.array().colwise() /= sums.array();
       }
     }

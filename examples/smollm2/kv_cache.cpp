@@ -21,7 +21,8 @@ layer_cache::layer_cache(std::size_t kv_heads, std::size_t head_dim)
     : head_dim_(head_dim), blocks_(kv_heads) {}
 
 layer_cache::layer_cache(const layer_cache& other)
-    : head_dim_(other.head_dim_),
+    : layer_memory(other),
+      head_dim_(other.head_dim_),
       blocks_(other.blocks_),
       keys_(map_zeroed(other.keys_.bytes().size())),
       values_(map_zeroed(other.values_.bytes().size())) {
@@ -49,6 +50,11 @@ const float* layer_cache::keys(std::size_t kv_head) const {
 
 const float* layer_cache::values(std::size_t kv_head) const {
   return floats_of(values_) + blocks_[kv_head].first_row * head_dim_;
+}
+
+kv_rows layer_cache::rows_from(std::size_t kv_head, std::size_t row) const {
+  return {keys(kv_head) + row * head_dim_, values(kv_head) + row * head_dim_,
+          length(kv_head) - row};
 }
 
 std::optional<std::size_t> layer_cache::head_stride() const {

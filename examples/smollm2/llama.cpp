@@ -77,8 +77,8 @@ kv_cache llama::new_cache() const {
   return kv_cache(config_.layers, config_.kv_heads, config_.head_dim);
 }
 
-std::vector<float> llama::prefill(std::span<const int> tokens, kv_cache& cache,
-                                  const prefill_hooks& hooks) const {
+std::vector<float> llama::prefill_any(std::span<const int> tokens, sequence_memory& cache,
+                                      const any_hooks& hooks) const {
   if (tokens.empty()) throw std::runtime_error("the prompt has no tokens");
   const std::size_t text = cache.next_position() + tokens.size();
   if (text > config_.context) {
@@ -88,11 +88,12 @@ std::vector<float> llama::prefill(std::span<const int> tokens, kv_cache& cache,
   return std::move(forward(tokens, 1, cache, hooks).front());
 }
 
-std::vector<float> llama::decode(int token, kv_cache& cache) const {
+std::vector<float> llama::decode(int token, sequence_memory& cache) const {
   return std::move(score({&token, 1}, cache).front());
 }
 
-std::vector<std::vector<float>> llama::score(std::span<const int> tokens, kv_cache& cache) const {
+std::vector<std::vector<float>> llama::score(std::span<const int> tokens,
+                                             sequence_memory& cache) const {
   if (tokens.empty()) return {};
   if (cache.next_position() + tokens.size() > config_.context) {
     throw std::runtime_error("the model's context of " + std::to_string(config_.context) +
@@ -102,7 +103,8 @@ std::vector<std::vector<float>> llama::score(std::span<const int> tokens, kv_cac
 }
 
 std::vector<std::vector<float>> llama::forward(std::span<const int> tokens, std::size_t scored,
-                                               kv_cache& cache, const prefill_hooks& hooks) const {
+                                               sequence_memory& cache,
+                                               const any_hooks& hooks) const {
   const std::size_t q_size = config_.q_heads * config_.head_dim;
   const std::size_t window = std::min(hooks.window, tokens.size());
   const std::size_t window_begin = tokens.size() - window;
@@ -145,7 +147,7 @@ std::vector<std::vector<float>> llama::forward(std::span<const int> tokens, std:
 }
 
 void llama::run_layer(const llama_layer& layer, const rotary_table& rotary, std::size_t first,
-                      layer_cache& cache, scratch& b) const {
+                      layer_memory& cache, scratch& b) const {
   normalize(b.hidden, layer.attention_norm, config_.norm_epsilon, b.normalized);
   project(b.normalized, layer.query, threads_, b.queries);
   project(b.normalized, layer.key, threads_, b.keys);
