@@ -10,6 +10,7 @@
 #include <functional>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -31,9 +32,9 @@ using formula = std::function<index_t(const layouts::extents&, const element&)>;
 index_t at(std::initializer_list<index_t> shape, std::initializer_list<index_t> index) {
   index_t offset = 0;
   for (std::size_t axis = 0; axis < shape.size(); ++axis) {
-    REQUIRE(index.begin()[axis] >= 0);
-    REQUIRE(index.begin()[axis] < shape.begin()[axis]);
-    offset = offset * shape.begin()[axis] + index.begin()[axis];
+    const index_t size = shape.begin()[axis], i = index.begin()[axis];
+    if (i < 0 || i >= size) throw std::out_of_range("an element outside the engine's tensor");
+    offset = offset * size + i;
   }
   return offset;
 }
