@@ -92,6 +92,39 @@ TEST_CASE("a union keeps what either keeps and no more than a range must", "[ret
   CHECK(u.cut == 5);
 }
 
+TEST_CASE("protection keeps what it must and no more than a range must", "[retention]") {
+  for_each_range([](const kept_range& kept) {
+    const index_t n = kept.tokens;
+    if (n > 9) return;
+    for (index_t begin = -1; begin <= n + 1; ++begin) {
+      for (index_t end = begin - 1; end <= n + 1; ++end) {
+        const auto holds_all = [&](const kept_range& candidate) {
+          for (index_t t = 0; t < n; ++t) {
+            const bool must = kept.keeps(t) || (t >= begin && t < end);
+            if (must && !candidate.keeps(t)) return false;
+          }
+          return true;
+        };
+        position_t fewest = kept.tokens;
+        for (position_t sinks = 0; sinks <= n; ++sinks) {
+          for (position_t cut = sinks; cut <= n; ++cut) {
+            const kept_range other{sinks, cut, kept.tokens};
+            if (holds_all(other)) fewest = std::min(fewest, other.length());
+          }
+        }
+        const kept_range found = protect(kept, begin, end);
+        CAPTURE(begin, end, found.sinks, found.cut);
+        REQUIRE(found.tokens == n);
+        REQUIRE(holds_all(found));
+        REQUIRE(found.length() == fewest);
+      }
+    }
+  });
+  const kept_range kept{4, 8, 20, 0.25f, 0.5f};
+  CHECK(protect(kept, 6, 7) == kept_range{4, 6, 20, 0.25f, 0.5f});
+  CHECK(protect(kept, 0, 5) == kept_range{5, 8, 20, 0.25f, 0.5f});
+}
+
 TEST_CASE("moves make what is kept contiguous", "[retention]") {
   for_each_range([](const kept_range& kept) {
     for (const compaction how : {compaction::sinks_up, compaction::suffix_down}) {

@@ -56,6 +56,22 @@ using kept_ranges = view<kept_range, 2, Memory>;
           a.dropped_mass > b.dropped_mass ? a.dropped_mass : b.dropped_mass};
 }
 
+/// The smallest range that also holds tokens [begin, end): an instruction, a tool's answer, the
+/// newest turn. Either the prefix or the suffix grows, whichever takes fewer tokens. Loss and mass
+/// stay, as upper bounds; what is outside the sequence is no token of it. (ours)
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range protect(kept_range kept, index_t begin,
+                                                                index_t end) noexcept {
+  if (begin < kept.sinks) begin = kept.sinks;
+  if (end > kept.cut) end = kept.cut;
+  if (begin >= end) return kept;
+  if (end - kept.sinks <= kept.cut - begin) {
+    kept.sinks = static_cast<position_t>(end);
+  } else {
+    kept.cut = static_cast<position_t>(begin);
+  }
+  return kept;
+}
+
 /// A mask of one value for each token, mask [token]: bytes (1, 0), booleans, or an additive mask of
 /// any float type (0, -infinity). O(tokens).
 template <class T>
