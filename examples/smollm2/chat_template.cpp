@@ -34,7 +34,8 @@ chat_frame parse_chat_template(std::string_view chat_template) {
   }
   return {.opening = "<|im_start|>system\n" + std::string(system) + "<|im_end|>\n<|im_start|>",
           .role = "user\n",
-          .closing = "<|im_end|>\n<|im_start|>assistant\n"};
+          .closing = "<|im_end|>\n<|im_start|>assistant\n",
+          .reopening = "<|im_end|>\n<|im_start|>"};
 }
 
 }  // namespace smollm2

@@ -7,11 +7,12 @@
 
 namespace smollm2 {
 
-// A conversation of one user message, up to where the model's answer begins.
+// A conversation of user messages, each up to where the model's answer begins.
 struct chat_frame {
-  std::string opening;  // the default system message, and the marker that opens a message
-  std::string role;     // plain text between that marker and the user's text
-  std::string closing;  // what ends the user's message and opens the answer
+  std::string opening;    // the default system message, and the marker that opens a message
+  std::string role;       // plain text between that marker and the user's text
+  std::string closing;    // what ends the user's message and opens the answer
+  std::string reopening;  // what ends the answer and opens the next message
 };
 
 // Reads the ChatML template that this family of models carries, default system message included;

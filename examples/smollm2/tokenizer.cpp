@@ -91,9 +91,14 @@ std::vector<int> tokenizer::encode(std::string_view text) const {
 std::vector<int> tokenizer::encode_chat(std::string_view user_text) const {
   std::vector<int> tokens = prefix_;
   append_with_controls(frame_.opening, tokens);
-  // One stretch of text to the splitter, as it is where the template is filled in first.
-  append_plain(frame_.role + std::string(user_text), tokens);
-  append_with_controls(frame_.closing, tokens);
+  append_message(user_text, tokens);
+  return tokens;
+}
+
+std::vector<int> tokenizer::encode_reply(std::string_view user_text) const {
+  std::vector<int> tokens;
+  append_with_controls(frame_.reopening, tokens);
+  append_message(user_text, tokens);
   return tokens;
 }
 
@@ -108,6 +113,12 @@ std::string tokenizer::decode(std::span<const int> tokens) const {
   std::string text;
   for (const int token : tokens) text += decode(token);
   return text;
+}
+
+void tokenizer::append_message(std::string_view user_text, std::vector<int>& tokens) const {
+  // One stretch of text to the splitter, as it is where the template is filled in first.
+  append_plain(frame_.role + std::string(user_text), tokens);
+  append_with_controls(frame_.closing, tokens);
 }
 
 void tokenizer::append_plain(std::string_view text, std::vector<int>& tokens) const {

@@ -28,6 +28,9 @@ class tokenizer {
   // The user's text, verbatim, as the one message of a conversation that the model is to answer.
   std::vector<int> encode_chat(std::string_view user_text) const;
 
+  // The user's next message, from where the model's answer ends (its end token is not part of it).
+  std::vector<int> encode_reply(std::string_view user_text) const;
+
   // Bytes, not characters: a character of UTF-8 may be spread over several tokens.
   const std::string& decode(int token) const;
   std::string decode(std::span<const int> tokens) const;
@@ -37,6 +40,7 @@ class tokenizer {
   std::size_t size() const { return bytes_.size(); }
 
  private:
+  void append_message(std::string_view user_text, std::vector<int>& tokens) const;
   void append_plain(std::string_view text, std::vector<int>& tokens) const;
   void append_with_controls(std::string_view text, std::vector<int>& tokens) const;
 

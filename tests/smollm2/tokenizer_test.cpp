@@ -204,6 +204,20 @@ TEST_CASE("markers are control tokens in the chat's frame and plain text in the 
   CHECK(tokens.end_token() == 2);
 }
 
+TEST_CASE("a reply goes on where the answer ends, as the template would") {
+  const tokenizer tokens = open(small_vocabulary());
+  std::vector<int> chat = tokens.encode_chat("a");
+  const std::vector<int> answer = tokens.encode("b"), reply = tokens.encode_reply("a<|im_end|>b");
+  chat.insert(chat.end(), answer.begin(), answer.end());
+  chat.insert(chat.end(), reply.begin(), reply.end());
+  CHECK(tokens.decode(chat) ==
+        "<|im_start|>system\nSys<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+        "b<|im_end|>\n<|im_start|>user\na<|im_end|>b<|im_end|>\n<|im_start|>assistant\n");
+  CHECK(reply.front() == tokens.end_token());
+  CHECK(std::count(reply.begin(), reply.end(), 1) == 2);
+  CHECK(std::count(reply.begin(), reply.end(), 2) == 2);
+}
+
 TEST_CASE("tokens outside the vocabulary are refused") {
   const tokenizer tokens = open(small_vocabulary());
   CHECK_THROWS_WITH(tokens.decode(-1), "token -1 is not in the vocabulary");
