@@ -15,6 +15,10 @@ struct divergence {
   double same_top_token;  // share of the tokens, in [0, 1]
 };
 
+struct comparison : divergence {
+  double full_tokens_per_second;
+};
+
 int top_token(std::span<const float> logits);
 
 // Requires as many of the one as of the other, and at least one.

@@ -1,24 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "generation.hpp"
 
-#include "stopwatch.hpp"
+#include <algorithm>
 
 namespace smollm2 {
 
 generation generate(const llama& model, std::vector<float> logits, kv_cache& cache,
                     std::size_t count, int end_token) {
-  const stopwatch watch;
-  generation result{};
-  while (result.tokens.size() < count) {
-    const int token = top_token(logits);
-    if (token == end_token) break;
-    result.tokens.push_back(token);
-    result.logits.push_back(std::move(logits));
-    if (result.tokens.size() == count || cache.next_position() == model.config().context) break;
-    logits = model.decode(token, cache);
-  }
-  result.seconds = watch.seconds();
-  return result;
+  const std::size_t room = model.config().context - cache.next_position();
+  return generate([&](int token) { return model.decode(token, cache); }, std::move(logits),
+                  std::min(count, room + 1), end_token);
 }
 
 comparison compare(const llama& model, const generation& full, kv_cache& pruned) {

@@ -73,6 +73,8 @@ llama::llama(llama&&) noexcept = default;
 llama& llama::operator=(llama&&) noexcept = default;
 llama::~llama() = default;
 
+std::size_t llama::weight_bytes() const { return weights_->bytes_read(); }
+
 kv_cache llama::new_cache() const {
   return kv_cache(config_.layers, config_.kv_heads, config_.head_dim);
 }

@@ -45,6 +45,7 @@ class llama {
   ~llama();
 
   const llama_config& config() const { return config_; }
+  std::size_t weight_bytes() const;  // that decoding a token reads
 
   // An empty cache for one sequence.
   kv_cache new_cache() const;

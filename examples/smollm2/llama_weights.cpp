@@ -73,6 +73,20 @@ class weight_reader {
 
 }  // namespace
 
+std::size_t llama_weights::bytes_read() const {
+  Eigen::Index elements = logits().size() + output_norm.size();
+  for (const llama_layer& layer : layers) {
+    for (const row_vector* each : {&layer.attention_norm, &layer.feed_norm}) {
+      elements += each->size();
+    }
+    for (const matrix* each : {&layer.query, &layer.key, &layer.value, &layer.attention_output,
+                               &layer.gate, &layer.up, &layer.down}) {
+      elements += each->size();
+    }
+  }
+  return static_cast<std::size_t>(elements) * sizeof(float);
+}
+
 llama_weights read_llama_weights(const gguf_file& file, const llama_config& config) {
   const std::size_t embedding = config.embedding;
   const std::size_t q_size = config.q_heads * config.head_dim;

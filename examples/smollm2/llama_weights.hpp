@@ -30,6 +30,9 @@ struct llama_weights {
   std::optional<matrix> output;  // [vocabulary, embedding]; nothing: the embedding serves as both
 
   const matrix& logits() const { return output ? *output : embedding; }
+
+  // All that decoding a token reads: everything but an embedding that does not serve as both.
+  std::size_t bytes_read() const;
 };
 
 // Throws std::runtime_error where a tensor is missing, is not of the expected shape, or is one that

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs SmolLM2 on a prompt and prunes each layer's cache right after that layer's prefill.
-#include <sys/resource.h>
-
 #include <iostream>
 
 #include "command_line.hpp"
@@ -11,16 +9,26 @@
 #include "plot.hpp"
 #include "progress_bar.hpp"
 #include "report.hpp"
+#include "resident_memory.hpp"
 #include "stopwatch.hpp"
 
 namespace {
 
 using namespace smollm2;
 
-std::size_t peak_resident_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<std::size_t>(usage.ru_maxrss) * 1024;
+// Keys and values of all slots that hold a token.
+std::size_t bytes_in_use(const kv_cache& cache) {
+  std::size_t rows = 0;
+  for (std::size_t i = 0; i < cache.layers(); ++i) {
+    const layer_cache& layer = cache.layer(i);
+    for (std::size_t head = 0; head < layer.kv_heads(); ++head) rows += layer.length(head);
+  }
+  return rows * cache.layer(0).head_dim() * 2 * sizeof(float);
+}
+
+decoding_cache decoding(const llama& model, kv_cache& cache) {
+  // Any token does: what it costs does not depend on it.
+  return {[&] { model.decode(0, cache); }, [&] { return bytes_in_use(cache); }};
 }
 
 void run(const options& opts) {
@@ -37,7 +45,7 @@ void run(const options& opts) {
   report result{};
   result.prompt_tokens = prompt.size();
   kv_cache cache = model.new_cache();
-  kv_cache full = model.new_cache();  // filled for --compare only
+  kv_cache full = model.new_cache();  // filled for --compare and --speed only
   pruning_rule rule = opts.rule;
   set_layers(rule, model.config().layers);
   pruner prune(rule, opts.threads);
@@ -48,7 +56,7 @@ void run(const options& opts) {
   double hook_seconds = 0;
   hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
     const stopwatch watch;
-    if (opts.compare) full.layer(layer) = filled.layer(layer);
+    if (opts.compare || opts.speed) full.layer(layer) = filled.layer(layer);
     if (!opts.plot.empty() && layer == plot_layer) {
       loss = {layer, std::get<refreekv::policy::refreekv>(rule).threshold,
               prune.loss_curve(layer, queries, filled.layer(layer))};
@@ -65,8 +73,8 @@ void run(const options& opts) {
     return last;
   }();
 
+  full.advance(prompt.size());
   if (opts.compare) {
-    full.advance(prompt.size());
     kv_cache pruned = cache;
     result.against_full = compare(model, generate(model, logits, full, opts.tokens, -1), pruned);
   }
@@ -75,6 +83,12 @@ void run(const options& opts) {
   result.text = tokens.decode(answer.tokens);
   result.decode_seconds = answer.seconds;
   result.peak_resident_bytes = peak_resident_bytes();
+  if (opts.speed) {
+    kv_cache half = model.new_cache();
+    model.prefill(std::span(prompt).first((prompt.size() + 1) / 2), half);
+    result.speed = measure_speed(decoding(model, full), decoding(model, half),
+                                 decoding(model, cache), model.weight_bytes(), opts.threads);
+  }
 
   print(result, std::cout);
   if (!opts.json.empty()) write_json(result, opts.json);

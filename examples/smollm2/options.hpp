@@ -4,20 +4,12 @@
 
 #include <filesystem>
 #include <optional>
-#include <string>
 
-#include "pruning.hpp"
+#include "run_options.hpp"
 
 namespace smollm2 {
 
-struct options {
-  std::filesystem::path model;
-  std::string prompt;  // the text itself, question included
-  pruning_rule rule;
-  std::size_t tokens = 64;  // to generate
-  int threads = 1;
-  bool compare = false;
-  std::filesystem::path json;             // empty for none
+struct options : run_settings {
   std::filesystem::path plot;             // without ending; empty for none
   std::optional<std::size_t> plot_layer;  // the middle one if not given
 };

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <vector>
 
+#include "pruning.hpp"
 #include "report.hpp"
 
 namespace smollm2 {

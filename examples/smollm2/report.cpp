@@ -19,6 +19,20 @@ Sum sum_over(const std::vector<layer_pruning>& layers, const F& f) {
                          [&](Sum sum, const layer_pruning& layer) { return sum + f(layer); });
 }
 
+nlohmann::ordered_json json_of(const speed_test& test) {
+  const auto speed = [](const measured_speed& each) -> nlohmann::ordered_json {
+    return {{"tokens_per_second", each.tokens_per_second()}, {"cache_bytes", each.bytes}};
+  };
+  return {{"full", speed(test.full)},
+          {"half_of_the_prompt", speed(test.half)},
+          {"pruned", speed(test.pruned)},
+          {"weight_bytes", test.weight_bytes},
+          {"bandwidth_bytes_per_second", test.bandwidth},
+          {"gain", test.gain()},
+          {"gain_by_bytes", test.gain_by_bytes()},
+          {"gain_by_fit", test.gain_by_fit()}};
+}
+
 }  // namespace
 
 double report::kept_fraction() const {
@@ -43,6 +57,7 @@ void print(const report& run, std::ostream& out) {
   const bool ranges = run.layers.front().counts.empty();
   out << "layer   " << (ranges ? "cut" : "stay") << " of " << std::left << std::setw(14)
       << run.prompt_tokens << std::right << "  kept      KiB before -> after\n";
+  const bool shared = run.layers.size() == 1;
   for (std::size_t i = 0; i < run.layers.size(); ++i) {
     const layer_pruning& layer = run.layers[i];
     std::string cuts;
@@ -51,10 +66,10 @@ void print(const report& run, std::ostream& out) {
     };
     for (const auto& kept : layer.kept) append(kept.cut);
     for (const auto& kept : layer.counts) append(kept.count);
-    out << std::setw(5) << i << "   " << std::left << std::setw(22) << (cuts.empty() ? "-" : cuts)
-        << std::right << std::setw(6) << std::setprecision(1) << 100 * layer.kept_fraction()
-        << " %   " << std::setw(8) << layer.bytes_before / 1024 << " -> "
-        << layer.bytes_after / 1024 << '\n';
+    out << std::setw(5) << (shared ? "all" : std::to_string(i)) << "   " << std::left
+        << std::setw(22) << (cuts.empty() ? "-" : cuts) << std::right << std::setw(6)
+        << std::setprecision(1) << 100 * layer.kept_fraction() << " %   " << std::setw(8)
+        << layer.bytes_before / 1024 << " -> " << layer.bytes_after / 1024 << '\n';
   }
   out << std::setprecision(1) << "\nkept " << 100 * run.kept_fraction() << " % of "
       << run.prompt_tokens << " tokens; cache " << mebibytes(run.bytes_before()) << " -> "
@@ -70,6 +85,7 @@ void print(const report& run, std::ostream& out) {
         << 100 * run.against_full->same_top_token << " %, full cache decodes "
         << run.against_full->full_tokens_per_second << " tokens/s\n";
   }
+  if (run.speed) print(*run.speed, out);
 }
 
 void write_json(const report& run, const std::filesystem::path& path) {
@@ -107,6 +123,7 @@ void write_json(const report& run, const std::filesystem::path& path) {
                             {"same_top_token", run.against_full->same_top_token},
                             {"full_tokens_per_second", run.against_full->full_tokens_per_second}};
   }
+  if (run.speed) json["speed"] = json_of(*run.speed);
   // A token may end inside a character: what is not UTF-8 is replaced.
   write_file(path, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + '\n');
 }

@@ -8,19 +8,21 @@
 #include <string>
 #include <vector>
 
-#include "generation.hpp"
-#include "pruning.hpp"
+#include "decode_speed.hpp"
+#include "divergence.hpp"
+#include "layer_pruning.hpp"
 
 namespace smollm2 {
 
 struct report {
   std::size_t prompt_tokens;
-  std::vector<layer_pruning> layers;
-  double prefill_seconds;  // without pruning
+  std::vector<layer_pruning> layers;  // [layer], or one entry about all that share a cut
+  double prefill_seconds;             // without pruning
   std::vector<int> tokens;
   std::string text;
   double decode_seconds;
   std::optional<comparison> against_full;
+  std::optional<speed_test> speed;
   std::size_t peak_resident_bytes;  // of the process
 
   double kept_fraction() const;  // mean over layers and KV heads

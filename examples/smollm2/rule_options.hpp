@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-#include "pruning.hpp"
+#include "pruning_rule.hpp"
 
 namespace smollm2 {
 

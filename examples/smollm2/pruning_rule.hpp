@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rule of a run: one of the library's policies, or none.
+#pragma once
+
+#include <cstddef>
+#include <refreekv/refreekv.hpp>
+#include <variant>
+
+namespace smollm2 {
+
+struct keep_everything {};
+using pruning_rule =
+    std::variant<refreekv::policy::refreekv, refreekv::policy::streaming_llm, refreekv::policy::h2o,
+                 refreekv::policy::snapkv, refreekv::policy::pyramidkv, refreekv::policy::cake,
+                 refreekv::policy::attention_ranked, refreekv::policy::twilight, keep_everything>;
+
+// Null, or what is wrong with the rule's options.
+const char* why_invalid(const pruning_rule& rule);
+
+// How many of the last queries the rule looks at; where it is more than there are, all.
+std::size_t window_of(const pruning_rule& rule);
+
+// Tells a rule that spreads a budget over the layers how many there are.
+void set_layers(pruning_rule& rule, std::size_t layers);
+
+}  // namespace smollm2

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a rule on what an engine shows of a layer, whatever its cache is made of.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "layer_pruning.hpp"
+#include "pruning_rule.hpp"
+
+namespace smollm2 {
+
+inline void require_ok(refreekv::status status) {
+  if (status != refreekv::status::ok) {
+    throw std::runtime_error(std::string("pruning failed: ") + refreekv::to_string(status));
+  }
+}
+
+struct slot_range {
+  std::size_t first;
+  std::size_t length;
+};
+
+// Owns the threads and the memory that decisions take; both are used again for every layer.
+class rule_runner {
+ public:
+  explicit rule_runner(int threads) : pool_(threads) {}
+
+  // Fills in what stays of the layer: result.kept or result.counts, from result.tokens. Throws
+  // std::runtime_error where refreekv refuses.
+  template <class Rule, class Seen>
+  void decide(const Rule& rule, const Seen& seen, layer_pruning& result) {
+    const refreekv::cpu_backend backend{pool_};
+    const refreekv::index_t groups = refreekv::groups_of(rule, seen);
+    scratch_.resize(std::max(scratch_.size(), refreekv::workspace_size(rule, backend, seen)));
+    if constexpr (std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>,
+                               refreekv::kept_ranges<refreekv::host_memory>>) {
+      result.kept.resize(static_cast<std::size_t>(groups));
+      require_ok(
+          refreekv::select(rule, backend, seen, {result.kept.data(), {1, groups}}, scratch_));
+    } else {
+      result.counts.resize(static_cast<std::size_t>(groups));
+      positions_.resize(std::max(positions_.size(), result.counts.size() * result.tokens));
+      require_ok(refreekv::select(rule, backend, seen, positions_of(result), scratch_));
+    }
+  }
+
+  // Any rule that needs to see no other layer. With keep_everything nothing is decided.
+  template <class Seen>
+  void decide(const pruning_rule& rule, const Seen& seen, layer_pruning& result) {
+    std::visit(
+        [&]<class Rule>(const Rule& each) {
+          if constexpr (std::same_as<Rule, refreekv::policy::cake>) {
+            throw std::runtime_error("cake shares its budget among layers: it needs all of them");
+          } else if constexpr (!std::same_as<Rule, keep_everything>) {
+            decide(each, seen, result);
+          }
+        },
+        rule);
+  }
+
+  // After decide: moves what stays together in every source of `rows`, keys and values of all KV
+  // heads, and returns in which slots it now is, [group].
+  template <class... Rows>
+  std::vector<slot_range> compact(layer_pruning& result, const Rows&... rows) {
+    const refreekv::cpu_backend backend{pool_};
+    if (!result.counts.empty()) {
+      constexpr auto how = refreekv::compaction::suffix_down;
+      require_ok(refreekv::compact(backend, positions_of(result), how, rows...));
+      return slots_of(result.counts, how);
+    }
+    constexpr auto how = refreekv::compaction::sinks_up;
+    const auto groups = static_cast<refreekv::index_t>(result.kept.size());
+    const refreekv::view<const refreekv::kept_range, 2> kept(result.kept.data(), {1, groups});
+    require_ok(refreekv::compact(backend, kept, how, rows...));
+    return slots_of(result.kept, how);
+  }
+
+ private:
+  template <class Kept>
+  static std::vector<slot_range> slots_of(const std::vector<Kept>& kept, refreekv::compaction how) {
+    std::vector<slot_range> slots;
+    for (const Kept& each : kept) {
+      slots.push_back({static_cast<std::size_t>(refreekv::first_slot(each, how)),
+                       static_cast<std::size_t>(each.length())});
+    }
+    return slots;
+  }
+
+  // The tokens that result.counts counts.
+  refreekv::kept_positions<> positions_of(layer_pruning& result) {
+    const auto heads = static_cast<refreekv::index_t>(result.counts.size());
+    const auto tokens = static_cast<refreekv::index_t>(result.tokens);
+    return {refreekv::view(positions_.data(), {1, heads, tokens}),
+            refreekv::view(result.counts.data(), {1, heads})};
+  }
+
+  refreekv::thread_pool pool_;
+  std::vector<std::byte> scratch_;               // grows with the largest layer, then stays
+  std::vector<refreekv::position_t> positions_;  // [kv_head, tokens], the same
+};
+
+}  // namespace smollm2
