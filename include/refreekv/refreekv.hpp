@@ -5,6 +5,7 @@
 #include "refreekv/cpu/backend.hpp"
 #include "refreekv/decode_index.hpp"
 #include "refreekv/layered.hpp"
+#include "refreekv/layouts.hpp"
 #include "refreekv/paged.hpp"
 #include "refreekv/policy/attention_ranked.hpp"
 #include "refreekv/policy/cake.hpp"

@@ -77,6 +77,12 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
   select_and_size(policy::snapkv{}, observed_by<__nv_bfloat16>(fp8));
   select_and_size(policy::twilight{}, observed_by<__half>(int4));
 
+  // Engines' pools, whose sources are of the types above.
+  const page_table<int, device> table;
+  (void)compact(cuda_backend{}, view<const kept_range, 2, device>{}, compaction::sinks_up,
+                layouts::vllm_packed(static_cast<__nv_bfloat16*>(nullptr), {}, table).keys,
+                layouts::tensorrt_llm(static_cast<__nv_bfloat16*>(nullptr), {}, table).values);
+
   const cuda_backend on;
   (void)write_masks(on, view<const kept_range, 2, device>{}, view<bool, 3, device>{}, true, false);
   (void)write_masks(on, kept_positions<device>{}, view<__half, 3, device>{}, __half{}, __half{});
