@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds llama.cpp and ggml once, outside the repository, where sdk.cmake finds them: from the Python
-# package that carries their source (about 5 minutes on 2 cores).
+# Builds llama.cpp and ggml once, outside the repository, where sdk.cmake finds them: from the
+# Python package that carries their source (about 5 minutes on 2 cores).
 set -euo pipefail
 version=0.3.36
 sdk=${REFREEKV_LLAMA_SDK:-${XDG_CACHE_HOME:-$HOME/.cache}/refreekv/llama-cpp-python-$version}

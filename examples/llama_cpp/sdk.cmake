@@ -15,6 +15,6 @@ set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL TRUE)  # the tests link them, too
 find_package(llama CONFIG QUIET PATHS "${REFREEKV_LLAMA_SDK}" NO_DEFAULT_PATH)
 unset(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL)
 if(NOT TARGET llama)
-  message(STATUS "No llama.cpp in ${REFREEKV_LLAMA_SDK}: without the examples in ggml and llama.cpp "
-    "(examples/llama_cpp/install_sdk.sh builds it)")
+  message(STATUS "No llama.cpp in ${REFREEKV_LLAMA_SDK}: without the examples in ggml and "
+    "llama.cpp (examples/llama_cpp/install_sdk.sh builds it)")
 endif()

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pooled_cut.hpp"
+
+#include <stdexcept>
+#include <vector>
+
+#include "rule_runner.hpp"
+
+namespace llama_cpp {
+
+namespace {
+
+using refreekv::index_t;
+
+template <class Rule>
+concept decides_on_ranges = requires {
+  typename Rule::template decision<refreekv::host_memory>;
+} && std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>, refreekv::kept_ranges<>>;
+
+index_t signed_size(std::size_t size) { return static_cast<index_t>(size); }
+
+// The layers of a batch that has a sequence for each, as ranks that share their heads.
+struct sum_over_layers {
+  index_t layers;
+
+  refreekv::status operator()(double* sums, index_t count) const noexcept {
+    const index_t length = count / layers;
+    for (index_t i = 0; i < length; ++i) {
+      double total = 0;
+      for (index_t layer = 0; layer < layers; ++layer) total += sums[layer * length + i];
+      for (index_t layer = 0; layer < layers; ++layer) sums[layer * length + i] = total;
+    }
+    return refreekv::status::ok;
+  }
+};
+
+template <class Rule, class Seen>
+refreekv::kept_range decide(const Rule& rule, const Seen& seen, int threads) {
+  const refreekv::cpu_backend backend{threads};
+  const index_t layers = seen.sequences();
+  std::vector<refreekv::kept_range> kept(static_cast<std::size_t>(layers));
+  std::vector<std::byte> scratch(refreekv::workspace_size(rule, backend, seen));
+  smollm2::require_ok(refreekv::select(rule, backend, seen, {kept.data(), {layers, 1}}, scratch,
+                                       sum_over_layers{layers}));
+  refreekv::kept_range all = kept.front();
+  for (const auto& layer : kept) all = refreekv::unite(all, layer);  // for the largest dropped mass
+  return all;
+}
+
+// The keys of the prompt in one layer's cache tensor, in its elements or as floats.
+std::vector<float> copy_of_keys(const ggml_tensor& cache, std::size_t tokens) {
+  const std::size_t row = static_cast<std::size_t>(cache.ne[0]);
+  std::vector<float> keys(tokens * row);
+  if (cache.type == GGML_TYPE_F32) {
+    ggml_backend_tensor_get(&cache, keys.data(), 0, keys.size() * sizeof(float));
+    return keys;
+  }
+  std::vector<std::byte> stored(tokens * cache.nb[1]);
+  ggml_backend_tensor_get(&cache, stored.data(), 0, stored.size());
+  const auto to_float = ggml_get_type_traits(cache.type)->to_float;
+  to_float(stored.data(), keys.data(), signed_size(keys.size()));
+  return keys;
+}
+
+// first(layer): the first key of a layer, of all heads' [token, kv_head, head_dim].
+template <class T, class Rule, class First>
+refreekv::kept_range decide_on_keys(const Rule& rule, const attention_tap& seen, int threads,
+                                    const First& first) {
+  const index_t tokens = signed_size(seen.tokens()), heads = signed_size(seen.kv_heads());
+  const index_t dim = signed_size(seen.head_dim()), layers = signed_size(seen.layers());
+  std::vector<refreekv::dense<const T>> keys;
+  for (std::size_t layer = 0; layer < seen.layers(); ++layer) {
+    keys.emplace_back(refreekv::view<const T, 4>(first(layer), {1, heads, tokens, dim},
+                                                 {0, dim, heads * dim, 1}));
+  }
+  const refreekv::view queries(
+      seen.queries().data(), {layers, signed_size(seen.rows()), signed_size(seen.q_heads()), dim});
+  const refreekv::layer_info<> info{signed_size(seen.first_layer()),
+                                    {.scale = seen.scale(), .soft_cap = seen.soft_cap()}};
+  const refreekv::view<const refreekv::dense<const T>, 1> table(keys.data(), {layers});
+  return decide(rule, refreekv::observe(queries, refreekv::layered(table, keys.front()), info),
+                threads);
+}
+
+template <class Rule>
+refreekv::kept_range decide_on_queries(const Rule& rule, const attention_tap& seen, int threads) {
+  const ggml_tensor& any = *seen.keys().front();
+  const bool here = ggml_backend_buffer_is_host(any.buffer);
+  if (here && any.type == GGML_TYPE_F16) {
+    using refreekv::f16_bits;
+    return decide_on_keys<f16_bits>(rule, seen, threads, [&](std::size_t layer) {
+      return static_cast<const f16_bits*>(seen.keys()[layer]->data);
+    });
+  }
+  if (here && any.type == GGML_TYPE_F32) {
+    return decide_on_keys<float>(rule, seen, threads, [&](std::size_t layer) {
+      return static_cast<const float*>(seen.keys()[layer]->data);
+    });
+  }
+  std::vector<std::vector<float>> copies;
+  for (const ggml_tensor* cache : seen.keys()) {
+    copies.push_back(copy_of_keys(*cache, seen.tokens()));
+  }
+  return decide_on_keys<float>(rule, seen, threads,
+                               [&](std::size_t layer) { return copies[layer].data(); });
+}
+
+template <class Rule>
+refreekv::kept_range decide_on_rows(const Rule& rule, const attention_tap& seen, int threads) {
+  const index_t q_heads = signed_size(seen.q_heads());
+  const refreekv::view rows(
+      seen.attention().data(),
+      {signed_size(seen.layers()), signed_size(seen.rows()), q_heads, signed_size(seen.tokens())});
+  // One cut needs no KV heads.
+  return decide(rule, refreekv::observe_rows(rows, q_heads, {}, {signed_size(seen.first_layer())}),
+                threads);
+}
+
+}  // namespace
+
+const char* why_unpoolable(const smollm2::pruning_rule& rule) {
+  return std::visit(
+      [](const auto& r) -> const char* {
+        using Rule = std::remove_cvref_t<decltype(r)>;
+        if constexpr (std::same_as<Rule, refreekv::policy::refreekv>) {
+          if (r.scope == refreekv::cut_scope::kv_head) {
+            return "in llama.cpp all layers and heads share their cells: no cut for each KV head";
+          }
+        } else if constexpr (!std::same_as<Rule, smollm2::keep_everything> &&
+                             !decides_on_ranges<Rule>) {
+          return "in llama.cpp all layers and heads share their cells: a policy that scores "
+                 "tokens, "
+                 "for each layer and KV head, has nothing to remove there";
+        }
+        return nullptr;
+      },
+      rule);
+}
+
+std::size_t first_layer_of(const smollm2::pruning_rule& rule) {
+  const auto* cut = std::get_if<refreekv::policy::refreekv>(&rule);
+  return cut == nullptr ? 0 : cut->full_layers;
+}
+
+refreekv::kept_range pooled_cut(const smollm2::pruning_rule& rule, const attention_tap& seen,
+                                int threads) {
+  if (const char* why = why_unpoolable(rule)) throw std::runtime_error(why);
+  return std::visit(
+      [&](const auto& r) -> refreekv::kept_range {
+        using Rule = std::remove_cvref_t<decltype(r)>;
+        if constexpr (decides_on_ranges<Rule>) {
+          if (seen.layers() > 0) {
+            return seen.keys().empty() ? decide_on_rows(r, seen, threads)
+                                       : decide_on_queries(r, seen, threads);
+          }
+        }
+        return {.tokens = static_cast<refreekv::position_t>(seen.tokens())};
+      },
+      rule);
+}
+
+}  // namespace llama_cpp
