@@ -30,8 +30,8 @@ prompt_run::prompt_run(const llama& model, std::span<const int> prompt, std::siz
 prompt_run::pruned_cache prompt_run::prune(pruning_rule rule, int threads) const {
   set_layers(rule, full_.layers());
   pruned_cache result{full_, 0, 0};
-  pruner prune(rule, threads);
   const llama_config& config = model_.config();
+  pruner prune(rule, config.q_heads, threads);
   const std::size_t row = config.q_heads * config.head_dim;
   for (std::size_t layer = full_layers_; layer < full_.layers(); ++layer) {
     const std::span<const float> queries = queries_[layer];

@@ -12,11 +12,12 @@ generation generate(const llama& model, std::vector<float> logits, kv_cache& cac
                   std::min(count, room + 1), end_token);
 }
 
-comparison compare(const llama& model, const generation& full, kv_cache& pruned) {
+comparison compare(const llama& model, const generation& full, std::vector<float> logits,
+                   kv_cache& pruned) {
   const std::size_t steps = full.tokens.size() - 1;
-  std::vector<std::vector<float>> logits = model.score(std::span(full.tokens).first(steps), pruned);
-  logits.insert(logits.begin(), full.logits.front());
-  return {compare_logits(full.logits, logits), static_cast<double>(steps) / full.seconds};
+  std::vector<std::vector<float>> all = model.score(std::span(full.tokens).first(steps), pruned);
+  all.insert(all.begin(), std::move(logits));
+  return {compare_logits(full.logits, all), static_cast<double>(steps) / full.seconds};
 }
 
 }  // namespace smollm2

@@ -13,7 +13,9 @@ namespace smollm2 {
 generation generate(const llama& model, std::vector<float> logits, kv_cache& cache,
                     std::size_t count, int end_token);
 
-// As greedy.hpp's, but the pruned cache takes all tokens in one pass.
-comparison compare(const llama& model, const generation& full, kv_cache& pruned);
+// As greedy.hpp's, but the pruned cache takes all tokens in one pass. logits: [vocabulary], those
+// that the prompt ends with; on a cache that was pruned before they are its own.
+comparison compare(const llama& model, const generation& full, std::vector<float> logits,
+                   kv_cache& pruned);
 
 }  // namespace smollm2

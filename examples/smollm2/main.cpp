@@ -31,74 +31,134 @@ decoding_cache decoding(const llama& model, kv_cache& cache) {
   return {[&] { model.decode(0, cache); }, [&] { return bytes_in_use(cache); }};
 }
 
-void run(const options& opts) {
-  const loaded_model loaded = load_model(opts.model, opts.threads);
-  const llama& model = loaded.network;
-  const tokenizer& tokens = loaded.tokens;
-  const std::size_t plot_layer = opts.plot_layer.value_or(model.config().layers / 2);
-  if (plot_layer >= model.config().layers) {
-    throw std::runtime_error("--plot-layer: the model has layers 0 to " +
-                             std::to_string(model.config().layers - 1));
-  }
-  const std::vector<int> prompt = tokens.encode_chat(opts.prompt);
+// A conversation on one cache, which is pruned after each of the user's messages.
+class conversation {
+ public:
+  conversation(const llama& model, const options& opts)
+      : model_(model),
+        opts_(opts),
+        rule_(for_layers(opts.rule, model.config().layers)),
+        prune_(rule_, model.config().q_heads, opts.threads, opts.protect),
+        cache_(model.new_cache()),
+        full_(model.new_cache()) {}
 
-  report result{};
-  result.prompt_tokens = prompt.size();
-  kv_cache cache = model.new_cache();
-  kv_cache full = model.new_cache();  // filled for --compare and --speed only
-  pruning_rule rule = opts.rule;
-  set_layers(rule, model.config().layers);
-  pruner prune(rule, opts.threads);
-  loss_picture loss{};
-
-  prefill_hooks hooks;
-  hooks.window = window_of(rule);
-  double hook_seconds = 0;
-  hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
-    const stopwatch watch;
-    if (opts.compare || opts.speed) full.layer(layer) = filled.layer(layer);
-    if (!opts.plot.empty() && layer == plot_layer) {
-      loss = {layer, std::get<refreekv::policy::refreekv>(rule).threshold,
-              prune.loss_curve(layer, queries, filled.layer(layer))};
+  // Takes the tokens of a message and answers until `end_token`.
+  report answer(const std::vector<int>& message, int end_token) {
+    text_.insert(text_.end(), message.begin(), message.end());
+    report result{};
+    result.prompt_tokens = text_.size();
+    const std::vector<float> logits = prefill(result);
+    if (opts_.compare) {
+      const std::vector<float> expected = follow(logits);
+      kv_cache full = full_, pruned = cache_;
+      const generation reference = generate(model_, expected, full, opts_.tokens, -1);
+      result.against_full = compare(model_, reference, logits, pruned);
     }
-    result.layers.push_back(prune.prune(layer, queries, filled.layer(layer)));
-    hook_seconds += watch.seconds();
-  };
-  const std::vector<float> logits = [&] {
+    const generation answer = generate(model_, logits, cache_, opts_.tokens, end_token);
+    text_.insert(text_.end(), answer.tokens.begin(), answer.tokens.end());
+    result.tokens = answer.tokens;
+    result.decode_seconds = answer.seconds;
+    result.peak_resident_bytes = peak_resident_bytes();
+    return result;
+  }
+
+  // Of the caches as they are now, which it leaves longer.
+  speed_test speed() {
+    follow({});
+    kv_cache half = model_.new_cache();
+    model_.prefill(std::span(text_).first((full_.next_position() + 1) / 2), half);
+    return measure_speed(decoding(model_, full_), decoding(model_, half), decoding(model_, cache_),
+                         model_.weight_bytes(), opts_.threads);
+  }
+
+  const loss_picture& loss() const { return loss_; }
+
+ private:
+  static pruning_rule for_layers(pruning_rule rule, std::size_t layers) {
+    set_layers(rule, layers);
+    return rule;
+  }
+
+  // What a cache does not have yet, the last token of an answer among it.
+  std::span<const int> after(const kv_cache& cache) const {
+    return std::span(text_).subspan(cache.next_position());
+  }
+
+  std::vector<float> prefill(report& result) {
+    const bool first = cache_.next_position() == 0;
+    prefill_hooks hooks;
+    hooks.window = window_of(rule_);
+    double hook_seconds = 0;
+    hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
+      const stopwatch watch;
+      // The first message is the same in the full cache. Later ones have another past.
+      if (first && follows()) full_.layer(layer) = filled.layer(layer);
+      if (first && layer == opts_.plot_layer && !opts_.plot.empty()) {
+        loss_ = {layer, std::get<refreekv::policy::refreekv>(rule_).threshold,
+                 prune_.loss_curve(layer, queries, filled.layer(layer))};
+      }
+      result.layers.push_back(prune_.prune(layer, queries, filled.layer(layer)));
+      hook_seconds += watch.seconds();
+    };
     progress_bar progress;
     hooks.on_progress = [&](double fraction) { progress.show("prefill", fraction); };
     const stopwatch watch;
-    std::vector<float> last = model.prefill(prompt, cache, hooks);
+    std::vector<float> logits = model_.prefill(after(cache_), cache_, hooks);
     result.prefill_seconds = watch.seconds() - hook_seconds;
-    return last;
-  }();
-
-  full.advance(prompt.size());
-  if (opts.compare) {
-    kv_cache pruned = cache;
-    result.against_full = compare(model, generate(model, logits, full, opts.tokens, -1), pruned);
-  }
-  const generation answer = generate(model, logits, cache, opts.tokens, tokens.end_token());
-  result.tokens = answer.tokens;
-  result.text = tokens.decode(answer.tokens);
-  result.decode_seconds = answer.seconds;
-  result.peak_resident_bytes = peak_resident_bytes();
-  if (opts.speed) {
-    kv_cache half = model.new_cache();
-    model.prefill(std::span(prompt).first((prompt.size() + 1) / 2), half);
-    result.speed = measure_speed(decoding(model, full), decoding(model, half),
-                                 decoding(model, cache), model.weight_bytes(), opts.threads);
+    if (first && follows()) full_.advance(text_.size());
+    return logits;
   }
 
-  print(result, std::cout);
-  if (!opts.json.empty()) write_json(result, opts.json);
-  if (!opts.plot.empty()) draw(result, loss, opts.plot);
+  bool follows() const { return opts_.compare || opts_.speed; }
+
+  // Brings the full cache to where the pruned one is; returns its logits there.
+  std::vector<float> follow(const std::vector<float>& logits) {
+    return after(full_).empty() ? logits : model_.prefill(after(full_), full_);
+  }
+
+  const llama& model_;
+  const options& opts_;
+  pruning_rule rule_;
+  pruner prune_;
+  std::vector<int> text_;
+  kv_cache cache_;
+  kv_cache full_;  // followed for --compare and --speed only
+  loss_picture loss_{};
+};
+
+void run(options opts) {
+  const loaded_model loaded = load_model(opts.model, opts.threads);
+  const llama& model = loaded.network;
+  const tokenizer& tokens = loaded.tokens;
+  if (!opts.plot_layer) opts.plot_layer = model.config().layers / 2;
+  if (*opts.plot_layer >= model.config().layers) {
+    throw std::runtime_error("--plot-layer: the model has layers 0 to " +
+                             std::to_string(model.config().layers - 1));
+  }
+
+  conversation talk(model, opts);
+  std::vector<report> turns;
+  const auto take = [&](const std::vector<int>& message, bool last) {
+    report& turn = turns.emplace_back(talk.answer(message, tokens.end_token()));
+    turn.text = tokens.decode(turn.tokens);
+    if (last && opts.speed) turn.speed = talk.speed();
+    print(turn, std::cout);
+  };
+  take(tokens.encode_chat(opts.prompt), opts.replies.empty());
+  for (const std::string& reply : opts.replies) {
+    std::cout << "\n> " << reply << "\n\n";
+    take(tokens.encode_reply(reply), &reply == &opts.replies.back());
+  }
+
+  if (!opts.json.empty() && turns.size() == 1) write_json(turns.front(), opts.json);
+  if (!opts.json.empty() && turns.size() > 1) write_json(turns, opts.json);
+  if (!opts.plot.empty()) draw(turns.front(), talk.loss(), opts.plot);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   return run_program("smollm2", [&] {
-    if (const auto opts = parse_options(argc, argv)) run(*opts);
+    if (auto opts = parse_options(argc, argv)) run(*std::move(opts));
   });
 }

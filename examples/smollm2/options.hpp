@@ -4,14 +4,18 @@
 
 #include <filesystem>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "run_options.hpp"
 
 namespace smollm2 {
 
 struct options : run_settings {
-  std::filesystem::path plot;             // without ending; empty for none
-  std::optional<std::size_t> plot_layer;  // the middle one if not given
+  std::vector<std::string> replies;            // further messages, each after an answer
+  std::vector<refreekv::token_range> protect;  // positions in the conversation
+  std::filesystem::path plot;                  // without ending; empty for none
+  std::optional<std::size_t> plot_layer;       // the middle one if not given
 };
 
 // Nothing where only help was asked for. Throws usage_error for options that cannot be, and

@@ -14,25 +14,47 @@ namespace {
 
 using refreekv::index_t;
 
-// keys or values of all heads: [sequence = 1, kv_head, token, head_dim]
-refreekv::dense<float> source_of(float* first, const layer_cache& cache) {
-  const auto stride = cache.head_stride();
-  if (!stride) throw std::runtime_error("a layer is pruned once: its heads differ in length");
+// KV heads that are decided on together.
+struct head_range {
+  std::size_t first, count;
+};
+
+// All, or each alone where earlier decisions have left them different lengths.
+std::vector<head_range> parts_of(const layer_cache& cache) {
+  if (cache.head_stride()) return {{0, cache.kv_heads()}};
+  std::vector<head_range> parts;
+  for (std::size_t head = 0; head < cache.kv_heads(); ++head) parts.push_back({head, 1});
+  return parts;
+}
+
+// first: the keys or the values of the first of these heads. [sequence = 1, kv_head, token,
+// head_dim]
+refreekv::dense<float> source_of(float* first, const layer_cache& cache, const head_range& heads) {
   const auto dim = static_cast<index_t>(cache.head_dim());
   return refreekv::dense(refreekv::view(
       first,
-      {1, static_cast<index_t>(cache.kv_heads()), static_cast<index_t>(cache.length(0)), dim},
-      {0, static_cast<index_t>(*stride), dim, 1}));
+      {1, static_cast<index_t>(heads.count), static_cast<index_t>(cache.length(heads.first)), dim},
+      {0, static_cast<index_t>(cache.head_stride().value_or(0)), dim, 1}));
 }
+refreekv::dense<float> keys_of(layer_cache& cache, const head_range& heads) {
+  return source_of(cache.keys(heads.first), cache, heads);
+}
+refreekv::dense<float> values_of(layer_cache& cache, const head_range& heads) {
+  return source_of(cache.values(heads.first), cache, heads);
+}
+head_range all_heads(const layer_cache& cache) { return {0, cache.kv_heads()}; }
 
-// The last queries and the keys of a layer.
-auto observe_layer(std::size_t layer, std::span<const float> queries, std::size_t window,
-                   layer_cache& cache) {
+// The last queries, [row, q_head, head_dim], and the keys of a layer.
+auto observe_layer(std::size_t layer, std::span<const float> queries, std::size_t q_heads,
+                   layer_cache& cache, const head_range& heads) {
   const auto dim = static_cast<index_t>(cache.head_dim());
-  const auto rows = static_cast<index_t>(std::min(window, cache.length(0)));
-  const index_t q_heads = static_cast<index_t>(queries.size()) / (rows * dim);
-  return refreekv::observe(refreekv::view(queries.data(), {1, rows, q_heads, dim}),
-                           source_of(cache.keys(0), cache), {.layer = static_cast<index_t>(layer)});
+  const auto row = static_cast<index_t>(q_heads) * dim;
+  const std::size_t group = q_heads / cache.kv_heads();
+  return refreekv::observe(refreekv::view(queries.data() + heads.first * group * cache.head_dim(),
+                                          {1, static_cast<index_t>(queries.size()) / row,
+                                           static_cast<index_t>(heads.count * group), dim},
+                                          {0, row, dim, 1}),
+                           keys_of(cache, heads), {.layer = static_cast<index_t>(layer)});
 }
 
 // Keeps the slots where compaction left what stays, [group].
@@ -46,16 +68,45 @@ void retain(const std::vector<slot_range>& slots, layer_cache& cache) {
   cache.retain(first, length);
 }
 
+// The rule for a prompt that has no more rows than these.
+pruning_rule with_rows(pruning_rule rule, std::size_t rows) {
+  std::visit(
+      [&](auto& each) {
+        if constexpr (requires { each.window; }) {
+          if (each.window > rows) each.window = static_cast<refreekv::count_t>(rows);
+        }
+      },
+      rule);
+  return rule;
+}
+
+bool shares_a_cut(const pruning_rule& rule) {
+  const auto* scan = std::get_if<refreekv::policy::refreekv>(&rule);
+  return scan != nullptr && scan->scope == refreekv::cut_scope::layer;
+}
+
 }  // namespace
 
-template <class Rule, class Seen, class... Others>
-layer_pruning pruner::apply(const Rule& rule, const Seen& seen, layer_cache& cache,
-                            const Others&... others) {
+pruner::pruner(const pruning_rule& rule, std::size_t q_heads, int threads,
+               std::vector<refreekv::token_range> keep)
+    : rule_(rule), q_heads_(q_heads), runner_(threads), keep_(std::move(keep)) {
+  if (!keep_.empty() && !keeps_ranges(rule)) {
+    throw std::runtime_error("protected tokens need a policy that keeps a range");
+  }
+}
+
+template <class F>
+layer_pruning pruner::shrink(layer_cache& cache, const F& decide_and_compact) {
   const stopwatch watch;
   layer_pruning result{{}, {}, cache.length(0), cache.bytes(), cache.bytes(), 0, 0};
-  runner_.decide(rule, seen, result);
-  const auto slots = runner_.compact(result, source_of(cache.keys(0), cache),
-                                     source_of(cache.values(0), cache), others...);
+  std::vector<slot_range> slots;  // [group]
+  for (const head_range& heads : parts_of(cache)) {
+    layer_pruning part{{}, {}, cache.length(heads.first), 0, 0, 0, 0};
+    const std::vector<slot_range> kept = decide_and_compact(heads, part);
+    slots.insert(slots.end(), kept.begin(), kept.end());
+    result.kept.insert(result.kept.end(), part.kept.begin(), part.kept.end());
+    result.counts.insert(result.counts.end(), part.counts.begin(), part.counts.end());
+  }
   result.library_seconds = watch.seconds();
   retain(slots, cache);
   result.bytes_after = cache.bytes();
@@ -67,7 +118,31 @@ layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, l
   if (std::holds_alternative<keep_everything>(rule_)) {
     return {{}, {}, cache.length(0), cache.bytes(), cache.bytes(), 0, 0};
   }
-  return apply(rule_, observe_layer(layer, queries, window_of(rule_), cache), cache);
+  if (!cache.head_stride() && shares_a_cut(rule_)) {
+    throw std::runtime_error("heads that differ in length have no cut in common");
+  }
+  const pruning_rule rule = with_rows(rule_, queries.size() / (q_heads_ * cache.head_dim()));
+  if (!keep_.empty()) {
+    while (left_.size() <= layer) left_.emplace_back(cache.kv_heads());
+    left_[layer].append(cache.length(0) - left_[layer].length(0));
+  }
+  return shrink(cache, [&](const head_range& heads, layer_pruning& part) {
+    runner_.decide(rule, observe_layer(layer, queries, q_heads_, cache, heads), part);
+    if (!keep_.empty()) protect(left_[layer], heads.first, heads.count, part.kept);
+    return runner_.compact(part, keys_of(cache, heads), values_of(cache, heads));
+  });
+}
+
+void pruner::protect(remaining_tokens& left, std::size_t first_head, std::size_t heads,
+                     std::vector<refreekv::kept_range>& kept) const {
+  const std::size_t group = heads / kept.size();  // heads of a decision
+  for (std::size_t g = 0; g < kept.size(); ++g) {
+    for (const refreekv::token_range& text : keep_) {
+      const refreekv::token_range slots = left.slots_of(first_head + g * group, text);
+      kept[g] = refreekv::protect(kept[g], slots.begin, slots.end);
+    }
+    for (std::size_t h = g * group; h < (g + 1) * group; ++h) left.drop(first_head + h, kept[g]);
+  }
 }
 
 layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, kv_cache& cache) {
@@ -82,6 +157,10 @@ layer_pruning pruner::cascade(const refreekv::policy::cake& rule, std::size_t la
   const auto heads = static_cast<index_t>(newest.kv_heads());
   if (layer == 0) cake_ = {static_cast<refreekv::position_t>(newest.length(0)), {}, {}};
   const index_t tokens = cake_.tokens;
+  if (static_cast<index_t>(newest.length(0)) != tokens) {
+    throw std::runtime_error(
+        "cake shares its budget among layers as long as the first: prune once");
+  }
   cake_.scores.emplace_back(newest.kv_heads() * newest.length(0));
   cake_.preferences.push_back(0);
   const auto finished = static_cast<index_t>(cake_.preferences.size());
@@ -95,12 +174,18 @@ layer_pruning pruner::cascade(const refreekv::policy::cake& rule, std::size_t la
     // They move with their tokens.
     const refreekv::dense scores_of_tokens(
         refreekv::view(scores, {1, heads, seen.tokens(0), 1}, {0, tokens, 1, 1}));
-    return apply(rule, refreekv::with_layers(seen, layers), cache.layer(which), scores_of_tokens);
+    layer_cache& shrinking = cache.layer(which);
+    return shrink(shrinking, [&](const head_range& all, layer_pruning& part) {
+      runner_.decide(rule, refreekv::with_layers(seen, layers), part);
+      return runner_.compact(part, keys_of(shrinking, all), values_of(shrinking, all),
+                             scores_of_tokens);
+    });
   };
-  layer_pruning result = evict(layer, observe_layer(layer, queries, rule.window, newest));
+  layer_pruning result =
+      evict(layer, observe_layer(layer, queries, q_heads_, newest, all_heads(newest)));
   for (std::size_t earlier = 0; earlier < layer; ++earlier) {
     layer_cache& older = cache.layer(earlier);
-    const auto again = evict(earlier, refreekv::observe(source_of(older.keys(0), older),
+    const auto again = evict(earlier, refreekv::observe(keys_of(older, all_heads(older)),
                                                         {.layer = static_cast<index_t>(earlier)}));
     result.seconds += again.seconds;
     result.library_seconds += again.library_seconds;
@@ -115,7 +200,7 @@ std::vector<curve_point> pruner::loss_curve(std::size_t layer, std::span<const f
   refreekv::policy::refreekv probe = *rule;
   probe.scope = refreekv::cut_scope::layer;
   probe.full_layers = 0;
-  const auto seen = observe_layer(layer, queries, probe.window, cache);
+  const auto seen = observe_layer(layer, queries, q_heads_, cache, all_heads(cache));
   std::vector<curve_point> curve;
   for (double exponent = -4; exponent <= 0; exponent += 0.02) {
     probe.threshold = std::min(1.0, std::pow(10, exponent));

@@ -9,6 +9,7 @@
 #include "kv_cache.hpp"
 #include "layer_pruning.hpp"
 #include "pruning_rule.hpp"
+#include "remaining_tokens.hpp"
 #include "rule_runner.hpp"
 
 namespace smollm2 {
@@ -18,29 +19,40 @@ struct curve_point {
   float loss;
 };
 
+// Prunes a conversation's cache after each of its prompts.
 class pruner {
  public:
-  pruner(const pruning_rule& rule, int threads) : rule_(rule), runner_(threads) {}
+  // keep: tokens of the text, first position to past the last one, that stay whatever the rule
+  // says. Throws std::runtime_error where there are any and the rule keeps no range.
+  pruner(const pruning_rule& rule, std::size_t q_heads, int threads,
+         std::vector<refreekv::token_range> keep = {});
 
-  // Decides on the layer, moves what is kept together, and gives the rest back to the operating
-  // system. queries: [min(window, tokens), q_head, head_dim]. Throws std::runtime_error where
-  // refreekv refuses, or where the rule is CAKE, which needs to get at all layers.
+  // Decides on the slots that the layer has, moves what is kept together, and gives the rest back
+  // to the operating system. queries: [row, q_head, head_dim] of the last tokens, as many as the
+  // rule's window or, where the prompt is shorter, all of it. Throws std::runtime_error where
+  // refreekv refuses, where heads that differ in length are to share a cut, or where the rule is
+  // CAKE, which needs to get at all layers.
   layer_pruning prune(std::size_t layer, std::span<const float> queries, layer_cache& cache);
 
   // The same for any rule, one layer after the other from the first one on: CAKE then takes more
-  // from earlier layers, too. Seconds are those of all that; the rest is about `layer`.
+  // from earlier layers, too, and has one prompt only. Seconds are those of all that; the rest is
+  // about `layer`.
   layer_pruning prune(std::size_t layer, std::span<const float> queries, kv_cache& cache);
 
-  // The loss over cuts of an unpruned layer, by asking for the cut of many thresholds.
+  // The loss over cuts of a layer whose heads have one length, by asking for the cut of many
+  // thresholds.
   std::vector<curve_point> loss_curve(std::size_t layer, std::span<const float> queries,
                                       layer_cache& cache);
 
  private:
-  // Decides on the layer that `seen` shows, then moves what stays together in its keys and values
-  // and in `others`, and shrinks the cache.
-  template <class Rule, class Seen, class... Others>
-  layer_pruning apply(const Rule& rule, const Seen& seen, layer_cache& cache,
-                      const Others&... others);
+  // For KV heads that are decided on together, decide_and_compact(heads, result) fills in what
+  // stays, moves it, and returns in which slots it is, [group]. The cache shrinks to that.
+  template <class F>
+  layer_pruning shrink(layer_cache& cache, const F& decide_and_compact);
+
+  // Widens what is kept of these heads, [group], by the protected tokens that are left.
+  void protect(remaining_tokens& left, std::size_t first_head, std::size_t heads,
+               std::vector<refreekv::kept_range>& kept) const;
 
   layer_pruning cascade(const refreekv::policy::cake& rule, std::size_t layer,
                         std::span<const float> queries, kv_cache& cache);
@@ -53,7 +65,10 @@ class pruner {
   };
 
   pruning_rule rule_;
+  std::size_t q_heads_;
   rule_runner runner_;
+  std::vector<refreekv::token_range> keep_;
+  std::vector<remaining_tokens> left_;  // [layer]; followed only if there are tokens to keep
   cake_state cake_;
 };
 

@@ -15,6 +15,19 @@ const char* why_invalid(const pruning_rule& rule) {
       rule);
 }
 
+bool keeps_ranges(const pruning_rule& rule) {
+  return std::visit(
+      []<class Rule>(const Rule&) {
+        if constexpr (std::same_as<Rule, keep_everything>) {
+          return true;
+        } else {
+          return std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>,
+                              refreekv::kept_ranges<refreekv::host_memory>>;
+        }
+      },
+      rule);
+}
+
 std::size_t window_of(const pruning_rule& rule) {
   return std::visit(
       [](const auto& r) -> std::size_t {

@@ -17,6 +17,9 @@ using pruning_rule =
 // Null, or what is wrong with the rule's options.
 const char* why_invalid(const pruning_rule& rule);
 
+// Whether what the rule keeps of a layer is a prefix and a suffix.
+bool keeps_ranges(const pruning_rule& rule);
+
 // How many of the last queries the rule looks at; where it is more than there are, all.
 std::size_t window_of(const pruning_rule& rule);
 

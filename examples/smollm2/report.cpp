@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "report.hpp"
 
+#include <algorithm>
 #include <iomanip>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -39,6 +40,10 @@ double report::kept_fraction() const {
   return sum_over<double>(layers, [](const auto& l) { return l.kept_fraction(); }) /
          static_cast<double>(layers.size());
 }
+bool report::pruned_before() const {
+  return std::any_of(layers.begin(), layers.end(),
+                     [&](const auto& l) { return l.tokens != prompt_tokens; });
+}
 double report::prune_seconds() const {
   return sum_over<double>(layers, [](const auto& l) { return l.seconds; });
 }
@@ -55,8 +60,11 @@ double report::tokens_per_second() const {
 void print(const report& run, std::ostream& out) {
   out << std::fixed << run.text << "\n\n";
   const bool ranges = run.layers.front().counts.empty();
-  out << "layer   " << (ranges ? "cut" : "stay") << " of " << std::left << std::setw(14)
-      << run.prompt_tokens << std::right << "  kept      KiB before -> after\n";
+  const bool again = run.pruned_before();
+  const std::string column = std::string(ranges ? "cut" : "stay") + " of " +
+                             (again ? "slots" : std::to_string(run.prompt_tokens));
+  out << "layer   " << std::left << std::setw(22) << column << std::right
+      << "  kept      KiB before -> after\n";
   const bool shared = run.layers.size() == 1;
   for (std::size_t i = 0; i < run.layers.size(); ++i) {
     const layer_pruning& layer = run.layers[i];
@@ -66,14 +74,15 @@ void print(const report& run, std::ostream& out) {
     };
     for (const auto& kept : layer.kept) append(kept.cut);
     for (const auto& kept : layer.counts) append(kept.count);
+    if (again && !cuts.empty()) cuts += " of " + std::to_string(layer.tokens);
     out << std::setw(5) << (shared ? "all" : std::to_string(i)) << "   " << std::left
         << std::setw(22) << (cuts.empty() ? "-" : cuts) << std::right << std::setw(6)
         << std::setprecision(1) << 100 * layer.kept_fraction() << " %   " << std::setw(8)
         << layer.bytes_before / 1024 << " -> " << layer.bytes_after / 1024 << '\n';
   }
   out << std::setprecision(1) << "\nkept " << 100 * run.kept_fraction() << " % of "
-      << run.prompt_tokens << " tokens; cache " << mebibytes(run.bytes_before()) << " -> "
-      << mebibytes(run.bytes_after()) << " MiB, "
+      << (again ? "what was left of " : "") << run.prompt_tokens << " tokens; cache "
+      << mebibytes(run.bytes_before()) << " -> " << mebibytes(run.bytes_after()) << " MiB, "
       << mebibytes(run.bytes_before() - run.bytes_after()) << " MiB given back; peak resident set "
       << mebibytes(run.peak_resident_bytes) << " MiB\n";
   out << std::setprecision(3) << "prefill " << run.prefill_seconds << " s, prune "
@@ -88,7 +97,9 @@ void print(const report& run, std::ostream& out) {
   if (run.speed) print(*run.speed, out);
 }
 
-void write_json(const report& run, const std::filesystem::path& path) {
+namespace {
+
+nlohmann::ordered_json json_of(const report& run) {
   nlohmann::ordered_json json{{"prompt_tokens", run.prompt_tokens},
                               {"kept_fraction", run.kept_fraction()},
                               {"cache_bytes_before", run.bytes_before()},
@@ -124,8 +135,22 @@ void write_json(const report& run, const std::filesystem::path& path) {
                             {"full_tokens_per_second", run.against_full->full_tokens_per_second}};
   }
   if (run.speed) json["speed"] = json_of(*run.speed);
+  return json;
+}
+
+void write(const nlohmann::ordered_json& json, const std::filesystem::path& path) {
   // A token may end inside a character: what is not UTF-8 is replaced.
   write_file(path, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + '\n');
+}
+
+}  // namespace
+
+void write_json(const report& run, const std::filesystem::path& path) { write(json_of(run), path); }
+
+void write_json(const std::vector<report>& turns, const std::filesystem::path& path) {
+  nlohmann::ordered_json json;
+  for (const report& turn : turns) json["turns"].push_back(json_of(turn));
+  write(json, path);
 }
 
 }  // namespace smollm2

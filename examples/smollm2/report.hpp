@@ -15,7 +15,7 @@
 namespace smollm2 {
 
 struct report {
-  std::size_t prompt_tokens;
+  std::size_t prompt_tokens;          // all of the conversation's up to the answer
   std::vector<layer_pruning> layers;  // [layer], or one entry about all that share a cut
   double prefill_seconds;             // without pruning
   std::vector<int> tokens;
@@ -25,7 +25,8 @@ struct report {
   std::optional<speed_test> speed;
   std::size_t peak_resident_bytes;  // of the process
 
-  double kept_fraction() const;  // mean over layers and KV heads
+  double kept_fraction() const;  // mean over layers and KV heads, of the slots that each had
+  bool pruned_before() const;    // whether some layer no longer had all tokens
   double prune_seconds() const;
   std::size_t bytes_before() const;
   std::size_t bytes_after() const;
@@ -36,5 +37,8 @@ void print(const report& run, std::ostream& out);
 
 // Throws std::runtime_error where the file cannot be written.
 void write_json(const report& run, const std::filesystem::path& path);
+
+// The same of a conversation, prompt by prompt.
+void write_json(const std::vector<report>& turns, const std::filesystem::path& path);
 
 }  // namespace smollm2

@@ -43,6 +43,9 @@ refuses 2 "average" "${run[@]}" --average median
 refuses 2 "tokens" "${run[@]}" --tokens 0
 refuses 2 "prompt" --model "$model"
 refuses 2 "prompt" "${run[@]}" --prompt-file LICENSE
+refuses 2 "--protect wants BEGIN:END" "${run[@]}" --protect 7
+refuses 2 "--protect wants BEGIN:END" "${run[@]}" --protect 7:3
+refuses 2 "keeps a range" "${run[@]}" --policy snapkv --protect 0:4
 refuses 2 "--plot needs" "${run[@]}" --policy none --plot "$work/p"
 
 "$smollm2" "${run[@]}" --tokens 8 --compare --json "$work/run.json" --plot "$work/it's" \
@@ -58,6 +61,22 @@ assert run["cache_bytes_after"] == sum(layer["bytes_after"] for layer in run["la
 assert run["cache_bytes_after"] < run["cache_bytes_before"]
 assert run["layers"][0]["kept_fraction"] == 1 and 0 < run["kept_fraction"] < 1
 assert run["against_full"]["mean_kl_nats"] >= 0 and len(run["tokens"]) <= 8
+EOF
+"$smollm2" "${run[@]}" --tokens 8 --compare --json "$work/talk.json" --full-layers 0 \
+  --threshold 0.2 --protect 0:20 --then "Name a fourth one." --then "Thanks." > "$work/out" ||
+  failures=$((failures + 1))
+python3 - "$work/talk.json" << 'EOF' || failures=$((failures + 1))
+import json, sys
+turns = json.load(open(sys.argv[1]))["turns"]
+assert len(turns) == 3
+for earlier, later in zip(turns, turns[1:]):
+    grown = later["prompt_tokens"] - earlier["prompt_tokens"]
+    assert grown > 8
+    for before, after in zip(earlier["layers"], later["layers"]):
+        left, now = before["kept"][0], after["kept"][0]
+        assert now["tokens"] == left["sinks"] + left["tokens"] - left["cut"] + grown
+        assert now["sinks"] >= 20 or now["cut"] <= 4
+assert turns[2]["layers"][9]["kept"][0]["tokens"] < turns[2]["prompt_tokens"]
 EOF
 "$smollm2" "${run[@]}" --tokens 4 --policy streaming_llm --budget 14 > "$work/out" ||
   failures=$((failures + 1))

@@ -67,7 +67,7 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
         pruned[i].layer(layer) = filled.layer(layer);
         // The rule's rows are the last of those that were kept.
         const std::size_t row = model.config().q_heads * model.config().head_dim;
-        pruner prune(rules[i].rule, 2);
+        pruner prune(rules[i].rule, model.config().q_heads, 2);
         results[i].push_back(
             prune.prune(layer, queries.last(rules[i].rule.window * row), pruned[i].layer(layer)));
       }
@@ -97,7 +97,7 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
       CHECK(std::abs(kept - rule.at("kept_fraction").get<double>()) <= 0.003);
 
       pruned[i].advance(prompt.size());
-      const comparison against = compare(model, reference, pruned[i]);
+      const comparison against = compare(model, reference, logits, pruned[i]);
       const auto kl = rule.at("kl_mean_nats").get<double>();
       CHECK(std::abs(against.mean_kl - kl) <= std::max(0.2 * kl, 0.002));
       WARN(name << ", " << rules[i].name << ": kept " << kept << " (golden "

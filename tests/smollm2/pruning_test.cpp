@@ -65,7 +65,7 @@ TEST_CASE("policies that keep single tokens leave them in order") {
   for (const pruning_rule& rule : rules) {
     CAPTURE(rule.index());
     CHECK(why_invalid(rule) == nullptr);
-    pruner prune(rule, 2);
+    pruner prune(rule, kv_heads * group, 2);
     kv_cache cache = model.cache;
     const std::size_t rows = std::min(window, window_of(rule));
     const std::span<const float> queries(model.queries[2]);
@@ -84,7 +84,8 @@ TEST_CASE("policies that keep single tokens leave them in order") {
 
 TEST_CASE("CAKE's layers share one budget, earlier ones give up what they have too much") {
   const filled_model model;
-  pruner prune(refreekv::policy::cake{.budget = 60, .window = window, .layers = layers}, 2);
+  pruner prune(refreekv::policy::cake{.budget = 60, .window = window, .layers = layers},
+               kv_heads * group, 2);
   kv_cache cache = model.cache;
   std::vector<std::size_t> first_lengths;
   for (std::size_t l = 0; l < layers; ++l) {

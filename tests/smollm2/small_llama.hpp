@@ -74,6 +74,9 @@ struct small_llama {
   struct result {
     std::vector<double> logits;                // [vocabulary], of the last token
     std::vector<std::vector<double>> queries;  // [layer][token, q_head, head_dim], rotated
+
+    // [layer][q_head, token, token]: what each gives to each; 0 where it does not see it.
+    std::vector<std::vector<double>> attention;
   };
 
   result run(std::span<const int> tokens, const visibility& visible) const {
@@ -95,10 +98,12 @@ struct small_llama {
       }
       auto& queries = out.queries.emplace_back();
       for (const row& each : q) queries.insert(queries.end(), each.begin(), each.end());
+      auto& attention = out.attention.emplace_back(q_heads * tokens.size() * tokens.size());
       for (std::size_t t = 0; t < tokens.size(); ++t) {
         row attended(q_heads * head_dim);
         for (std::size_t h = 0; h < q_heads; ++h) {
           const std::size_t g = h / (q_heads / kv_heads);
+          double* const weights = attention.data() + (h * tokens.size() + t) * tokens.size();
           double total = 0;
           for (std::size_t s = 0; s <= t; ++s) {
             if (!visible(layer, g, t, s)) continue;
@@ -108,11 +113,13 @@ struct small_llama {
             }
             const double weight = std::exp(dot / std::sqrt(double{head_dim}));
             total += weight;
+            weights[s] = weight;
             for (std::size_t d = 0; d < head_dim; ++d) {
               attended[h * head_dim + d] += weight * v[s][g * head_dim + d];
             }
           }
           for (std::size_t d = 0; d < head_dim; ++d) attended[h * head_dim + d] /= total;
+          for (std::size_t s = 0; s <= t; ++s) weights[s] /= total;
         }
         add_to(hidden[t], times(block + "attn_output.weight", attended));
         const row x = norm(block + "ffn_norm.weight", hidden[t]);
