@@ -17,6 +17,10 @@ TEST_CASE("chunks cover the sequence, sinks first and alone", "[norm_scan]") {
       for (index_t c = 0; c < chunks.count(); ++c) {
         CHECK(chunks[c].begin == end);
         CHECK((chunks[c].end > chunks[c].begin || c == 0));
+        if (chunks[c].end > chunks[c].begin) {
+          CHECK(chunks.of(chunks[c].begin) == c);
+          CHECK(chunks.of(chunks[c].end - 1) == c);
+        }
         CHECK(chunks[c].end - chunks[c].begin <= chunk_tokens);
         end = chunks[c].end;
         if (c < chunking::of_sinks(sinks)) {

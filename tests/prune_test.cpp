@@ -2,12 +2,8 @@
 // What select, compact and prune do besides what every policy has in common (contract_test.cpp).
 #include <sys/mman.h>
 
-#include <barrier>
-#include <thread>
-
-#include "layouts.hpp"
+#include "ranks.hpp"
 #include "reference.hpp"
-#include "selection.hpp"
 
 using namespace refreekv;
 
@@ -209,50 +205,14 @@ TEST_CASE("the cut of heads spread over ranks is that of one rank", "[contract]"
       const policy::refreekv rule{.window = 3, .average = average};
       const selection expected =
           ok(run_select(rule, divided<1>(), observe(p.query_view(), keys.source(), p.info())));
-
-      std::barrier barrier(ranks);
-      std::vector<double*> shares(ranks);
+      rank_group group(ranks);
       std::vector<selection> got(ranks);
-      std::vector<problem> parts;
-      for (index_t rank = 0; rank < ranks; ++rank) {
-        problem part(1, p.group, p.head_dim, p.window, p.lengths);
-        for (index_t s = 0; s < p.sequences(); ++s) {
-          for (index_t d = 0; d < p.head_dim; ++d) {
-            for (index_t t = 0; t < p.lengths[size(s)]; ++t) {
-              part.keys.at(s, 0, t, d) = p.keys.at(s, rank, t, d);
-            }
-            for (index_t r = 0; r < p.window; ++r) {
-              for (index_t g = 0; g < p.group; ++g) {
-                part.query(s, r, g, d) = p.query(s, r, rank * p.group + g, d);
-              }
-            }
-          }
-        }
-        parts.push_back(part);
-      }
-      const auto run = [&](std::size_t rank) {
-        const dense_cache<float> own(parts[rank].keys);
-        const auto seen = observe(parts[rank].query_view(), own.source(), p.info());
-        const auto all_reduce = [&](double* sums, index_t count) {
-          shares[rank] = sums;
-          barrier.arrive_and_wait();
-          std::vector<double> total(size(count));
-          for (index_t i = 0; i < count; ++i) {
-            for (const double* share : shares) total[size(i)] += share[i];
-          }
-          barrier.arrive_and_wait();
-          std::copy(total.begin(), total.end(), sums);
-          return status::ok;
-        };
-        std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
-        got[rank] = {{}, 1, std::vector<kept_range>(size(p.sequences()))};
-        got[rank].status = select(rule, divided<1>(), seen,
-                                  view<kept_range, 2>(got[rank].kept.data(), {p.sequences(), 1}),
-                                  scratch, all_reduce);
-      };
-      std::thread second(run, 1u);
-      run(0);
-      second.join();
+      run_ranks(ranks, [&](index_t rank) {
+        const problem part = heads_of(p, rank, rank + 1);
+        const dense_cache<float> own(part.keys);
+        const auto seen = observe(part.query_view(), own.source(), part.info());
+        got[size(rank)] = select_on_rank(rule, divided<1>(), seen, head_link{&group, rank});
+      });
       for (const selection& rank : got) {
         REQUIRE(rank.status == status::ok);
         for (index_t s = 0; s < p.sequences(); ++s) {

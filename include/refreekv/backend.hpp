@@ -23,10 +23,20 @@ namespace refreekv::inline v0 {
 /// - `scan_scratch take_scan_scratch(arena&, B, norm_scan, seen)`: what the backend needs besides
 ///   norm_scan_buffers.
 ///
-/// - `norm_curve(B, norm_scan, seen, buffers, scratch)`: reads the keys once (twice for a mean over
-///   several rows) and leaves `norms` [sequence, group, chunk]: the entry of a chunk of candidates
-///   is the norm, summed over the group's query heads, of a cut at its start; all others are 0.
-///   `statistics` and `rows` stay for the next step. O(q_heads * window * tokens * head_dim).
+/// Of the norm scan, whose steps ranks share their results between. Where seen is sharded, a step
+/// reads no chunk of another rank, and leaves 0 in every bit of what it would find there:
+///
+/// - `read_chunks(B, norm_scan, seen, buffers, scratch)`: reads the keys once and leaves
+///   `statistics` of every chunk. O(q_heads * window * tokens * head_dim).
+///
+/// - `normalise_rows(B, norm_scan, seen, buffers, scratch)`: with `statistics` of all ranks, leaves
+///   `rows`. For a mean over several rows it reads the keys again, and `statistics` become what
+///   the energies of chunks are found from. O(q_heads * window * chunks), or as read_chunks.
+///
+/// - `norm_curve(B, norm_scan, seen, buffers, scratch)`: with `statistics` of all ranks, leaves
+///   `norms` [sequence, group, chunk]: the entry of a chunk of candidates is the norm, summed over
+///   the group's query heads, of a cut at its start; all others are 0. O(q_heads * window *
+///   chunks).
 ///
 /// - `crossing_curve(B, norm_scan, seen, buffers, scratch)`: with `norms` summed over ranks, reads
 ///   the one chunk again in which each group's loss crosses the threshold and leaves `chunk_norms`

@@ -32,15 +32,26 @@ concept key_source = requires(const S& source, index_t i) {
   { source.invalid() } -> std::same_as<const char*>;
 };
 
-/// Keys, or values, row by row. The two are two sources, so their head sizes, strides and types may
-/// differ and values may be missing.
+/// Whose rows can be read where they are.
 /// - `run_at(s, h, t)`: the rows from token t on, as many as are evenly spaced, at least one;
 ///   requires 0 <= t < tokens(s).
 template <class S>
-concept kv_source = key_source<S> && requires(const S& source, index_t i) {
+concept row_source = key_source<S> && requires(const S& source, index_t i) {
   typename S::element_type;
   { source.run_at(i, i, i) } -> std::same_as<token_run<typename S::element_type>>;
 };
+
+/// Some tokens of each sequence, the others of which are on other ranks: see shard.hpp.
+/// - `owns(s, t)`: whether token t is here; run_at requires it.
+template <class S>
+concept sharded_source = key_source<S> && requires(const S& source, index_t i) {
+  { source.owns(i, i) } -> std::same_as<bool>;
+};
+
+/// All keys, or values, row by row. The two are two sources, so their head sizes, strides and types
+/// may differ and values may be missing.
+template <class S>
+concept kv_source = row_source<S> && !sharded_source<S>;
 
 /// Lengths [sequence] of a ragged batch; with no pointer every sequence has `capacity` tokens.
 template <class Memory = host_memory>

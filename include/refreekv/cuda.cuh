@@ -18,4 +18,5 @@
 #include "refreekv/prune.hpp"
 #include "refreekv/release.hpp"
 #include "refreekv/scaled_keys.hpp"
+#include "refreekv/shard.hpp"
 #include "refreekv/version.hpp"

@@ -41,6 +41,11 @@ struct chunking {
     if (tokens <= sinks) return of_sinks(tokens);
     return of_sinks(sinks) + (tokens - sinks + chunk_tokens - 1) / chunk_tokens;
   }
+  /// The chunk of a token.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t of(index_t token) const noexcept {
+    if (token < sinks) return token / chunk_tokens;
+    return of_sinks(sinks) + (token - sinks) / chunk_tokens;
+  }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_range operator[](
       index_t chunk) const noexcept {
     const index_t first = of_sinks(sinks);

@@ -35,6 +35,24 @@ concept attention_observation = observation<O> && requires(const O& seen) {
   { seen.window() } -> std::same_as<index_t>;
 };
 
+/// An observation of keys whose tokens are split over ranks: see shard.hpp.
+template <class O>
+concept sharded = observation<O> && requires(const O& seen) {
+  requires sharded_source<std::remove_cvref_t<decltype(seen.keys)>>;
+};
+
+/// Whether the chunk that begins with that token is on this rank.
+template <class O>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool has_chunk_at(
+    [[maybe_unused]] const O& seen, [[maybe_unused]] index_t sequence,
+    [[maybe_unused]] index_t token) noexcept {
+  if constexpr (sharded<O>) {
+    return seen.keys.owns(sequence, token);
+  } else {
+    return true;
+  }
+}
+
 namespace detail {
 
 template <class O>

@@ -14,6 +14,20 @@ concept reduction = requires(const R& reduce, double* sums, index_t count) {
   { reduce(sums, count) } -> std::same_as<status>;
 };
 
+/// Gives what one rank has found to all that share a sequence's tokens (see shard.hpp): sums 32-bit
+/// words over them, in place, wrapping around; of each word all ranks but one have 0. Called as a
+/// reduction is. The words are the bits of floats and doubles: copy them as MPI, NCCL or memcpy do.
+template <class E>
+concept exchange = requires(const E& e, std::uint32_t* words, index_t count) {
+  { e(words, count) } -> std::same_as<status>;
+};
+
+/// What joins a rank to those with other heads (a reduction) or other tokens (an exchange) of a
+/// layer: an object with both calls where both are split. Then the reductions have to give the same
+/// bits on all ranks with the same heads, as they do if each adds ranks up in the same order.
+template <class J, class Seen>
+concept joins = (sharded<Seen> && exchange<J>) || (!sharded<Seen> && reduction<J>);
+
 /// One rank.
 struct no_reduction {
   constexpr status operator()(double*, index_t) const noexcept { return status::ok; }
@@ -34,6 +48,10 @@ template <class Policy, class Seen>
     return (rule);
   }
 }
+
+/// Whether a policy needs no key of another rank.
+template <class Policy, class Seen>
+concept sees_enough = !sharded<Seen> || requires { requires Policy::takes_shards; };
 
 }  // namespace detail
 
@@ -56,9 +74,10 @@ template <class Policy, class Seen>
 ///   of `seen` alone, not on lengths.
 /// - `select(backend, seen, buffers, kept, reduce)`: decides; arguments are validated.
 /// - or, for both, `method(seen)`: an object that has them, for what several policies share.
+/// - `takes_shards`: a constant, true where it decides without the keys of other ranks.
 /// A policy is written on the primitives of ops<Backend> only.
 template <class P, class Backend, class Seen>
-concept policy_for = backend<Backend> && observation<Seen> &&
+concept policy_for = backend<Backend> && observation<Seen> && detail::sees_enough<P, Seen> &&
                      requires(const P& rule, const Backend& on, const Seen& seen, arena& from,
                               const decision_of<P, typename Seen::memory>& kept) {
                        { rule.invalid() } -> std::same_as<const char*>;

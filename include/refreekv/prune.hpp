@@ -61,15 +61,16 @@ template <class Policy, backend Backend, observation Seen>
 /// Decides what stays of each sequence of one layer; nothing is moved yet.
 /// kept: kept_ranges [sequence, group], with groups 1 or kv_heads as the policy says, or
 /// kept_positions, whichever the policy's decision is. Sequences do not influence each other.
-/// `reduce` sums over tensor-parallel ranks what they decide on together. Neither allocates nor
-/// synchronises.
-template <class Policy, backend Backend, observation Seen, reduction Reduce = no_reduction>
+/// `join` sums over tensor-parallel ranks what they decide on together, and gives context-parallel
+/// ones what each has found; a shard's decision is about all of its sequence, see own_ranges.
+/// Neither allocates nor synchronises.
+template <class Policy, backend Backend, observation Seen, joins<Seen> Join = no_reduction>
   requires policy_for<Policy, Backend, Seen> &&
            std::same_as<typename Seen::memory, typename ops<Backend>::memory>
 [[nodiscard]] status select(const Policy& rule, const Backend& on, const Seen& seen,
                             const decision_of<Policy, typename Seen::memory>& kept,
                             workspace<typename Seen::memory> scratch,
-                            const Reduce& reduce = {}) noexcept {
+                            const Join& join = {}) noexcept {
   if (why_invalid(rule, seen, kept) != nullptr) return status::invalid_argument;
   const auto& method = detail::method_of(rule, seen);
   arena count;
@@ -78,7 +79,7 @@ template <class Policy, backend Backend, observation Seen, reduction Reduce = no
     return status::small_workspace;
   }
   arena carve(scratch.data);
-  return method.select(on, seen, method.take(carve, on, seen), kept, reduce);
+  return method.select(on, seen, method.take(carve, on, seen), kept, join);
 }
 
 namespace detail {
@@ -202,7 +203,9 @@ template <backend Backend, kv_source... Sources>
 /// select, then compact of the observed keys and of `values` (none, or any number of sources that
 /// hold the same sequences). Ranks that share heads call the two themselves, to pass a reduction.
 template <class Policy, backend Backend, observation Seen, kv_source... Values>
-  requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) { seen.keys; }
+  requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) {
+    requires kv_source<std::remove_cvref_t<decltype(seen.keys)>>;
+  }
 [[nodiscard]] status prune(const Policy& rule, const Backend& on, const Seen& seen,
                            const decision_of<Policy, typename Seen::memory>& kept,
                            workspace<typename Seen::memory> scratch, compaction how,

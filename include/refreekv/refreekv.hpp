@@ -17,4 +17,5 @@
 #include "refreekv/policy/twilight.hpp"
 #include "refreekv/prune.hpp"
 #include "refreekv/release.hpp"
+#include "refreekv/shard.hpp"
 #include "refreekv/version.hpp"

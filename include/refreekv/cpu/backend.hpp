@@ -45,6 +45,22 @@ struct ops<cpu_backend<Executor>> {
   }
 
   template <class Seen>
+  static status read_chunks(const backend_type& b, const norm_scan& scan, const Seen& seen,
+                            const norm_scan_buffers& buffers,
+                            const scan_scratch& scratch) noexcept {
+    cpu_detail::read_chunks(b.on, scan, seen, buffers, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status normalise_rows(const backend_type& b, const norm_scan& scan, const Seen& seen,
+                               const norm_scan_buffers& buffers,
+                               const scan_scratch& scratch) noexcept {
+    cpu_detail::normalise_rows(b.on, scan, seen, buffers, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
   static status norm_curve(const backend_type& b, const norm_scan& scan, const Seen& seen,
                            const norm_scan_buffers& buffers, const scan_scratch& scratch) noexcept {
     cpu_detail::norm_curve(b.on, scan, seen, buffers, scratch);

@@ -38,7 +38,7 @@ struct product_of<query_observation<Query, Keys>>
 };
 
 /// Where the keys of a block are, and those that come after them.
-template <kv_source Keys>
+template <row_source Keys>
 class block_addresses {
  public:
   using key = std::remove_const_t<typename Keys::element_type>;

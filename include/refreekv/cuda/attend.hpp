@@ -15,6 +15,9 @@ inline constexpr int row_registers<query_observation<Query, Keys>> =
 template <class Query, class Rows, class Scales>
 inline constexpr int row_registers<query_observation<Query, scaled_keys<Rows, Scales>>> =
     row_registers<query_observation<Query, Rows>>;
+template <class Query, class Source>
+inline constexpr int row_registers<query_observation<Query, shard<Source>>> =
+    row_registers<query_observation<Query, Source>>;
 
 /// The most rows of a tile that registers have room for, and those in a body that goes on working
 /// with values.
@@ -113,7 +116,8 @@ template <class Seen>
          tokens.end <= window.visible(first).begin;
 }
 
-/// Leaves statistics [sequence, q_head, rows, chunk] of some rows of the window.
+/// Leaves statistics [sequence, q_head, rows, chunk] of some rows of the window; of a shard zeros
+/// wherever it has no chunk.
 template <class Seen, int Rows, int Lanes>
 struct statistics_body {
   struct shared {
@@ -147,21 +151,24 @@ struct statistics_body {
     const index_t sequence = item / kv_heads / chunks;
     const query_window rows_seen = window_of(seen, sequence, window);
     const chunking chunks_there{rows_seen.tokens, sinks};
-    if (chunk >= chunks_there.count()) return;
+    const bool is_there = chunk < chunks_there.count();
+    if (!is_there && !sharded<Seen>) return;
     const auto group = static_cast<int>(seen.q_heads() / kv_heads);
     const tile_place at{sequence,
                         kv_head,
                         {kv_head * group, group, row, static_cast<int>(rows)},
                         static_cast<int>(tile) * Rows,
                         chunks_there[chunk]};
-    const bool hidden = sees_nothing(rows_seen, at.span, at.tokens);
+    const bool elsewhere = !is_there || !has_chunk_at(seen, sequence, at.tokens.begin);
+    const bool hidden = elsewhere || sees_nothing(rows_seen, at.span, at.tokens);
     if (!hidden) attend<leaves::statistics, Lanes>(block, s.tile, seen, rows_seen, at);
     const int i = block.rank(), of = at.first + i;
     if (i >= Rows || of >= at.span.count()) return;
     const index_t to =
         (sequence * seen.q_heads() + at.span.q_head_of(of)) * rows + at.span.row_of(of) - row;
-    statistics[to * chunks + chunk] =
-        hidden ? chunk_statistics{-infinity, 0, 0} : s.tile.statistics[i];
+    statistics[to * chunks + chunk] = elsewhere ? chunk_statistics{}
+                                      : hidden  ? chunk_statistics{-infinity, 0, 0}
+                                                : s.tile.statistics[i];
   }
 };
 

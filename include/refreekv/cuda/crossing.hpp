@@ -48,7 +48,8 @@ struct crossing_body {
     if (scan.decides(window.tokens, norms)) {
       const chunking chunks{window.tokens, scan.sinks};
       const index_t chunk = crossing(block, s.last, scan, norms, chunks.count());
-      const tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
+      tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
+      if (!has_chunk_at(seen, sequence, at.tokens.begin)) at.span.heads = 0;  // for another rank
       for_each_energy(
           block, s.tile, seen, scan, buffers, chunk, at,
           [&](const scanned_head& head, float energy) {

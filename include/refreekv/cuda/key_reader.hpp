@@ -5,6 +5,7 @@
 #include "refreekv/cuda/element.hpp"
 #include "refreekv/estimate.hpp"
 #include "refreekv/scaled_keys.hpp"
+#include "refreekv/shard.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
@@ -76,6 +77,15 @@ struct key_reader<scaled_keys<Rows, Scales>> {
   }
   [[nodiscard]] static REFREEKV_DEVICE float product(const address& key, float x) noexcept {
     return x * key.scale;
+  }
+};
+
+template <class Source>
+struct key_reader<shard<Source>> : key_reader<Source> {
+  [[nodiscard]] static REFREEKV_DEVICE auto at(const shard<Source>& keys, index_t sequence,
+                                               index_t kv_head, index_t token) noexcept {
+    return key_reader<Source>::at(keys.source(), sequence, kv_head,
+                                  keys.own_before(sequence, token));
   }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The first half of the norm scan on a device: the keys are read, and the curve at the chunks'
+// The first steps of the norm scan on a device: the keys are read, and the curve at the chunks'
 // starts comes out.
 //
 // One kernel reads the keys; all others work on three floats a chunk. Lengths are read by the
@@ -53,6 +53,7 @@ struct energies_body {
     const chunking chunks{window.tokens, scan.sinks};
     if (chunk >= chunks.count() || window.first_row() == scan.window) return;
     const tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
+    if (!has_chunk_at(seen, sequence, at.tokens.begin)) return clear(block, at, chunk);
     for_each_energy(
         block, s.tile, seen, scan, buffers, chunk, at,
         [&](const scanned_head& head, float energy) {
@@ -62,6 +63,16 @@ struct energies_body {
           }
         },
         [](const tile_place&) {});
+  }
+
+ private:
+  /// Leaves zeros for the rank whose chunk it is.
+  template <thread_block Block>
+  REFREEKV_DEVICE void clear(Block& block, const tile_place& at, index_t chunk) const noexcept {
+    for (int i = block.rank(); i < at.span.count(); i += block_threads) {
+      scanned_head::of(scan, seen, buffers, at.sequence, at.span.q_head_of(i))
+          .statistics_of(at.span.row_of(i), chunk) = {};
+    }
   }
 };
 
@@ -128,32 +139,36 @@ struct join_curves_body {
 };
 
 template <class Backend, class Seen>
+[[nodiscard]] status read_chunks(const Backend& on, const norm_scan& scan, const Seen& seen,
+                                 const norm_scan_buffers& buffers, const scan_scratch&) noexcept {
+  return read_chunks(on, seen, scan.window, 0, scan.window, scan.sinks, buffers.chunks,
+                     buffers.statistics);
+}
+
+template <class Backend, class Seen>
+[[nodiscard]] status normalise_rows(const Backend& on, const norm_scan& scan, const Seen& seen,
+                                    const norm_scan_buffers& buffers,
+                                    const scan_scratch&) noexcept {
+  const normalise_body<Seen> body{
+      seen,           scan.window,        0,           scan.window, scan.sinks,
+      buffers.chunks, buffers.statistics, buffers.rows};
+  const status s = run_blocks(on, body.items(), body);
+  if (s != status::ok || scan.one_pass()) return s;
+  return with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
+    const energies_body<Seen, rows()> energies{scan, seen, buffers};
+    return run_blocks(on, energies.items(), energies);
+  });
+}
+
+template <class Backend, class Seen>
 [[nodiscard]] status norm_curve(const Backend& on, const norm_scan& scan, const Seen& seen,
                                 const norm_scan_buffers& buffers,
                                 const scan_scratch& scratch) noexcept {
-  status s = read_chunks(on, seen, scan.window, 0, scan.window, scan.sinks, buffers.chunks,
-                         buffers.statistics);
-  if (s == status::ok) {
-    const normalise_body<Seen> body{
-        seen,           scan.window,        0,           scan.window, scan.sinks,
-        buffers.chunks, buffers.statistics, buffers.rows};
-    s = run_blocks(on, body.items(), body);
-  }
-  if (s == status::ok && !scan.one_pass()) {
-    s = with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
-      const energies_body<Seen, rows()> body{scan, seen, buffers};
-      return run_blocks(on, body.items(), body);
-    });
-  }
-  if (s == status::ok) {
-    const head_curves_body<Seen> body{scan, seen, buffers, scratch.head_curves};
-    s = run_blocks(on, body.items(), body);
-  }
-  if (s == status::ok) {
-    const join_curves_body<Seen> body{scan, seen, buffers, scratch.head_curves};
-    s = run_blocks(on, body.items(), body);
-  }
-  return s;
+  const head_curves_body<Seen> heads{scan, seen, buffers, scratch.head_curves};
+  const status s = run_blocks(on, heads.items(), heads);
+  if (s != status::ok) return s;
+  const join_curves_body<Seen> groups{scan, seen, buffers, scratch.head_curves};
+  return run_blocks(on, groups.items(), groups);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -50,6 +50,12 @@ struct device_ops {
   }
 
   // Each is the function of its name, in the header that tells what it is about.
+  static status read_chunks(const auto&... arguments) noexcept {
+    return cuda_detail::read_chunks(arguments...);
+  }
+  static status normalise_rows(const auto&... arguments) noexcept {
+    return cuda_detail::normalise_rows(arguments...);
+  }
   static status norm_curve(const auto&... arguments) noexcept {
     return cuda_detail::norm_curve(arguments...);
   }

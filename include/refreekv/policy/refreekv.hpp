@@ -14,6 +14,7 @@ namespace refreekv::inline v0::policy {
 struct refreekv {
   template <class Memory>
   using decision = kept_ranges<Memory>;
+  static constexpr bool takes_shards = true;
 
   double threshold = 0.01;  ///< the norm may lose this share of itself, in [0, 1]
   count_t sinks = 4;        ///< first tokens that always stay, outside the norm by default
@@ -31,9 +32,13 @@ struct refreekv {
     return nullptr;
   }
 
-  /// The observation's window must hold as many rows as the rule's, or the whole sequence.
+  /// The observation's window must hold as many rows as the rule's, or the whole sequence; the
+  /// parts of a shard must be whole chunks.
   template <attention_observation Seen>
   [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    if constexpr (sharded<Seen>) {
+      if (const char* why = seen.keys.splits_chunk(sinks)) return why;
+    }
     return detail::too_few_rows(seen, window);
   }
 
@@ -55,21 +60,39 @@ struct refreekv {
             ops<Backend>::take_scan_scratch(from, on, scan(seen), observed(seen))};
   }
 
-  /// `reduce` makes one cut of heads that live on several ranks: it sums [sequence, group, chunk]
-  /// norms, then [sequence, group, chunk_tokens]. Ranks with different KV heads share no cut of
+  /// Heads on several ranks: `join`, a reduction, makes one cut of them. It sums norms [sequence,
+  /// group, chunk], then [sequence, group, chunk_tokens]. The sums are a single rank's in another
+  /// order of additions: losses differ by 1e-16 for each query head at most, so the float in the
+  /// result by its last digit, and the cut only where a loss is that near to the threshold.
+  /// dropped_mass is of a rank's own heads. Ranks with different KV heads share no cut of
   /// cut_scope::kv_head: they decide without it.
-  template <backend Backend, attention_observation Seen, reduction Reduce>
+  ///
+  /// Tokens on several ranks: `join`, an exchange, gives all ranks the chunk_statistics [sequence,
+  /// q_head, window, chunk] (twice for a mean over several rows), then [sequence, group,
+  /// chunk_tokens] norms, and as many masses. All ranks find what a single one does, bit for bit.
+  template <backend Backend, attention_observation Seen, class Join>
   status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
+                const decision<typename Seen::memory>& kept, const Join& join) const noexcept {
     using run = ops<Backend>;
     if (seen.info.layer < full_layers) return detail::assign(on, seen, kept, keep_all{sinks});
     const norm_scan rule = scan(seen);
+    const auto& what = observed(seen);
+    const norm_scan_buffers& found = work.scan;
     const index_t cuts = seen.sequences() * groups(seen);
-    status s = run::norm_curve(on, rule, observed(seen), work.scan, work.scratch);
-    if (s == status::ok) s = reduce(work.scan.norms, cuts * work.scan.chunks);
-    if (s == status::ok) s = run::crossing_curve(on, rule, observed(seen), work.scan, work.scratch);
-    if (s == status::ok) s = reduce(work.scan.chunk_norms, cuts * chunk_tokens);
-    if (s == status::ok) s = run::find_cuts(on, rule, observed(seen), work.scan, kept);
+    const index_t rows = seen.sequences() * seen.q_heads() * rule.window;
+    status s = run::read_chunks(on, rule, what, found, work.scratch);
+    if (s == status::ok) s = share<Seen>(join, found.statistics, rows * found.chunks);
+    if (s == status::ok) s = run::normalise_rows(on, rule, what, found, work.scratch);
+    if (s == status::ok && !rule.one_pass()) {
+      s = share<Seen>(join, found.statistics, rows * found.chunks);
+    }
+    if (s == status::ok) s = run::norm_curve(on, rule, what, found, work.scratch);
+    if (s == status::ok) s = sum(join, found.norms, cuts * found.chunks);
+    if (s == status::ok) s = run::crossing_curve(on, rule, what, found, work.scratch);
+    if (s == status::ok) s = share<Seen>(join, found.chunk_norms, cuts * chunk_tokens);
+    if (s == status::ok) s = share<Seen>(join, found.chunk_masses, cuts * chunk_tokens);
+    if (s == status::ok) s = sum(join, found.chunk_norms, cuts * chunk_tokens);
+    if (s == status::ok) s = run::find_cuts(on, rule, what, found, kept);
     return s;
   }
 
@@ -81,6 +104,26 @@ struct refreekv {
   };
 
  private:
+  /// Sums over the ranks with other heads.
+  template <class Join>
+  static status sum(const Join& join, double* sums, index_t count) noexcept {
+    if constexpr (reduction<Join>) {
+      return join(sums, count);
+    } else {
+      return status::ok;
+    }
+  }
+  /// Gives what a rank has found to those with other tokens.
+  template <class Seen, class Join, class T>
+  static status share(const Join& join, T* found, index_t count) noexcept {
+    if constexpr (sharded<Seen>) {
+      constexpr index_t words = sizeof(T) / sizeof(std::uint32_t);
+      return join(reinterpret_cast<std::uint32_t*>(found), count * words);
+    } else {
+      return status::ok;
+    }
+  }
+
   template <attention_observation Seen>
   [[nodiscard]] constexpr norm_scan scan(const Seen& seen) const noexcept {
     return {threshold, sinks, detail::rows_of(seen, window), average, norm, scope};
