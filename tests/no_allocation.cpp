@@ -45,6 +45,11 @@ int main() {
       std::vector<std::byte> scratch(workspace_size(rule, on, seen));
       std::vector<kept_range> kept(3);
       const view<kept_range, 2> cuts(kept.data(), {3, 1});
+      const token_range whole[] = {{0, 700}, {0, 3}, {0, 0}};
+      const position_t totals[] = {700, 3, 0};
+      const auto shard_seen = observe(
+          p.query_view(), shard(cache.source(), view(whole, {3, 1}), {totals, {3}}, 700), p.info());
+      const auto alone = [](std::uint32_t*, index_t) { return status::ok; };
       const policy::snapkv snapkv{.budget = 40, .window = 20};
       const policy::cake cake{.budget = 40, .window = 20, .layers = 10};
       const policy::attention_ranked ranked{.threshold = 0.1};
@@ -65,6 +70,7 @@ int main() {
       auto cake_scratch = room_for(cake, with_layers(seen, layers));
       auto ranked_scratch = room_for(ranked, seen);
       auto twilight_scratch = room_for(twilight, rows);
+      auto shard_scratch = room_for(rule, shard_seen);
       forbidden = true;
       Eigen::internal::set_is_malloc_allowed(false);
       const status first = prune(rule, on, seen, cuts, scratch, compaction::sinks_up);
@@ -78,9 +84,13 @@ int main() {
       const status seventh = select(ranked, on, seen, positions, ranked_scratch);
       const status eighth = compact(on, positions, compaction::suffix_down, cache.source());
       const status ninth = select(twilight, on, rows, two_heads, twilight_scratch);
+      const status tenth = select(rule, on, shard_seen, cuts, shard_scratch, alone);
+      const status eleventh =
+          own_ranges(on, shard_seen.keys, view<const kept_range, 2>(cuts), cuts);
       Eigen::internal::set_is_malloc_allowed(true);
       forbidden = false;
-      for (const status s : {first, second, third, fourth, fifth, sixth, seventh, eighth, ninth}) {
+      for (const status s :
+           {first, second, third, fourth, fifth, sixth, seventh, eighth, ninth, tenth, eleventh}) {
         if (s != status::ok) std::abort();
       }
       ++runs;
