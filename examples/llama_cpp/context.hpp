@@ -42,7 +42,8 @@ class context {
   std::vector<float> decode(std::span<const llama_token> tokens);
 
   // Frees the cells of positions [first, last), to the end where last is -1; all other tokens keep
-  // their position. The cells' memory stays where it is, and attention still passes over holes.
+  // their position. The cells' memory stays where it is; the fused kernel of the CPU skips them,
+  // and without flash attention they cost as much as before.
   void remove(llama_pos first, llama_pos last);
 
   // What the sequence holds, cell by cell, and the same in a context of the same options.

@@ -32,10 +32,11 @@ void print(const savings& saved, std::ostream& out) {
   const auto mebibytes = [](std::size_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
   out << std::fixed << std::setprecision(1) << "all " << saved.layers
       << " layers share their cells in llama.cpp, so one cut is for all, the first ones included;\n"
-      << "removed cells stay allocated and a context does not shrink, so what stays moved ("
-      << mebibytes(saved.moved_bytes) << " MiB)\ninto a new context: " << saved.cells_before
-      << " -> " << saved.cells_after << " cells (multiples of 256), resident set "
-      << mebibytes(saved.resident_before) << " -> " << mebibytes(saved.resident_after) << " MiB\n";
+      << "removed cells stay allocated, without flash attention they cost time, and a context\n"
+      << "does not shrink: so what stays moved (" << mebibytes(saved.moved_bytes)
+      << " MiB) into a new one: " << saved.cells_before << " -> " << saved.cells_after
+      << " cells (multiples\nof 256), resident set " << mebibytes(saved.resident_before) << " -> "
+      << mebibytes(saved.resident_after) << " MiB\n";
 }
 
 constexpr std::size_t speed_tokens = 64;  // that a measured cache must have room for
@@ -61,7 +62,7 @@ class speed_contexts {
   }
 
   smollm2::speed_test measure_pruned() { return measure(pruned_, dropped_); }
-  // Attention goes over removed cells as over all others.
+  // Of its bytes no use is made: whether removed cells are read depends on the kernel.
   smollm2::speed_test measure_removed() { return measure(removed_, 0); }
 
  private:
