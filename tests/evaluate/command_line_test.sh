@@ -3,24 +3,8 @@
 # command_line_test.sh EVALUATE MODEL: every method has its rows, their files agree, and bad
 # input gets one line and its exit code.
 set -uo pipefail
-evaluate=$1 model=$2
-work=$(mktemp -d)
-trap 'rm -r "$work"' EXIT
-failures=0
-
-# refuses CODE TEXT ARGUMENT...: exit code, one line on stderr that has TEXT, nothing on stdout.
-refuses() {
-  local code=$1 text=$2 got
-  shift 2
-  "$evaluate" "$@" > "$work/out" 2> "$work/err"
-  got=$?
-  if [ $got != "$code" ] || [ "$(wc -l < "$work/err")" != 1 ] || ! grep -q -- "$text" "$work/err" ||
-     [ -s "$work/out" ]; then
-    echo "evaluate $*: exit code $got, expected $code and one line with '$text':"
-    cat "$work/out" "$work/err"
-    failures=$((failures + 1))
-  fi
-}
+model=$2
+. "$(dirname "$0")/../command_line.sh"
 
 mkdir "$work/prompts" "$work/empty"
 echo "Name three colours." > "$work/prompts/colours.txt"
@@ -37,7 +21,7 @@ refuses 2 "tokens" "${run[@]}" --tokens 0
 refuses 2 "limit" "${run[@]}" --limit 0
 refuses 2 "cake shares" "${run[@]}" --full-layers 2
 
-"$evaluate" "${run[@]}" --tokens 4 --budgets 0.5 --csv "$work/rows.csv" --json "$work/rows.json" \
+"$program" "${run[@]}" --tokens 4 --budgets 0.5 --csv "$work/rows.csv" --json "$work/rows.json" \
   --plot "$work/it's" > "$work/out" || failures=$((failures + 1))
 for file in rows.csv rows.json "it's.svg" "it's.png"; do
   [ -s "$work/$file" ] || { echo "$file was not written"; failures=$((failures + 1)); }
@@ -57,7 +41,7 @@ full = next(row for row in run["rows"] if row["method"] == "none")
 assert full["mean"]["kept_fraction"] == 1 and full["mean"]["largest_kl_nats"] < 1e-6
 EOF
 
-"$evaluate" "${run[@]}" --max-tokens 38 --methods streaming_llm --budgets 25% > "$work/out" \
+"$program" "${run[@]}" --max-tokens 38 --methods streaming_llm --budgets 25% > "$work/out" \
   2> "$work/err" || failures=$((failures + 1))
 grep -q "skips legs" "$work/err" && grep -q "^streaming_llm *25 %" "$work/out" ||
   { cat "$work/out" "$work/err"; failures=$((failures + 1)); }

@@ -3,24 +3,8 @@
 # command_line_test.sh GGML MODEL: a good run prunes and leaves its file, bad input gets one line and
 # its exit code.
 set -uo pipefail
-ggml=$1 model=$2
-work=$(mktemp -d)
-trap 'rm -r "$work"' EXIT
-failures=0
-
-# refuses CODE TEXT ARGUMENT...: exit code, one line on stderr that has TEXT, nothing on stdout.
-refuses() {
-  local code=$1 text=$2 got
-  shift 2
-  "$ggml" "$@" > "$work/out" 2> "$work/err"
-  got=$?
-  if [ $got != "$code" ] || [ "$(wc -l < "$work/err")" != 1 ] || ! grep -q -- "$text" "$work/err" ||
-     [ -s "$work/out" ]; then
-    echo "ggml $*: exit code $got, expected $code and one line with '$text':"
-    cat "$work/out" "$work/err"
-    failures=$((failures + 1))
-  fi
-}
+model=$2
+. "$(dirname "$0")/../command_line.sh"
 
 run=(--model "$model" --prompt "Name three colours.")
 refuses 1 "no such file" --model "$work/none.gguf" --prompt x
@@ -38,7 +22,7 @@ refuses 2 "prompt" --model "$model"
 for policy in "refreekv" "streaming_llm --budget 14" "h2o --budget 50%" "snapkv --budget 50%" \
               "pyramidkv --budget 50%" "none"; do
   # shellcheck disable=SC2086
-  "$ggml" "${run[@]}" --tokens 8 --compare --json "$work/run.json" --policy $policy > "$work/out" ||
+  "$program" "${run[@]}" --tokens 8 --compare --json "$work/run.json" --policy $policy > "$work/out" ||
     failures=$((failures + 1))
   python3 - "$work/run.json" "$policy" << 'EOP' || failures=$((failures + 1))
 import json, sys
@@ -50,7 +34,7 @@ assert (run["against_full"]["mean_kl_nats"] == 0) == (kept == 1)
 EOP
 done
 
-"$ggml" "${run[@]}" --tokens 2 --speed --json "$work/run.json" > "$work/out" ||
+"$program" "${run[@]}" --tokens 2 --speed --json "$work/run.json" > "$work/out" ||
   failures=$((failures + 1))
 python3 - "$work/run.json" << 'EOP' || failures=$((failures + 1))
 import json, sys

@@ -3,24 +3,8 @@
 # command_line_test.sh PAGED MODEL PROMPTS: on the real model everything holds that the program
 # checks, pages come back and C is in them; bad input gets one line and its exit code.
 set -uo pipefail
-paged=$1 model=$2 prompts=$3
-work=$(mktemp -d)
-trap 'rm -r "$work"' EXIT
-failures=0
-
-# refuses CODE TEXT ARGUMENT...: exit code, one line on stderr that has TEXT, nothing on stdout.
-refuses() {
-  local code=$1 text=$2 got
-  shift 2
-  "$paged" "$@" > "$work/out" 2> "$work/err"
-  got=$?
-  if [ $got != "$code" ] || [ "$(wc -l < "$work/err")" != 1 ] || ! grep -q -- "$text" "$work/err" ||
-     [ -s "$work/out" ]; then
-    echo "paged $*: exit code $got, expected $code and one line with '$text':"
-    cat "$work/out" "$work/err"
-    failures=$((failures + 1))
-  fi
-}
+model=$2 prompts=$3
+. "$(dirname "$0")/../command_line.sh"
 
 head -c 1200 "$prompts/definitions.txt" > "$work/beginning.txt"
 files=(--prompt-file "$prompts/definitions.txt" --sharing-file "$work/beginning.txt"
@@ -33,7 +17,7 @@ refuses 2 "threshold must be in" "${run[@]}" --threshold 2
 refuses 2 "pages need --policy refreekv" "${run[@]}" --policy snapkv
 refuses 2 "sharing-file" --model "$model" --prompt-file x --next-file x
 
-"$paged" "${run[@]}" --question "Who is a Licensor?" > "$work/out" || failures=$((failures + 1))
+"$program" "${run[@]}" --question "Who is a Licensor?" > "$work/out" || failures=$((failures + 1))
 promised=$(sed -n 's/^the plan promised \([0-9]*\) bytes, .*/\1/p' "$work/out")
 returned=$(sed -n 's/^the plan promised .*, \([0-9]*\) came back.*/\1/p' "$work/out")
 if [ "${promised:-0}" = 0 ] || [ "$promised" != "$returned" ] ||

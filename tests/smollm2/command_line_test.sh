@@ -3,24 +3,8 @@
 # command_line_test.sh SMOLLM2 MODEL: a good run leaves its files, bad input gets one line and its
 # exit code.
 set -uo pipefail
-smollm2=$1 model=$2
-work=$(mktemp -d)
-trap 'rm -r "$work"' EXIT
-failures=0
-
-# refuses CODE TEXT ARGUMENT...: exit code, one line on stderr that has TEXT, nothing on stdout.
-refuses() {
-  local code=$1 text=$2 got
-  shift 2
-  "$smollm2" "$@" > "$work/out" 2> "$work/err"
-  got=$?
-  if [ $got != "$code" ] || [ "$(wc -l < "$work/err")" != 1 ] || ! grep -q -- "$text" "$work/err" ||
-     [ -s "$work/out" ]; then
-    echo "smollm2 $*: exit code $got, expected $code and one line with '$text':"
-    cat "$work/out" "$work/err"
-    failures=$((failures + 1))
-  fi
-}
+model=$2
+. "$(dirname "$0")/../command_line.sh"
 
 run=(--model "$model" --prompt "Name three colours.")
 refuses 1 "no such file" --model "$work/none.gguf" --prompt x
@@ -48,7 +32,7 @@ refuses 2 "--protect wants BEGIN:END" "${run[@]}" --protect 7:3
 refuses 2 "keeps a range" "${run[@]}" --policy snapkv --protect 0:4
 refuses 2 "--plot needs" "${run[@]}" --policy none --plot "$work/p"
 
-"$smollm2" "${run[@]}" --tokens 8 --compare --json "$work/run.json" --plot "$work/it's" \
+"$program" "${run[@]}" --tokens 8 --compare --json "$work/run.json" --plot "$work/it's" \
   > "$work/out" || failures=$((failures + 1))
 for file in run.json "it's.svg" "it's.png"; do
   [ -s "$work/$file" ] || { echo "$file was not written"; failures=$((failures + 1)); }
@@ -62,7 +46,7 @@ assert run["cache_bytes_after"] < run["cache_bytes_before"]
 assert run["layers"][0]["kept_fraction"] == 1 and 0 < run["kept_fraction"] < 1
 assert run["against_full"]["mean_kl_nats"] >= 0 and len(run["tokens"]) <= 8
 EOF
-"$smollm2" "${run[@]}" --tokens 8 --compare --json "$work/talk.json" --full-layers 0 \
+"$program" "${run[@]}" --tokens 8 --compare --json "$work/talk.json" --full-layers 0 \
   --threshold 0.2 --protect 0:20 --then "Name a fourth one." --then "Thanks." > "$work/out" ||
   failures=$((failures + 1))
 python3 - "$work/talk.json" << 'EOF' || failures=$((failures + 1))
@@ -78,7 +62,7 @@ for earlier, later in zip(turns, turns[1:]):
         assert now["sinks"] >= 20 or now["cut"] <= 4
 assert turns[2]["layers"][9]["kept"][0]["tokens"] < turns[2]["prompt_tokens"]
 EOF
-"$smollm2" "${run[@]}" --tokens 4 --policy streaming_llm --budget 14 > "$work/out" ||
+"$program" "${run[@]}" --tokens 4 --policy streaming_llm --budget 14 > "$work/out" ||
   failures=$((failures + 1))
 grep -q "given back" "$work/out" || { cat "$work/out"; failures=$((failures + 1)); }
 
