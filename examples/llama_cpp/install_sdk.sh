@@ -15,7 +15,8 @@ mkdir -p "$(dirname "$sdk")"
 unfinished=$(mktemp -d "$sdk.XXXXXX")
 trap 'rm -rf "$unfinished"' EXIT
 # Neither the multimodal tools nor what the Python module needs at run time.
-CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS-}" python3 -m pip install --quiet --no-deps \
-  --target "$unfinished" llama-cpp-python==$version
+PIP_ROOT_USER_ACTION=ignore CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS-}" \
+  python3 -m pip install --quiet --no-deps \
+    --target "$unfinished" llama-cpp-python==$version
 mv -T "$unfinished" "$sdk"
 echo "llama.cpp is in $sdk"
