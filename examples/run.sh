@@ -8,7 +8,7 @@ tests/install_packages.sh pkg-config libeigen3-dev libpcre2-dev libcli11-dev \
   nlohmann-json3-dev gnuplot-nox
 command -v ninja > /dev/null && export CMAKE_GENERATOR="${CMAKE_GENERATOR-Ninja}"
 cmake -S . -B build/examples -DREFREEKV_TESTS=OFF -DREFREEKV_BENCH=OFF
-cmake --build build/examples --parallel "$(nproc)"
+cmake --build build/examples --parallel "$(nproc)" --target smollm2
 tests/fetch_model.sh build/model
 
 # OpenMP's threads sleep while they wait: they would burn the cores of a busy machine.

@@ -8,6 +8,7 @@ cd "$(dirname "$0")/../.."
 tests/install_packages.sh pkg-config libeigen3-dev libpcre2-dev libcli11-dev nlohmann-json3-dev
 python=build/pytorch/transformers
 if [ ! -e $python/ready ]; then
+  python3 -c 'import ensurepip, venv' 2> /dev/null || tests/install_packages.sh python3-venv
   python3 -m venv $python
   # Of torch's own dependencies only those without which it does not load: the rest is for GPUs.
   $python/bin/pip install --quiet --no-deps torch==2.15.0 nvidia-nccl-cu13==2.30.7 \
