@@ -41,9 +41,10 @@ class comparison {
     }
   }
 
-  // Whether all is equal.
+  // Whether something was compared, and all is equal.
   bool run() {
     decide_alone();
+    int compared = 0;
     for (index_t ranks = what_.fewest > 0 ? what_.fewest : world_.size(); ranks <= world_.size();
          ++ranks) {
       for (const layout how : what_.layouts) {
@@ -52,8 +53,13 @@ class comparison {
           say("%5td  %-7s no: every rank needs a query head\n", ranks, name_of(how));
         } else {
           compare(grid);
+          ++compared;
         }
       }
+    }
+    if (compared == 0) {
+      say("Nothing was compared.\n");
+      return false;
     }
     say(all_equal_ ? "All cuts are a single rank's.\n" : "CUTS DIFFER.\n");
     return all_equal_;

@@ -10,7 +10,7 @@ int main(int argc, char** argv) {
   const mpi_session session(argc, argv);
   const mpi_group world;
   int exit_code = 0;
-  const auto what = parse(argc, argv, world.rank() == 0, exit_code);
+  const auto what = parse(argc, argv, world.size(), world.rank() == 0, exit_code);
   if (!what) return exit_code;
   try {
     const host_device device;

@@ -66,7 +66,6 @@ class mpi_group {
     MPI_Allgather(&own, sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, all_);
     return all;
   }
-  void barrier() const { MPI_Barrier(all_); }
 
  private:
   explicit mpi_group(MPI_Comm all) : all_(all) {}

@@ -31,7 +31,7 @@ const char* name_of(layout how) {
   return "";
 }
 
-std::optional<options> parse(int argc, char** argv, bool talks, int& exit_code) {
+std::optional<options> parse(int argc, char** argv, index_t ranks, bool talks, int& exit_code) {
   options o;
   CLI::App app(
       "Prunes layers whose heads or tokens are split over all ranks, and compares\n"
@@ -50,8 +50,10 @@ std::optional<options> parse(int argc, char** argv, bool talks, int& exit_code) 
   app.add_option("--average", o.average, "mean or frobenius, of a window")
       ->transform(CLI::CheckedTransformer(averages));
   app.add_option("--from", o.fewest, "begin with so few ranks, not with all")
-      ->check(CLI::Range(1, 1 << 20));
+      ->check(CLI::Range(index_t{1}, ranks));
   app.add_flag("--time", o.timed, "measure, besides");
+  app.failure_message(
+      [](const CLI::App*, const CLI::Error& error) { return std::string(error.what()) + "\n"; });
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

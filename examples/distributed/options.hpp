@@ -23,8 +23,8 @@ struct options {
 
 const char* name_of(layout how);
 
-// Nothing where the program is to end with that exit code: help was asked for, or an option cannot
-// be, and `talks` says whether this rank prints it.
-std::optional<options> parse(int argc, char** argv, bool talks, int& exit_code);
+// ranks: all there are. Nothing where the program is to end with that exit code: help was asked
+// for, or an option cannot be, and `talks` says whether this rank prints it.
+std::optional<options> parse(int argc, char** argv, index_t ranks, bool talks, int& exit_code);
 
 }  // namespace distributed
