@@ -1,38 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "page_pruning.hpp"
 
-#include <algorithm>
 #include <numeric>
-#include <stdexcept>
-#include <string>
+
+#include "rule_runner.hpp"
 
 namespace paged {
-namespace {
 
 using refreekv::index_t;
 using refreekv::view;
-
-void require_ok(refreekv::status status) {
-  if (status != refreekv::status::ok) {
-    throw std::runtime_error(std::string("pruning failed: ") + refreekv::to_string(status));
-  }
-}
-
-}  // namespace
+using smollm2::require_ok;
 
 refreekv::kept_range decide(const refreekv::policy::refreekv& rule, std::size_t layer,
-                            std::span<const float> queries, const paged_layer& cache) {
-  const auto rows = static_cast<index_t>(std::min<std::size_t>(rule.window, cache.length(0)));
-  const auto head_dim = static_cast<index_t>(cache.head_dim());
-  const index_t q_heads = static_cast<index_t>(queries.size()) / (rows * head_dim);
-  const auto seen = refreekv::observe(view(queries.data(), {1, rows, q_heads, head_dim}),
-                                      cache.rows().keys, {.layer = static_cast<index_t>(layer)});
-  const refreekv::cpu_backend cpu;
-  const index_t groups = refreekv::groups_of(rule, seen);
-  std::vector<refreekv::kept_range> kept(static_cast<std::size_t>(groups));
-  std::vector<std::byte> scratch(refreekv::workspace_size(rule, cpu, seen));
-  require_ok(refreekv::select(rule, cpu, seen, {kept.data(), {1, groups}}, scratch));
-  return std::accumulate(kept.begin(), kept.end(), kept.front(), refreekv::unite);
+                            std::span<const float> queries, std::size_t q_heads,
+                            const paged_layer& cache) {
+  const std::size_t rows = queries.size() / (q_heads * cache.head_dim());
+  const auto seen = refreekv::observe(
+      view(queries.data(), {1, static_cast<index_t>(rows), static_cast<index_t>(q_heads),
+                            static_cast<index_t>(cache.head_dim())}),
+      cache.rows().keys, {.layer = static_cast<index_t>(layer)});
+  smollm2::layer_pruning result{};
+  smollm2::rule_runner(1).decide(
+      std::get<refreekv::policy::refreekv>(smollm2::with_rows(rule, rows)), seen, result);
+  return std::accumulate(result.kept.begin(), result.kept.end(), result.kept.front(),
+                         refreekv::unite);
 }
 
 page_release release(const refreekv::kept_range& kept, paged_layer& cache) {

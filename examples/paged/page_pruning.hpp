@@ -18,10 +18,12 @@ struct page_release {
 };
 
 // What stays of a layer whose cache holds the whole prompt. All heads are on the same pages, so
-// they share a range. queries: [min(window, tokens), q_head, head_dim]. Throws std::runtime_error
+// they share a range. queries: [row, q_head, head_dim], of the last tokens; where there are fewer
+// than the rule's window, behind a shared prefix say, it looks at these. Throws std::runtime_error
 // where refreekv refuses.
 refreekv::kept_range decide(const refreekv::policy::refreekv& rule, std::size_t layer,
-                            std::span<const float> queries, const paged_layer& cache);
+                            std::span<const float> queries, std::size_t q_heads,
+                            const paged_layer& cache);
 
 // Takes whole pages out of the layer's table. Pages that others own, too, are neither written nor
 // freed.

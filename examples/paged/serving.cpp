@@ -171,7 +171,8 @@ serving_result serve(const llama& model, const serving_plan& plan,
        .on_layer =
            [&](std::size_t layer, std::span<const float> queries, paged_cache& cache) {
              paged_layer& filled = cache.layer(layer);
-             result.releases.push_back(release(decide(plan.rule, layer, queries, filled), filled));
+             const auto kept = decide(plan.rule, layer, queries, model.config().q_heads, filled);
+             result.releases.push_back(release(kept, filled));
            },
        .on_progress = show("prefill of A")}));
   result.free_after = free_pages();

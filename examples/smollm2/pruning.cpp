@@ -68,18 +68,6 @@ void retain(const std::vector<slot_range>& slots, layer_cache& cache) {
   cache.retain(first, length);
 }
 
-// The rule for a prompt that has no more rows than these.
-pruning_rule with_rows(pruning_rule rule, std::size_t rows) {
-  std::visit(
-      [&](auto& each) {
-        if constexpr (requires { each.window; }) {
-          if (each.window > rows) each.window = static_cast<refreekv::count_t>(rows);
-        }
-      },
-      rule);
-  return rule;
-}
-
 bool shares_a_cut(const pruning_rule& rule) {
   const auto* scan = std::get_if<refreekv::policy::refreekv>(&rule);
   return scan != nullptr && scan->scope == refreekv::cut_scope::layer;

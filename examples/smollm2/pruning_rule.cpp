@@ -40,6 +40,17 @@ std::size_t window_of(const pruning_rule& rule) {
       rule);
 }
 
+pruning_rule with_rows(pruning_rule rule, std::size_t rows) {
+  std::visit(
+      [&](auto& each) {
+        if constexpr (requires { each.window; }) {
+          if (each.window > rows) each.window = static_cast<refreekv::count_t>(rows);
+        }
+      },
+      rule);
+  return rule;
+}
+
 void set_layers(pruning_rule& rule, std::size_t layers) {
   std::visit(
       [&](auto& r) {

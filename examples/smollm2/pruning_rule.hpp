@@ -23,6 +23,10 @@ bool keeps_ranges(const pruning_rule& rule);
 // How many of the last queries the rule looks at; where it is more than there are, all.
 std::size_t window_of(const pruning_rule& rule);
 
+// The rule where only so many queries can be looked at: of a prompt shorter than the rule's window,
+// or of what is left of it behind a cached prefix.
+pruning_rule with_rows(pruning_rule rule, std::size_t rows);
+
 // Tells a rule that spreads a budget over the layers how many there are.
 void set_layers(pruning_rule& rule, std::size_t layers);
 

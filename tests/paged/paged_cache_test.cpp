@@ -8,6 +8,7 @@
 
 #include "catch.hpp"
 #include "page_pruning.hpp"
+#include "pruning.hpp"
 #include "tiny_model.hpp"
 
 using namespace paged;
@@ -144,4 +145,41 @@ TEST_CASE("what is released comes back, and attention sees what is kept") {
   }
   cache.reset();
   CHECK(pool.manager.free_blocks() == layers * (12 - shared / 16));
+}
+
+TEST_CASE("behind a shared prefix there may be fewer queries than the window has") {
+  const std::size_t tail = GENERATE(1u, 2u, 3u, 4u, 6u);
+  CAPTURE(tail);
+  const tiny_model model;
+  const std::vector<int> tokens = random_tokens(64 + tail, 5);
+  const auto prefix = std::span(tokens).first(64), rest = std::span(tokens).subspan(64);
+  const refreekv::policy::refreekv rule{.threshold = 0.3, .window = 4, .full_layers = 0};
+
+  std::vector<kept_range> expected, kept;  // [layer]
+  smollm2::pruner engine(rule, smollm2_test::small_llama::q_heads, 1);
+  smollm2::kv_cache own = model.network.new_cache();
+  model.network.prefill(prefix, own);
+  smollm2::prefill_hooks to_engine{.window = rule.window};
+  to_engine.on_layer = [&](std::size_t layer, std::span<const float> queries,
+                           smollm2::kv_cache& cache) {
+    expected.push_back(engine.prune(layer, queries, cache).kept.at(0));
+  };
+  model.network.prefill(rest, own, to_engine);
+
+  page_pool pool(shape_of(16), layers * 5);
+  auto cache = paged_cache::admit(pool, layers, tokens.size());
+  REQUIRE(cache);
+  model.network.prefill(prefix, *cache);
+  const auto to_pages = [&](std::size_t layer, std::span<const float> queries, paged_cache& paged) {
+    kept.push_back(
+        decide(rule, layer, queries, smollm2_test::small_llama::q_heads, paged.layer(layer)));
+  };
+  model.network.prefill(rest, *cache, {.window = rule.window, .on_layer = to_pages});
+  REQUIRE((kept.size() == layers && expected.size() == layers));
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    CHECK(expected[layer].cut > expected[layer].sinks);
+    CHECK(kept[layer].cut == expected[layer].cut);
+    CHECK(kept[layer].tokens == expected[layer].tokens);
+    CHECK(std::abs(kept[layer].loss - expected[layer].loss) < 1e-5f);
+  }
 }
