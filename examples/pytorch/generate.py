@@ -74,6 +74,8 @@ def main():
     parser.add_argument("--average", default="mean", choices=["mean", "frobenius"])
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     options = parser.parse_args()
+    if options.tokens < 2:
+        parser.error("--tokens: the first is the prefill's, speed needs at least 2")
     torch.ops.load_library(options.library)
     model, tokenizer = load_gguf(options.model, options.attention)
     ids = chat(tokenizer, options.prompt_file.read_text())
