@@ -32,6 +32,7 @@ void run(const run_settings& opts) {
   const tokenizer tokens(file);
   llama model(file, opts.threads);
   const std::vector<int> prompt = tokens.encode_chat(opts.prompt);
+  if (opts.speed) require_room_for_speed(prompt.size(), opts.tokens, model.config().context);
 
   report result{};
   result.prompt_tokens = prompt.size();

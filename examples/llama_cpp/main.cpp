@@ -39,7 +39,7 @@ void print(const savings& saved, std::ostream& out) {
       << mebibytes(saved.resident_after) << " MiB\n";
 }
 
-constexpr std::size_t speed_tokens = 64;  // that a measured cache must have room for
+using smollm2::speed_tokens;
 
 // The prompt's cache in several contexts, to decode side by side.
 class speed_contexts {
@@ -95,12 +95,13 @@ void run(const program_options& opts) {
   const model network(opts.model);
   const std::vector<llama_token> prompt = network.encode_chat(opts.prompt);
   const auto end = static_cast<llama_pos>(prompt.size());
-  if (prompt.size() + opts.tokens > network.longest_context()) {
-    throw std::runtime_error("the prompt has " + std::to_string(prompt.size()) +
-                             " tokens and the model's context is " +
+  // The answer goes again before the measurement, so that both have the same room.
+  const std::size_t room = std::max(opts.tokens, opts.speed ? speed_tokens : 0);
+  if (prompt.size() + room > network.longest_context()) {
+    throw std::runtime_error("the prompt has " + std::to_string(prompt.size()) + " tokens, " +
+                             std::to_string(room) + " come after it and the model's context is " +
                              std::to_string(network.longest_context()));
   }
-  const std::size_t room = std::max(opts.tokens, opts.speed ? speed_tokens : 0);
   smollm2::report result{};
   result.prompt_tokens = prompt.size();
   attention_tap tap(smollm2::window_of(opts.rule), first_layer_of(opts.rule));

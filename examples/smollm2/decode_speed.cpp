@@ -7,6 +7,8 @@
 #include <iomanip>
 #include <numeric>
 #include <refreekv/refreekv.hpp>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "stopwatch.hpp"
@@ -16,6 +18,8 @@ namespace smollm2 {
 namespace {
 
 constexpr int rounds = 11, tokens_in_a_round = 5;
+// One round more to warm up, and a token of the answer that the cache may not have yet.
+static_assert((rounds + 1) * tokens_in_a_round + 1 <= speed_tokens);
 
 double median(std::vector<double> values) {
   const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
@@ -71,6 +75,14 @@ double speed_test::gain_by_fit() const {
 
 double speed_test::share_of_bandwidth(const measured_speed& speed) const {
   return (static_cast<double>(weight_bytes) + speed.bytes) / speed.seconds / bandwidth;
+}
+
+void require_room_for_speed(std::size_t prompt, std::size_t answer, std::size_t context) {
+  if (prompt + answer + speed_tokens <= context) return;
+  throw std::runtime_error("no room to measure speed: the prompt's " + std::to_string(prompt) +
+                           " tokens, " + std::to_string(answer) + " to generate and " +
+                           std::to_string(speed_tokens) + " to measure; the model's context is " +
+                           std::to_string(context));
 }
 
 speed_test measure_speed(const decoding_cache& full, const decoding_cache& half,

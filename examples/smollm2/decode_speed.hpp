@@ -37,7 +37,15 @@ struct speed_test {
   double share_of_bandwidth(const measured_speed& speed) const;  // (W + C) / t / B
 };
 
-// Some 60 tokens with each cache; `half` is a full cache of the first half of the prompt.
+// Tokens that each cache must have room for to be measured.
+constexpr std::size_t speed_tokens = 64;
+
+// Throws std::runtime_error where a context of so many tokens has no room for a prompt, its answer
+// and the measurement behind them.
+void require_room_for_speed(std::size_t prompt, std::size_t answer, std::size_t context);
+
+// Fewer than speed_tokens tokens with each cache; `half` is a full cache of the first half of the
+// prompt.
 speed_test measure_speed(const decoding_cache& full, const decoding_cache& half,
                          const decoding_cache& pruned, std::size_t weight_bytes, int threads);
 

@@ -43,8 +43,11 @@ class conversation {
         full_(model.new_cache()) {}
 
   // Takes the tokens of a message and answers until `end_token`.
-  report answer(const std::vector<int>& message, int end_token) {
+  report answer(const std::vector<int>& message, int end_token, bool last) {
     text_.insert(text_.end(), message.begin(), message.end());
+    if (last && opts_.speed) {
+      require_room_for_speed(text_.size(), opts_.tokens, model_.config().context);
+    }
     report result{};
     result.prompt_tokens = text_.size();
     const std::vector<float> logits = prefill(result);
@@ -139,7 +142,7 @@ void run(options opts) {
   conversation talk(model, opts);
   std::vector<report> turns;
   const auto take = [&](const std::vector<int>& message, bool last) {
-    report& turn = turns.emplace_back(talk.answer(message, tokens.end_token()));
+    report& turn = turns.emplace_back(talk.answer(message, tokens.end_token(), last));
     turn.text = tokens.decode(turn.tokens);
     if (last && opts.speed) turn.speed = talk.speed();
     print(turn, std::cout);

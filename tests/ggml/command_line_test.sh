@@ -14,6 +14,7 @@ sed 's/blk.7.attn_k.weight/blk.7.attn_x.weight/' "$model" > "$work/other.gguf"
 refuses 1 "no tensor 'blk.7.attn_k.weight'" --model "$work/other.gguf" --prompt x
 yes "and so on" | head -c 100000 > "$work/long.txt"
 refuses 1 "context is 8192" --model "$model" --prompt-file "$work/long.txt"
+refuses 1 "to measure; the model.s context is 8192" "${run[@]}" --tokens 8128 --speed
 refuses 2 "share its length" "${run[@]}" --scope kv_head
 refuses 2 "share its length" "${run[@]}" --policy twilight
 refuses 2 "threshold must be in" "${run[@]}" --threshold 2

@@ -17,6 +17,7 @@ refuses 1 "truncated" --model "$work/short.gguf" --prompt x
 refuses 1 "cannot read" --model "$model" --prompt-file "$work/none.txt"
 yes "and so on" | head -c 100000 > "$work/long.txt"
 refuses 1 "context is 8192" --model "$model" --prompt-file "$work/long.txt"
+refuses 1 "to measure; the model.s context is 8192" "${run[@]}" --tokens 8128 --speed
 refuses 1 "layers 0 to 29" "${run[@]}" --plot "$work/p" --plot-layer 30
 refuses 2 "threshold must be in" "${run[@]}" --threshold 2
 refuses 2 "threshold must be in" "${run[@]}" --threshold nan
