@@ -23,10 +23,10 @@ concept exchange = requires(const E& e, std::uint32_t* words, index_t count) {
 };
 
 /// What joins a rank to those with other heads (a reduction) or other tokens (an exchange) of a
-/// layer: an object with both calls where both are split, and where only tokens are it must not take
-/// doubles (as a lambda of `auto*` would). Then the reductions have to give the same bits on all
-/// ranks with the same heads, as they do if each adds ranks up in the same order.
-/// A rank that is refused calls neither: ranks agree on why_invalid and their workspaces before.
+/// layer: an object with both calls where both are split, and where only tokens are it must not
+/// take doubles (as a lambda of `auto*` would). Then the reductions have to give the same bits on
+/// all ranks with the same heads, as they do if each adds ranks up in the same order. A rank that
+/// is refused calls neither: ranks agree on why_invalid and their workspaces before.
 template <class J, class Seen>
 concept joins = (sharded<Seen> && exchange<J>) || (!sharded<Seen> && reduction<J>);
 
