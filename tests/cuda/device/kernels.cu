@@ -77,16 +77,11 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
   select_and_size(policy::snapkv{}, observed_by<__nv_bfloat16>(fp8));
   select_and_size(policy::twilight{}, observed_by<__half>(int4));
 
-  const auto select_on_ranks = [](const auto& keys) {
-    const shard own(keys, view<const token_range, 2, device>{}, lengths_view<device>{}, 0);
-    const auto exchange = [](std::uint32_t*, index_t) { return status::ok; };
-    (void)select(policy::refreekv{}, cuda_backend{}, observed_by<__nv_bfloat16>(own),
-                 kept_ranges<device>{}, workspace<device>{}, exchange);
-    (void)own_ranges(cuda_backend{}, own, view<const kept_range, 2, device>{},
-                     kept_ranges<device>{});
-  };
-  select_on_ranks(pages);
-  select_on_ranks(fp8);
+  const shard own(pages, view<const token_range, 2, device>{}, lengths_view<device>{}, 0);
+  const auto exchange = [](std::uint32_t*, index_t) { return status::ok; };
+  (void)select(policy::refreekv{}, cuda_backend{}, observed_by<__nv_bfloat16>(own),
+               kept_ranges<device>{}, workspace<device>{}, exchange);
+  (void)own_ranges(cuda_backend{}, own, view<const kept_range, 2, device>{}, kept_ranges<device>{});
 
   // Engines' pools, whose sources are of the types above.
   const page_table<int, device> table;
