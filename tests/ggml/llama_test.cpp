@@ -10,6 +10,8 @@
 #include "small_llama.hpp"
 
 using namespace ggml_engine;
+using smollm2_test::random_tokens;
+using smollm2_test::sees_all;
 using smollm2_test::small_llama;
 
 namespace {
@@ -19,24 +21,10 @@ llama open(const smollm2_test::gguf_writer& writer, int threads = 2) {
   return llama(smollm2::gguf_file(file.path()), threads);
 }
 
-std::vector<int> random_tokens(std::size_t count) {
-  std::mt19937 random(5);
-  std::vector<int> tokens(count);
-  for (int& token : tokens) token = static_cast<int>(random() % small_llama::vocabulary);
-  return tokens;
-}
-
-bool sees_all(std::size_t, std::size_t, std::size_t, std::size_t) { return true; }
-
 // Keys, values and sums of values are f16: they have 11 bits.
 template <class Expected>
 void check_close(std::span<const float> actual, const Expected& expected) {
-  REQUIRE(actual.size() == expected.size());
-  double worst = 0;
-  for (std::size_t i = 0; i < actual.size(); ++i) {
-    worst = std::max(worst, std::abs(double{actual[i]} - double{expected[i]}));
-  }
-  CHECK(worst < 0.05);
+  smollm2_test::check_close(actual, expected, 0.05);
 }
 
 }  // namespace

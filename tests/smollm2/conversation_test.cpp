@@ -69,16 +69,6 @@ reference::attention_rows rows_of(const small_llama::result& run, std::size_t la
   return rows;
 }
 
-template <class Expected>
-void check_close(std::span<const float> actual, const Expected& expected) {
-  double worst = 0;
-  REQUIRE(actual.size() == expected.size());
-  for (std::size_t i = 0; i < actual.size(); ++i) {
-    worst = std::max(worst, std::abs(double{actual[i]} - double{expected[i]}));
-  }
-  CHECK(worst < 1e-4);
-}
-
 }  // namespace
 
 TEST_CASE("later prompts meet what the rule has left, at the text's positions") {

@@ -21,25 +21,6 @@ llama open(const gguf_writer& writer, int threads = 2) {
   return llama(gguf_file(file.path()), threads);
 }
 
-std::vector<int> random_tokens(std::size_t count) {
-  std::mt19937 random(5);
-  std::vector<int> tokens(count);
-  for (int& token : tokens) token = static_cast<int>(random() % small_llama::vocabulary);
-  return tokens;
-}
-
-bool sees_all(std::size_t, std::size_t, std::size_t, std::size_t) { return true; }
-
-template <class Expected>
-void check_close(std::span<const float> actual, const Expected& expected) {
-  REQUIRE(actual.size() == expected.size());
-  double worst = 0;
-  for (std::size_t i = 0; i < actual.size(); ++i) {
-    worst = std::max(worst, std::abs(double{actual[i]} - double{expected[i]}));
-  }
-  CHECK(worst < 1e-4);
-}
-
 }  // namespace
 
 TEST_CASE("prefill gives the logits of the last token, at all sides of the block sizes") {

@@ -2,6 +2,7 @@
 // A tiny Llama model with random weights, and its forward pass as the formulas read, in double.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "catch.hpp"
 #include "gguf_writer.hpp"
 
 namespace smollm2_test {
@@ -185,5 +187,32 @@ struct small_llama {
 
   std::mt19937 random_{3};
 };
+
+inline std::vector<int> random_tokens(std::size_t count, unsigned seed = 5) {
+  std::mt19937 random(seed);
+  std::vector<int> tokens(count);
+  for (int& token : tokens) token = static_cast<int>(random() % small_llama::vocabulary);
+  return tokens;
+}
+
+inline bool sees_all(std::size_t, std::size_t, std::size_t, std::size_t) { return true; }
+
+// NaN where any of them is, and where there are more of one than of the other.
+template <class A, class B>
+double largest_difference(const A& a, const B& b) {
+  double largest = a.size() == b.size() ? 0 : std::nan("");
+  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    const double difference = std::abs(double{a[i]} - double{b[i]});
+    if (!(difference <= largest)) largest = difference;
+    if (std::isnan(largest)) break;
+  }
+  return largest;
+}
+
+template <class A, class B>
+void check_close(const A& actual, const B& expected, double tolerance = 1e-4) {
+  REQUIRE(actual.size() == expected.size());
+  CHECK(largest_difference(actual, expected) < tolerance);
+}
 
 }  // namespace smollm2_test
