@@ -12,11 +12,6 @@ namespace {
 
 using refreekv::index_t;
 
-template <class Rule>
-concept decides_on_ranges = requires {
-  typename Rule::template decision<refreekv::host_memory>;
-} && std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>, refreekv::kept_ranges<>>;
-
 index_t signed_size(std::size_t size) { return static_cast<index_t>(size); }
 
 // The layers of a batch that has a sequence for each, as ranks that share their heads.
@@ -127,10 +122,9 @@ const char* why_unpoolable(const smollm2::pruning_rule& rule) {
             return "in llama.cpp all layers and heads share their cells: no cut for each KV head";
           }
         } else if constexpr (!std::same_as<Rule, smollm2::keep_everything> &&
-                             !decides_on_ranges<Rule>) {
+                             !smollm2::range_rule<Rule>) {
           return "in llama.cpp all layers and heads share their cells: a policy that scores "
-                 "tokens, "
-                 "for each layer and KV head, has nothing to remove there";
+                 "tokens, for each layer and KV head, has nothing to remove there";
         }
         return nullptr;
       },
@@ -148,7 +142,7 @@ refreekv::kept_range pooled_cut(const smollm2::pruning_rule& rule, const attenti
   return std::visit(
       [&](const auto& r) -> refreekv::kept_range {
         using Rule = std::remove_cvref_t<decltype(r)>;
-        if constexpr (decides_on_ranges<Rule>) {
+        if constexpr (smollm2::range_rule<Rule>) {
           if (seen.layers() > 0) {
             return seen.keys().empty() ? decide_on_rows(r, seen, threads)
                                        : decide_on_queries(r, seen, threads);

@@ -109,13 +109,12 @@ layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, l
   if (!cache.head_stride() && shares_a_cut(rule_)) {
     throw std::runtime_error("heads that differ in length have no cut in common");
   }
-  const pruning_rule rule = with_rows(rule_, queries.size() / (q_heads_ * cache.head_dim()));
   if (!keep_.empty()) {
     while (left_.size() <= layer) left_.emplace_back(cache.kv_heads());
     left_[layer].append(cache.length(0) - left_[layer].length(0));
   }
   return shrink(cache, [&](const head_range& heads, layer_pruning& part) {
-    runner_.decide(rule, observe_layer(layer, queries, q_heads_, cache, heads), part);
+    runner_.decide(rule_, observe_layer(layer, queries, q_heads_, cache, heads), part);
     if (!keep_.empty()) protect(left_[layer], heads.first, heads.count, part.kept);
     return runner_.compact(part, keys_of(cache, heads), values_of(cache, heads));
   });

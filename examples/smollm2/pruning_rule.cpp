@@ -18,12 +18,7 @@ const char* why_invalid(const pruning_rule& rule) {
 bool keeps_ranges(const pruning_rule& rule) {
   return std::visit(
       []<class Rule>(const Rule&) {
-        if constexpr (std::same_as<Rule, keep_everything>) {
-          return true;
-        } else {
-          return std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>,
-                              refreekv::kept_ranges<refreekv::host_memory>>;
-        }
+        return range_rule<Rule> || std::same_as<Rule, keep_everything>;
       },
       rule);
 }
@@ -38,17 +33,6 @@ std::size_t window_of(const pruning_rule& rule) {
         }
       },
       rule);
-}
-
-pruning_rule with_rows(pruning_rule rule, std::size_t rows) {
-  std::visit(
-      [&](auto& each) {
-        if constexpr (requires { each.window; }) {
-          if (each.window > rows) each.window = static_cast<refreekv::count_t>(rows);
-        }
-      },
-      rule);
-  return rule;
 }
 
 void set_layers(pruning_rule& rule, std::size_t layers) {

@@ -2,6 +2,7 @@
 // The rule of a run: one of the library's policies, or none.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <refreekv/refreekv.hpp>
 #include <variant>
@@ -14,18 +15,20 @@ using pruning_rule =
                  refreekv::policy::snapkv, refreekv::policy::pyramidkv, refreekv::policy::cake,
                  refreekv::policy::attention_ranked, refreekv::policy::twilight, keep_everything>;
 
+// A policy whose decision is a prefix and a suffix of each layer.
+template <class Rule>
+concept range_rule = requires { typename Rule::template decision<refreekv::host_memory>; } &&
+                     std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>,
+                                  refreekv::kept_ranges<refreekv::host_memory>>;
+
 // Null, or what is wrong with the rule's options.
 const char* why_invalid(const pruning_rule& rule);
 
-// Whether what the rule keeps of a layer is a prefix and a suffix.
+// Whether the rule is a range_rule, or keeps everything.
 bool keeps_ranges(const pruning_rule& rule);
 
 // How many of the last queries the rule looks at; where it is more than there are, all.
 std::size_t window_of(const pruning_rule& rule);
-
-// The rule where only so many queries can be looked at: of a prompt shorter than the rule's window,
-// or of what is left of it behind a cached prefix.
-pruning_rule with_rows(pruning_rule rule, std::size_t rows);
 
 // Tells a rule that spreads a budget over the layers how many there are.
 void set_layers(pruning_rule& rule, std::size_t layers);

@@ -36,8 +36,7 @@ class rule_runner {
     const refreekv::cpu_backend backend{pool_};
     const refreekv::index_t groups = refreekv::groups_of(rule, seen);
     scratch_.resize(std::max(scratch_.size(), refreekv::workspace_size(rule, backend, seen)));
-    if constexpr (std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>,
-                               refreekv::kept_ranges<refreekv::host_memory>>) {
+    if constexpr (range_rule<Rule>) {
       result.kept.resize(static_cast<std::size_t>(groups));
       require_ok(
           refreekv::select(rule, backend, seen, {result.kept.data(), {1, groups}}, scratch_));
@@ -48,14 +47,21 @@ class rule_runner {
     }
   }
 
-  // Any rule that needs to see no other layer. With keep_everything nothing is decided.
+  // Any rule that needs to see no other layer. With keep_everything nothing is decided. Of a prompt
+  // that is shorter than the rule's window, or of what is left of it behind a cached prefix, the
+  // rule looks at the queries that there are.
   template <class Seen>
   void decide(const pruning_rule& rule, const Seen& seen, layer_pruning& result) {
     std::visit(
-        [&]<class Rule>(const Rule& each) {
+        [&]<class Rule>(Rule each) {
           if constexpr (std::same_as<Rule, refreekv::policy::cake>) {
             throw std::runtime_error("cake shares its budget among layers: it needs all of them");
           } else if constexpr (!std::same_as<Rule, keep_everything>) {
+            if constexpr (requires { each.window; }) {
+              if (each.window > seen.window()) {
+                each.window = static_cast<refreekv::count_t>(seen.window());
+              }
+            }
             decide(each, seen, result);
           }
         },
