@@ -44,34 +44,21 @@ struct ops<cpu_backend<Executor>> {
     return scan_scratch::take(from, b.on.workers(), scan, seen);
   }
 
-  template <class Seen>
-  static status read_chunks(const backend_type& b, const norm_scan& scan, const Seen& seen,
-                            const norm_scan_buffers& buffers,
-                            const scan_scratch& scratch) noexcept {
-    cpu_detail::read_chunks(b.on, scan, seen, buffers, scratch);
+  // Each is the function of its name, in norm_scan.hpp.
+  static status read_chunks(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::read_chunks(b.on, arguments...);
     return status::ok;
   }
-
-  template <class Seen>
-  static status normalise_rows(const backend_type& b, const norm_scan& scan, const Seen& seen,
-                               const norm_scan_buffers& buffers,
-                               const scan_scratch& scratch) noexcept {
-    cpu_detail::normalise_rows(b.on, scan, seen, buffers, scratch);
+  static status normalise_rows(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::normalise_rows(b.on, arguments...);
     return status::ok;
   }
-
-  template <class Seen>
-  static status norm_curve(const backend_type& b, const norm_scan& scan, const Seen& seen,
-                           const norm_scan_buffers& buffers, const scan_scratch& scratch) noexcept {
-    cpu_detail::norm_curve(b.on, scan, seen, buffers, scratch);
+  static status norm_curve(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::norm_curve(b.on, arguments...);
     return status::ok;
   }
-
-  template <class Seen>
-  static status crossing_curve(const backend_type& b, const norm_scan& scan, const Seen& seen,
-                               const norm_scan_buffers& buffers,
-                               const scan_scratch& scratch) noexcept {
-    cpu_detail::crossing_curve(b.on, scan, seen, buffers, scratch);
+  static status crossing_curve(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::crossing_curve(b.on, arguments...);
     return status::ok;
   }
 
