@@ -271,6 +271,27 @@ TEST_CASE("every run and every division of the work gives the same bits", "[cont
   });
 }
 
+TEST_CASE("many threads share what is left after the keys were read", "[contract][threads]") {
+  // Rows and chunks enough that normalisers, norms and crossings are worth waking workers for.
+  const position_t tokens = exhaustive ? 20000 : 1000;
+  problem p(8, 2, 4, 64, {tokens, tokens / 2});
+  random_source random(base_seed() + 5);
+  fill(p, random);
+  const dense_cache<Eigen::bfloat16> keys(p.keys);
+  const auto seen = observe(p.query_view(), keys.source(), p.info());
+  for (const auto average : {row_average::mean, row_average::frobenius}) {
+    for (const auto scope : {cut_scope::layer, cut_scope::kv_head}) {
+      const policy::refreekv rule{
+          .threshold = 0.1, .window = 64, .average = average, .scope = scope};
+      const selection one = run_select(rule, divided<1>(), seen);
+      const selection seven = run_select(rule, divided<7>(), seen);
+      REQUIRE(one.status == status::ok);
+      REQUIRE(seven.status == status::ok);
+      for (std::size_t i = 0; i < one.kept.size(); ++i) CHECK(one.kept[i] == seven.kept[i]);
+    }
+  }
+}
+
 TEST_CASE("a workspace one byte short is refused and nothing is written", "[contract]") {
   const problem p = random_problem(base_seed() + 4);
   const dense_cache<float> keys(p.keys);

@@ -135,17 +135,19 @@ void check_query_and_keys(const csv_line& line, std::size_t turn, const problem&
   for (const float q : p.queries) queries.push_back(to_element<T>(q));
   const refreekv::view q(queries.data(), {1, 1, p.q_heads(), p.head_dim});
 
-  refreekv::policy::refreekv rule = rule_of(line);
-  std::size_t number = 0;
-  for_each_layout<T>(p.keys, [&](const char* layout, const auto& cache) {
+  const auto check = [&](const char* layout, const auto& cache) {
     INFO(layout);
-    if (!exhaustive && number++ != turn % layout_kinds) return;
     const auto seen = refreekv::observe(q, cache.source());
-    rule.scope = refreekv::cut_scope::layer;
+    refreekv::policy::refreekv rule = rule_of(line);
     CHECK(cuts(rule, seen) == std::vector{static_cast<position_t>(integer(line, "cut"))});
     rule.scope = refreekv::cut_scope::kv_head;
     CHECK(cuts(rule, seen) == per_head);
-  });
+  };
+  if (exhaustive) {
+    for_each_layout<T>(p.keys, check);
+  } else {
+    with_layout<T>(turn % layout_kinds, p.keys, check);
+  }
 }
 
 }  // namespace

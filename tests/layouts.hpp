@@ -75,7 +75,7 @@ class canary_buffer {
 
  private:
   std::vector<T> data_;
-  std::vector<bool> is_row_;
+  std::vector<char> is_row_;
 };
 
 enum class axis_order { head_token_dim, token_head_dim, head_dim_token };
@@ -219,17 +219,110 @@ class segmented_cache {
   refreekv::view<T, 4> slots_;
 };
 
-inline constexpr std::size_t layout_kinds = 7;  // of for_each_layout
+#if defined(__CUDACC__)
 
-/// Calls f(name, cache) for one cache of each layout.
+/// A device calls no function of the host's: there every layout is compiled.
+template <class Cache>
+Cache any_layout(Cache cache) {
+  return cache;
+}
+
+#else
+
+/// A cache of any layout. The library asks a layout for its sizes and for runs of rows, and for
+/// nothing else: what is tested with all of them is compiled for one.
+template <class T>
+class any_cache {
+  struct layout {
+    virtual ~layout() = default;
+    virtual index_t sequences() const noexcept = 0;
+    virtual index_t kv_heads() const noexcept = 0;
+    virtual index_t head_dim() const noexcept = 0;
+    virtual index_t capacity() const noexcept = 0;
+    virtual index_t tokens(index_t s) const noexcept = 0;
+    virtual const char* invalid() const noexcept = 0;
+    virtual refreekv::token_run<T> run_at(index_t s, index_t h, index_t t) const noexcept = 0;
+    virtual bool untouched() const = 0;
+  };
+
+  template <class Cache>
+  struct layout_of final : layout {
+    Cache cache;
+    decltype(cache.source()) source = cache.source();
+
+    explicit layout_of(Cache c) : cache(std::move(c)) {}
+    index_t sequences() const noexcept override { return source.sequences(); }
+    index_t kv_heads() const noexcept override { return source.kv_heads(); }
+    index_t head_dim() const noexcept override { return source.head_dim(); }
+    index_t capacity() const noexcept override { return source.capacity(); }
+    index_t tokens(index_t s) const noexcept override { return source.tokens(s); }
+    const char* invalid() const noexcept override { return source.invalid(); }
+    refreekv::token_run<T> run_at(index_t s, index_t h, index_t t) const noexcept override {
+      return source.run_at(s, h, t);
+    }
+    bool untouched() const override { return cache.untouched(); }
+  };
+
+ public:
+  class source_type {
+   public:
+    using element_type = T;
+    using memory = refreekv::host_memory;
+
+    explicit source_type(const layout* of) : of_(of) {}
+    index_t sequences() const noexcept { return of_->sequences(); }
+    index_t kv_heads() const noexcept { return of_->kv_heads(); }
+    index_t head_dim() const noexcept { return of_->head_dim(); }
+    index_t capacity() const noexcept { return of_->capacity(); }
+    index_t tokens(index_t s) const noexcept { return of_->tokens(s); }
+    const char* invalid() const noexcept { return of_->invalid(); }
+    refreekv::token_run<T> run_at(index_t s, index_t h, index_t t) const noexcept {
+      return of_->run_at(s, h, t);
+    }
+
+   private:
+    const layout* of_;
+  };
+
+  template <class Cache>
+  explicit any_cache(Cache cache)
+      : layout_(std::make_unique<layout_of<Cache> >(std::move(cache))) {}
+  source_type source() const { return source_type(layout_.get()); }
+  bool untouched() const { return layout_->untouched(); }
+
+ private:
+  std::unique_ptr<const layout> layout_;
+};
+
+template <class Cache>
+auto any_layout(Cache cache) {
+  return any_cache<typename decltype(cache.source())::element_type>(std::move(cache));
+}
+
+#endif
+
+inline constexpr std::size_t layout_kinds = 7;
+
+/// Calls f(name, cache) for a cache of layout i, of layout_kinds.
+template <class T, class F>
+void with_layout(std::size_t i, const plain_rows& rows, const F& f) {
+  const auto call = [&](const char* name, auto cache) { f(name, any_layout(std::move(cache))); };
+  switch (i) {
+    case 0: return call("dense [kv_head, token, dim]", dense_cache<T>(rows));
+    case 1:
+      return call("dense [token, kv_head, dim]", dense_cache<T>(rows, axis_order::token_head_dim));
+    case 2:
+      return call("dense [kv_head, dim, token]", dense_cache<T>(rows, axis_order::head_dim_token));
+    case 3: return call("pages of 1", paged_cache<T, std::int32_t>(rows, 1));
+    case 4:
+      return call("pages of 16, pointers, ragged table",
+                  paged_cache<T, std::int32_t>(rows, 16, true, true, false));
+    case 5: return call("pages of 64, int64 ids", paged_cache<T, std::int64_t>(rows, 64));
+    default: return call("segmented", segmented_cache<T>(rows));
+  }
+}
+
 template <class T, class F>
 void for_each_layout(const plain_rows& rows, const F& f) {
-  f("dense [kv_head, token, dim]", dense_cache<T>(rows));
-  f("dense [token, kv_head, dim]", dense_cache<T>(rows, axis_order::token_head_dim));
-  f("dense [kv_head, dim, token]", dense_cache<T>(rows, axis_order::head_dim_token));
-  f("pages of 1", paged_cache<T, std::int32_t>(rows, 1));
-  f("pages of 16, pointers, ragged table",
-    paged_cache<T, std::int32_t>(rows, 16, true, true, false));
-  f("pages of 64, int64 ids", paged_cache<T, std::int64_t>(rows, 64));
-  f("segmented", segmented_cache<T>(rows));
+  for (std::size_t i = 0; i < layout_kinds; ++i) with_layout<T>(i, rows, f);
 }

@@ -94,7 +94,8 @@ attention_rows attend(const problem& p, index_t sequence) {
 }
 
 template <class T, class Cache, class Check>
-void observe_as(problem& p, const Cache& cache, index_t layer, const Check& check) {
+void observe_as(problem& p, Cache of_keys, index_t layer, const Check& check) {
+  const auto cache = any_layout(std::move(of_keys));
   std::vector<T> queries;
   for (const float q : p.queries) queries.push_back(to_element<T>(q));
   const refreekv::view q(queries.data(), {p.sequences(), p.window, p.q_heads(), p.head_dim});

@@ -23,25 +23,6 @@ auto ok = [](const selection& s) {
 
 }  // namespace
 
-TEST_CASE("many threads share what is left after the keys were read", "[contract]") {
-  // Rows and chunks enough that normalisers, norms and crossings are worth waking workers for.
-  const position_t tokens = exhaustive ? 20000 : 1000;
-  problem p(8, 2, 4, 64, {tokens, tokens / 2});
-  random_source random(base_seed() + 5);
-  fill(p, random);
-  const dense_cache<Eigen::bfloat16> keys(p.keys);
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
-  for (const auto average : {row_average::mean, row_average::frobenius}) {
-    for (const auto scope : {cut_scope::layer, cut_scope::kv_head}) {
-      const policy::refreekv rule{
-          .threshold = 0.1, .window = 64, .average = average, .scope = scope};
-      const selection one = ok(run_select(rule, divided<1>(), seen));
-      const selection seven = ok(run_select(rule, divided<7>(), seen));
-      for (std::size_t i = 0; i < one.kept.size(); ++i) CHECK(one.kept[i] == seven.kept[i]);
-    }
-  }
-}
-
 TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") {
   random_source random(base_seed() + 5);
   const problem p = random_problem(base_seed() + 5);

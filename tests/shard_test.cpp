@@ -237,13 +237,16 @@ TEST_CASE("tokens on several ranks are cut as on one, bit for bit", "[shard]") {
       case 0: check([](const plain_rows& rows) { return dense_cache<float>(rows); }); break;
       case 1:
         check([](const plain_rows& rows) {
-          return dense_cache<Eigen::bfloat16>(rows, axis_order::head_dim_token);
+          return any_layout(dense_cache<Eigen::bfloat16>(rows, axis_order::head_dim_token));
         });
         break;
       case 2:
-        check([](const plain_rows& rows) { return paged_cache<Eigen::half>(rows, 16); });
+        check(
+            [](const plain_rows& rows) { return any_layout(paged_cache<Eigen::half>(rows, 16)); });
         break;
-      default: check([](const plain_rows& rows) { return segmented_cache<float>(rows); }); break;
+      default:
+        check(
+            [](const plain_rows& rows) { return any_layout(segmented_cache<Eigen::half>(rows)); });
     }
   }
 }

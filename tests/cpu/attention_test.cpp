@@ -41,14 +41,16 @@ void attend(const Seen& seen, const query_window& window, const cpu_detail::key_
             tile_memory& memory) {
   const cpu_detail::block_addresses keys(seen.keys, block, block);
   const auto packed = packed_queries(seen, block.sequence, block.kv_head, window.rows);
-  cpu_detail::attend(seen, window, block, keys, packed.data(), memory.scratch());
+  cpu_detail::attend(cpu_detail::queries_of(seen, block.kv_head, packed.data()), window,
+                     block.tokens, keys, memory.scratch());
 }
 template <class Seen>
 bool summarise(const Seen& seen, const query_window& window, const cpu_detail::key_block& block,
                tile_memory& memory) {
   const cpu_detail::block_addresses keys(seen.keys, block, block);
   const auto packed = packed_queries(seen, block.sequence, block.kv_head, window.rows);
-  return cpu_detail::summarise(seen, window, block, keys, packed.data(), memory.scratch());
+  return cpu_detail::summarise(cpu_detail::queries_of(seen, block.kv_head, packed.data()), window,
+                               block.tokens, keys, memory.scratch());
 }
 
 }  // namespace

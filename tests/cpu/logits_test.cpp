@@ -135,18 +135,16 @@ TEST_CASE("queries are packed from the last rows of any strides and type", "[cpu
 }
 
 TEST_CASE("logits are capped, biased and masked in this order", "[cpu][logits]") {
-  const problem p(1, 2, 16, 4, {20});
-  const dense_cache<float> keys(p.keys);
   const std::vector<float> slopes{0.0f, 0.25f};
   layer_info<> info;
   info.attention.scale = 0.5f;
   info.attention.soft_cap = 10;
   info.attention.sliding_window = 6;
   info.attention.alibi_slopes = {slopes.data(), {2}};
-  const auto seen = observe(p.query_view(), keys.source(), info);
   const query_window window{20, 4, 6};
   std::vector<float> x(10, 0.5f * 30);
-  cpu_detail::finish_logits(seen, window, 1, 2, {8, 18}, x.data());  // the query of position 18
+  cpu_detail::finish_logits(info.attention, window, 1, 2, {8, 18},
+                            x.data());  // the query of position 18
   for (index_t t = 8; t < 18; ++t) {
     const double capped = 10 * std::tanh(0.5 * 30 / 10) + 0.25 * static_cast<double>(t - 18);
     if (18 - t < 6) {

@@ -15,35 +15,30 @@ struct tile_scratch {
 };
 
 /// Whether each row sees all of a block, and its logits are scaled products and no more.
-template <class Query, class Keys>
-bool is_plain(const query_observation<Query, Keys>& seen, const query_window& window,
-              token_range tokens) noexcept {
-  const auto& params = seen.info.attention;
+inline bool is_plain(const attention_params<>& params, const query_window& window,
+                     token_range tokens) noexcept {
   return window.first_row() == 0 && window.visible(0).end >= tokens.end &&
          window.visible(window.rows - 1).begin <= tokens.begin && !(params.soft_cap > 0) &&
          params.alibi_slopes.data() == nullptr;
 }
 
 /// Leaves the statistics of a block's rows and no values; false where they have to be found by
-/// `attend`. Its exponentials hide behind the reading of the keys. packed: as `fill_logits`.
-template <class Query, class Keys, class Packed>
-bool summarise(const query_observation<Query, Keys>& seen, const query_window& window,
-               const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
-               const tile_scratch& tile) noexcept {
-  using product = product_of<query_observation<Query, Keys>>;
+/// `attend`. Its exponentials hide behind the reading of the keys.
+template <class Product, class Key>
+bool summarise(const head_queries<Product>& queries, const query_window& window, token_range tokens,
+               const block_addresses<Key>& keys, const tile_scratch& tile) noexcept {
   if (keys.count() == 0 || keys.count() % tile_tokens != 0 || keys.dim_stride() != 1 ||
-      !is_plain(seen, window, block.tokens)) {
+      !is_plain(queries.attention, window, tokens)) {
     return false;
   }
-  const index_t rows = seen.q_heads() / seen.kv_heads() * window.rows;
-  const float scale = seen.scale();
+  const index_t rows = queries.heads * window.rows, head_dim = queries.head_dim;
   auto at = keys.from(0);
   bool fit = true;
-  for_each_tile<product>(packed, rows, seen.head_dim(), [&](auto n, index_t row, const auto* q) {
+  for_each_tile<Product>(queries.packed, rows, head_dim, [&](auto n, index_t row, const auto* q) {
     running_statistics running[std::size_t{result_registers(n())}];
-    dot_rows<product, n()>(q, at, keys.count(), seen.head_dim(),
+    dot_rows<Product, n()>(q, at, keys.count(), head_dim,
                            [&](index_t i, index_t t, const lanes& x) {
-                             const lanes logits = x * scale;
+                             const lanes logits = x * queries.scale;
                              if (t == 0) {
                                running[i].start(logits);
                              } else {
@@ -61,35 +56,32 @@ bool summarise(const query_observation<Query, Keys>& seen, const query_window& w
 }
 
 /// Fills values with the logits of a block, -inf where a row does not see the token or does not
-/// exist. packed: [q_head of the KV head, window, packed_dim]
-template <class Query, class Keys, class Packed>
-void fill_logits(const query_observation<Query, Keys>& seen, const query_window& window,
-                 const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
+/// exist.
+template <class Product, class Key>
+void fill_logits(const head_queries<Product>& queries, const query_window& window,
+                 token_range tokens, const block_addresses<Key>& keys,
                  const tile_scratch& tile) noexcept {
-  const index_t heads = seen.q_heads() / seen.kv_heads();
-  store_logits<product_of<query_observation<Query, Keys>>>(
-      keys, packed, heads * window.rows, seen.head_dim(), seen.scale(),
-      static_cast<typename block_addresses<Keys>::key*>(tile.gathered), tile.values);
-  for (index_t i = 0; i < heads * window.rows; ++i) {
+  const index_t rows = queries.heads * window.rows;
+  store_logits<Product>(keys, queries.packed, rows, queries.head_dim, queries.scale,
+                        static_cast<Key*>(tile.gathered), tile.values);
+  for (index_t i = 0; i < rows; ++i) {
     float* values = tile.values + i * tile_stride;
     const index_t row = i % window.rows;
     if (row < window.first_row()) {
       std::fill(values, values + keys.count(), -std::numeric_limits<float>::infinity());
     } else {
-      finish_logits(seen, window, block.kv_head * heads + i / window.rows, row, block.tokens,
+      finish_logits(queries.attention, window, queries.first_head + i / window.rows, row, tokens,
                     values);
     }
   }
 }
 
 /// Fills values and statistics of a block. Nothing of a row that does not exist is seen.
-/// packed: as `fill_logits`.
-template <class Query, class Keys, class Packed>
-void attend(const query_observation<Query, Keys>& seen, const query_window& window,
-            const key_block& block, const block_addresses<Keys>& keys, const Packed* packed,
-            const tile_scratch& tile) noexcept {
-  const index_t rows = seen.q_heads() / seen.kv_heads() * window.rows;
-  fill_logits(seen, window, block, keys, packed, tile);
+template <class Product, class Key>
+void attend(const head_queries<Product>& queries, const query_window& window, token_range tokens,
+            const block_addresses<Key>& keys, const tile_scratch& tile) noexcept {
+  const index_t rows = queries.heads * window.rows;
+  fill_logits(queries, window, tokens, keys, tile);
   for (index_t i = 0; i < rows; ++i) {
     tile.statistics[i].unit = unit_of(tile.values + i * tile_stride, keys.count());
   }

@@ -161,11 +161,13 @@ void attend_block(const Seen& seen, const query_window& window, const key_block&
     attend_block(unpacked, window, block, work, what);
   } else if constexpr (has_queries<Seen>) {
     const block_addresses keys(seen.keys, block, block);
-    const auto* packed = static_cast<const typename product_of<Seen>::packed*>(work.packed);
+    const auto queries = queries_of(
+        seen, block.kv_head, static_cast<const typename product_of<Seen>::packed*>(work.packed));
     if (what == leaves::logits) {
-      fill_logits(seen, window, block, keys, packed, work.tile);
-    } else if (what == leaves::values || !summarise(seen, window, block, keys, packed, work.tile)) {
-      attend(seen, window, block, keys, packed, work.tile);
+      fill_logits(queries, window, block.tokens, keys, work.tile);
+    } else if (what == leaves::values ||
+               !summarise(queries, window, block.tokens, keys, work.tile)) {
+      attend(queries, window, block.tokens, keys, work.tile);
     }
   } else {
     attend(seen, window, block, work.tile);

@@ -27,26 +27,19 @@ inline constexpr index_t tile_stride = chunk_tokens + 16;
 /// several short streams and guesses too late. At most fetched_tokens ahead.
 inline constexpr index_t fetched_soon = 4 << 10, fetched_later = 16 << 10, fetched_tokens = 128;
 
-/// How the queries and keys of an observation are multiplied.
-template <class Seen>
-struct product_of;
-template <class Query, class Keys>
-struct product_of<query_observation<Query, Keys>>
-    : product<Query, std::remove_const_t<typename Keys::element_type>> {
-  static_assert(element<std::remove_const_t<typename Keys::element_type>>,
-                "keys are float, half or bfloat16 (Eigen's types, f16_bits or bf16_bits)");
-};
+template <class Keys>
+using key_of = std::remove_const_t<typename Keys::element_type>;
 
-/// Where the keys of a block are, and those that come after them.
-template <row_source Keys>
+/// Where the keys of a block are, and those that come after them: all that is left of a layout, so
+/// that what multiplies is compiled once for all of them.
+template <class Key>
 class block_addresses {
  public:
-  using key = std::remove_const_t<typename Keys::element_type>;
-
+  template <row_source Keys>
   block_addresses(const Keys& keys, const key_block& block, const key_block& next) noexcept
       : count_(locate(keys, block, chunk_tokens, at_, dim_stride_)) {
     if (count_ == 0) return;
-    const index_t key_bytes = keys.head_dim() * static_cast<index_t>(sizeof(key));
+    const index_t key_bytes = keys.head_dim() * static_cast<index_t>(sizeof(Key));
     soon_ = std::min(fetched_soon / key_bytes, fetched_tokens);
     later_ = std::min(fetched_later / key_bytes, fetched_tokens);
     const index_t tiles = (count_ + tile_tokens - 1) / tile_tokens * tile_tokens;
@@ -59,13 +52,14 @@ class block_addresses {
   [[nodiscard]] index_t count() const noexcept { return count_; }
   [[nodiscard]] index_t dim_stride() const noexcept { return dim_stride_; }
   /// From token t on.
-  [[nodiscard]] key_addresses<key> from(index_t t) const noexcept {
+  [[nodiscard]] key_addresses<Key> from(index_t t) const noexcept {
     return {at_ + t, at_ + t + soon_, at_ + t + later_};
   }
 
  private:
   /// Writes where the first `most` tokens of a block are, and returns how many there are.
-  static index_t locate(const Keys& keys, const key_block& block, index_t most, const key** at,
+  template <class Keys>
+  static index_t locate(const Keys& keys, const key_block& block, index_t most, const Key** at,
                         index_t& dim_stride) noexcept {
     const index_t count = std::min(most, block.tokens.end - block.tokens.begin);
     for (index_t done = 0; done < count;) {
@@ -78,20 +72,52 @@ class block_addresses {
     return count;
   }
 
-  alignas(64) const key* at_[static_cast<std::size_t>(chunk_tokens + tile_tokens + fetched_tokens)];
+  alignas(64) const Key* at_[static_cast<std::size_t>(chunk_tokens + tile_tokens + fetched_tokens)];
   index_t dim_stride_ = 1, soon_ = 0, later_ = 0;
   index_t count_;
 };
+template <class Keys>
+block_addresses(const Keys&, const key_block&, const key_block&) -> block_addresses<key_of<Keys>>;
+
+/// How the queries and keys of an observation are multiplied.
+template <class Seen>
+struct product_of_observation;
+template <class Query, class Keys>
+struct product_of_observation<query_observation<Query, Keys>> {
+  static_assert(element<key_of<Keys>>,
+                "keys are float, half or bfloat16 (Eigen's types, f16_bits or bf16_bits)");
+  using type = product<Query, key_of<Keys>>;
+};
+template <class Seen>
+using product_of = typename product_of_observation<Seen>::type;
+
+/// The packed queries of one KV head, and how they attend.
+template <class Product>
+struct head_queries {
+  const typename Product::packed* packed;  ///< [q_head of the KV head, window, packed_dim]
+  index_t first_head, heads;               ///< q_heads of the KV head
+  index_t head_dim;
+  float scale;
+  const attention_params<>& attention;
+};
+
+template <class Query, class Keys>
+[[nodiscard]] auto queries_of(
+    const query_observation<Query, Keys>& seen, index_t kv_head,
+    const typename product_of<query_observation<Query, Keys>>::packed* packed) noexcept {
+  const index_t heads = seen.q_heads() / seen.kv_heads();
+  return head_queries<product_of<query_observation<Query, Keys>>>{
+      packed, kv_head * heads, heads, seen.head_dim(), seen.scale(), seen.info.attention};
+}
 
 /// values [row, tile_stride] = scale * queries [row, packed_dim] . keys [block]. gathered:
 /// [tile_tokens, head_dim], used where head_dim is not contiguous. Writes up to three results past
 /// the block's end.
-template <class Product, class Keys>
-void store_logits(const block_addresses<Keys>& keys, const typename Product::packed* queries,
-                  index_t rows, index_t head_dim, float scale,
-                  typename block_addresses<Keys>::key* gathered, float* values) noexcept {
-  using key = typename block_addresses<Keys>::key;
-  const auto multiply = [&](key_addresses<key> at, index_t start, index_t count) {
+template <class Product, class Key>
+void store_logits(const block_addresses<Key>& keys, const typename Product::packed* queries,
+                  index_t rows, index_t head_dim, float scale, Key* gathered,
+                  float* values) noexcept {
+  const auto multiply = [&](key_addresses<Key> at, index_t start, index_t count) {
     for_each_tile<Product>(queries, rows, head_dim, [&](auto n, index_t row, const auto* tile) {
       dot_rows<Product, n()>(tile, at, count, head_dim, [&](index_t i, index_t t, const lanes& x) {
         float results[lane_count];
@@ -110,9 +136,9 @@ void store_logits(const block_addresses<Keys>& keys, const typename Product::pac
     return;
   }
   for (index_t t = 0; t < keys.count(); t += tile_tokens) {
-    const key* copies[4];
+    const Key* copies[4];
     for (index_t i = 0; i < tile_tokens; ++i) {
-      key* copy = gathered + i * head_dim;
+      Key* copy = gathered + i * head_dim;
       for (index_t d = 0; d < head_dim; ++d) {
         copy[d] = keys.from(t).now[i][d * keys.dim_stride()];
       }
@@ -147,10 +173,8 @@ inline void cap_softly(float* logits, index_t count, double cap) noexcept {
 }
 
 /// Turns scaled q.k of one row into logits, -inf where the row does not see the token.
-template <class Query, class Keys>
-void finish_logits(const query_observation<Query, Keys>& seen, const query_window& window,
-                   index_t q_head, index_t row, token_range range, float* logits) noexcept {
-  const auto& params = seen.info.attention;
+inline void finish_logits(const attention_params<>& params, const query_window& window,
+                          index_t q_head, index_t row, token_range range, float* logits) noexcept {
   const index_t count = range.end - range.begin;
   if (params.soft_cap > 0) cap_softly(logits, count, double{params.soft_cap});
   const token_range visible = window.visible(row);

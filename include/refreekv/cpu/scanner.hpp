@@ -173,9 +173,9 @@ class scanner {
     const key_block block = block_of(at);
     if constexpr (has_queries<Seen>) {
       const block_addresses keys(seen_.keys, block, block_of(next));
-      const auto* queries = packed(at.sequence, at.kv_head);
-      if (what == leaves::values || !summarise(seen_, window, block, keys, queries, tile)) {
-        attend(seen_, window, block, keys, queries, tile);
+      const auto queries = queries_of(seen_, at.kv_head, packed(at.sequence, at.kv_head));
+      if (what == leaves::values || !summarise(queries, window, block.tokens, keys, tile)) {
+        attend(queries, window, block.tokens, keys, tile);
       }
     } else {
       attend(seen_, window, block, tile);
