@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 
 tests/install_packages.sh libeigen3-dev libbenchmark-dev gnuplot-nox python3
 command -v ninja > /dev/null && export CMAKE_GENERATOR="${CMAKE_GENERATOR-Ninja}"
-cmake -S . -B build/bench -DCMAKE_CXX_FLAGS=-march=native -DREFREEKV_TESTS=OFF \
-  -DREFREEKV_EXAMPLES=OFF
+cmake -S . -B build/bench -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS=-march=native \
+  -DREFREEKV_TESTS=OFF -DREFREEKV_EXAMPLES=OFF
 cmake --build build/bench --parallel "$(nproc)"
 
 rows='select/(llama3_8b/|qwen2_5_7b/bf16/.*:(8192|131072)/|smollm2/(bf16|fp32)/.*:8192/)'

@@ -229,7 +229,7 @@ Cache any_layout(Cache cache) {
 
 #else
 
-/// A cache of any layout. The library asks a layout for its sizes and for runs of rows, and for
+/// A cache of any layout. The library asks a row_source for its sizes and for runs of rows, and for
 /// nothing else: what is tested with all of them is compiled for one.
 template <class T>
 class any_cache {

@@ -31,14 +31,14 @@ TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") 
     for (float& v : sequence) v = random.normal();
   }
   const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
+  const std::size_t number = GENERATE(range(std::size_t{0}, layout_kinds));
   const policy::refreekv layer{}, head{.threshold = 0.1, .scope = cut_scope::kv_head};
   for (const auto& rule : {layer, head}) {
     const auto on = divided<1>();
-    for_each_layout<Eigen::bfloat16>(p.keys, [&](const char* layout, const auto& keys) {
+    with_layout<Eigen::bfloat16>(number, p.keys, [&](const char* layout, const auto& keys) {
       INFO(layout);
-      // One cache of each layout for the values, of another type.
-      for_each_layout<float>(values, [&](const char* value_layout, const auto& value_cache) {
-        if (std::string(layout) != value_layout) return;
+      // The values in the same layout, of another type.
+      with_layout<float>(number, values, [&](const char*, const auto& value_cache) {
         const auto seen = observe(p.query_view(), keys.source(), p.info());
         std::vector<std::byte> scratch(workspace_size(rule, on, seen));
         std::vector<kept_range> kept(size(p.sequences() * rule.groups(seen)));
@@ -71,6 +71,31 @@ TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") 
       });
     });
   }
+}
+
+template <class Cache>
+void check_alone(const problem& p, const Cache& cache) {
+  const auto source = cache.source();
+  static_assert(kv_source<decltype(source)>);
+  const policy::refreekv rule{.threshold = 0.1, .window = 3};
+  const dense_cache<float> dense_keys(p.keys);
+  const selection expected =
+      ok(run_select(rule, divided<1>(), observe(p.query_view(), dense_keys.source(), p.info())));
+  const selection got =
+      ok(run_select(rule, divided<1>(), observe(p.query_view(), source, p.info())));
+  CHECK(got.kept == expected.kept);
+  const view<const kept_range, 2> cuts(got.kept.data(), {p.sequences(), 1});
+  REQUIRE(compact(divided<1>(), cuts, compaction::suffix_down, source) == status::ok);
+  CHECK(cache.untouched());
+  CHECK(source.run_at(0, 1, got.at(0).sinks).data[0] == p.keys.at(0, 1, got.at(0).cut, 0));
+}
+
+TEST_CASE("each type of source selects and compacts by itself", "[contract]") {
+  const problem p = random_problem(base_seed() + 12);
+  check_alone(p, dense_cache<float>(p.keys, axis_order::token_head_dim));
+  check_alone(p, paged_cache<float>(p.keys, 16));
+  check_alone(p, paged_cache<float, std::int64_t>(p.keys, 16));
+  check_alone(p, segmented_cache<float>(p.keys));
 }
 
 TEST_CASE("compaction gathers positions in every layout, bit for bit", "[contract]") {

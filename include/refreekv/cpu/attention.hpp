@@ -32,13 +32,14 @@ bool summarise(const head_queries<Product>& queries, const query_window& window,
     return false;
   }
   const index_t rows = queries.heads * window.rows, head_dim = queries.head_dim;
+  const float scale = queries.scale;
   auto at = keys.from(0);
   bool fit = true;
   for_each_tile<Product>(queries.packed, rows, head_dim, [&](auto n, index_t row, const auto* q) {
     running_statistics running[std::size_t{result_registers(n())}];
     dot_rows<Product, n()>(q, at, keys.count(), head_dim,
                            [&](index_t i, index_t t, const lanes& x) {
-                             const lanes logits = x * queries.scale;
+                             const lanes logits = x * scale;
                              if (t == 0) {
                                running[i].start(logits);
                              } else {

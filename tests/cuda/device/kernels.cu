@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every policy and verb on the CUDA backend, for every element type and layout: this compiles, for
-// all architectures, where there is no device to run it.
+// Every policy and verb on the CUDA backend, for every element type and layout: this compiles
+// where there is no device to run it.
 #include "refreekv/cuda.cuh"
 
 using namespace refreekv;
