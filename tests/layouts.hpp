@@ -39,6 +39,12 @@ void round_to(std::vector<float>& values) {
   for (float& v : values) v = to_float(to_element<T>(v));
 }
 
+template <class T>
+void round_problem(problem& p) {
+  round_to<T>(p.queries);
+  for (auto& values : p.keys.values) round_to<T>(values);
+}
+
 inline std::size_t size(index_t n) { return static_cast<std::size_t>(n); }
 
 /// Storage that knows which of its elements are rows.
@@ -322,6 +328,7 @@ void with_layout(std::size_t i, const plain_rows& rows, const F& f) {
   }
 }
 
+/// The same for one cache of each layout.
 template <class T, class F>
 void for_each_layout(const plain_rows& rows, const F& f) {
   for (std::size_t i = 0; i < layout_kinds; ++i) with_layout<T>(i, rows, f);

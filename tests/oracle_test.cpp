@@ -9,12 +9,6 @@ namespace {
 
 constexpr unsigned problems_of_each_type = affordable(700);
 
-template <class T>
-void round_problem(problem& p) {
-  round_to<T>(p.queries);
-  for (auto& values : p.keys.values) round_to<T>(values);
-}
-
 }  // namespace
 
 TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]", float,

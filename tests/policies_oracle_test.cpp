@@ -105,12 +105,6 @@ void observe_as(problem& p, Cache of_keys, index_t layer, const Check& check) {
   CHECK(cache.untouched());
 }
 
-template <class T>
-void round_problem(problem& p) {
-  round_to<T>(p.queries);
-  for (auto& values : p.keys.values) round_to<T>(values);
-}
-
 /// Ready rows, in float; the oracle sees the same numbers. In steps of 1/32, on which all
 /// arithmetic is exact where groups have no thirds, many scores are equal.
 template <class Check>

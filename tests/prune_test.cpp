@@ -21,6 +21,24 @@ auto ok = [](const selection& s) {
   return s;
 };
 
+/// As a dense cache's rows decide, and what stays is there after compaction.
+template <class Cache>
+void check_alone(const problem& p, const Cache& cache) {
+  const auto source = cache.source();
+  static_assert(kv_source<decltype(source)>);
+  const policy::refreekv rule{.threshold = 0.1, .window = 3};
+  const dense_cache<float> dense_keys(p.keys);
+  const selection expected =
+      ok(run_select(rule, divided<1>(), observe(p.query_view(), dense_keys.source(), p.info())));
+  const selection got =
+      ok(run_select(rule, divided<1>(), observe(p.query_view(), source, p.info())));
+  CHECK(got.kept == expected.kept);
+  const view<const kept_range, 2> cuts(got.kept.data(), {p.sequences(), 1});
+  REQUIRE(compact(divided<1>(), cuts, compaction::suffix_down, source) == status::ok);
+  CHECK(cache.untouched());
+  CHECK(source.run_at(0, 1, got.at(0).sinks).data[0] == p.keys.at(0, 1, got.at(0).cut, 0));
+}
+
 }  // namespace
 
 TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") {
@@ -71,23 +89,6 @@ TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") 
       });
     });
   }
-}
-
-template <class Cache>
-void check_alone(const problem& p, const Cache& cache) {
-  const auto source = cache.source();
-  static_assert(kv_source<decltype(source)>);
-  const policy::refreekv rule{.threshold = 0.1, .window = 3};
-  const dense_cache<float> dense_keys(p.keys);
-  const selection expected =
-      ok(run_select(rule, divided<1>(), observe(p.query_view(), dense_keys.source(), p.info())));
-  const selection got =
-      ok(run_select(rule, divided<1>(), observe(p.query_view(), source, p.info())));
-  CHECK(got.kept == expected.kept);
-  const view<const kept_range, 2> cuts(got.kept.data(), {p.sequences(), 1});
-  REQUIRE(compact(divided<1>(), cuts, compaction::suffix_down, source) == status::ok);
-  CHECK(cache.untouched());
-  CHECK(source.run_at(0, 1, got.at(0).sinks).data[0] == p.keys.at(0, 1, got.at(0).cut, 0));
 }
 
 TEST_CASE("each type of source selects and compacts by itself", "[contract]") {
