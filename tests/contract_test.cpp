@@ -230,6 +230,69 @@ TEST_CASE("sequences do not influence each other", "[contract]") {
   });
 }
 
+TEST_CASE("a batch of different numbers of rows is decided as each sequence with its own rows",
+          "[contract]") {
+  problem batch = random_problem(base_seed() + 8, {300, 77, 280, 5, 0, 90});
+  batch.row_counts = {1, 3, 2, 3, 0, 0};
+  std::vector<problem> alone;
+  for (index_t s = 0; s < batch.sequences(); ++s) {
+    const index_t rows = batch.row_counts[size(s)], missing = batch.window - rows;
+    alone.emplace_back(2, 3, 16, rows, std::vector<position_t>{batch.lengths[size(s)]});
+    alone.back().keys.values[0] = batch.keys.values[size(s)];
+    for (index_t r = 0; r < batch.window; ++r) {
+      for (index_t h = 0; h < batch.q_heads(); ++h) {
+        for (index_t d = 0; d < batch.head_dim; ++d) {
+          if (r < missing)
+            batch.query(s, r, h, d) = std::numeric_limits<float>::quiet_NaN();
+          else
+            alone.back().query(0, r - missing, h, d) = batch.query(s, r, h, d);
+        }
+      }
+    }
+  }
+  const dense_cache<float> keys(batch.keys);
+  for_each_case([&](const auto& rule, const auto& on) {
+    const outcome all = ok(run(rule, on, observe(batch.query_view(), keys.source(), batch.info())));
+    for (index_t s = 0; s < batch.sequences(); ++s) {
+      INFO("sequence " << s);
+      const auto n = size(batch.lengths[size(s)]);
+      if (alone[size(s)].window == 0 && n > 0) {  // nothing says what is needed
+        using rule_type = std::decay_t<decltype(rule)>;
+        const bool looks = !std::same_as<rule_type, policy::streaming_llm>;
+        for (index_t g = 0; g < all.groups && looks; ++g) CHECK(all.at(s, g).size() == n);
+        continue;
+      }
+      const dense_cache<float> own(alone[size(s)].keys);
+      const outcome one = ok(
+          run(rule, on, observe(alone[size(s)].query_view(), own.source(), alone[size(s)].info())));
+      for (index_t g = 0; g < all.groups; ++g) CHECK(all.at(s, g) == one.at(0, g));
+    }
+  });
+}
+
+TEST_CASE("an engine hears that nothing was decided", "[contract]") {
+  problem p = random_problem(base_seed() + 9, {300, 280, 3, 0, 250});
+  p.row_counts = {3, 3, 3, 3, 0};
+  p.keys.at(0, 0, 150, 3) = std::numeric_limits<float>::quiet_NaN();
+  const dense_cache<float> keys(p.keys);
+  const std::vector<bool> expected{true, false, false, false, true};
+  for_each_case([&](const auto& rule, const auto& on) {
+    using rule_type = std::decay_t<decltype(rule)>;
+    state s;
+    const auto seen = s.attach(rule, observe(p.query_view(), keys.source(), p.info()));
+    for (index_t i = 0; i < p.sequences(); ++i) {
+      INFO("sequence " << i);
+      bool undecided = false;
+      if constexpr (std::same_as<decision_of<rule_type, host_memory>, kept_ranges<>>) {
+        undecided = run_select(rule, on, seen).at(i).undecided;
+      } else {
+        undecided = run_ranked(rule, on, seen).counts[size(2 * i)].undecided;
+      }
+      CHECK(undecided == (expected[size(i)] && !std::same_as<rule_type, policy::streaming_llm>));
+    }
+  });
+}
+
 TEST_CASE("permuting KV heads permutes the result", "[contract]") {
   const problem p = random_problem(base_seed() + 2);
   problem swapped = p;

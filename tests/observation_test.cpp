@@ -66,6 +66,33 @@ TEST_CASE("queries that do not fit the keys are refused in words", "[observation
   CHECK(refused({1, 1, 4, 8}, info).find("sliding_window") == 0);
 }
 
+TEST_CASE("counts and ends of rows that cannot be are refused in words", "[observation]") {
+  const problem p(2, 2, 8, 3, {7, 0});
+  const dense_cache<float> cache(p.keys);
+  const auto refused = [&](std::vector<position_t> counts, std::vector<position_t> ends) {
+    layer_info<> info{.layer = 5};
+    if (!counts.empty()) info.rows.counts = {counts.data(), {static_cast<index_t>(counts.size())}};
+    if (!ends.empty()) {
+      info.rows.ends = {ends.data(), {static_cast<index_t>(ends.size()) / 3, 3}};
+    }
+    const std::string of_queries = why(observe(p.query_view(), cache.source(), info).invalid());
+    const std::vector<float> rows(2 * 3 * 4 * 7);
+    const lengths_view<> lengths(p.lengths.data(), {2});
+    const view attention(rows.data(), {2, 3, 4, 7});
+    CHECK(of_queries == why(observe_rows(attention, 2, lengths, info).invalid()));
+    return of_queries;
+  };
+  CHECK(refused({3, 0}, {}) == "");
+  CHECK(refused({0, 3}, {5, 6, 7, 0, 0, 0}) == "");
+  CHECK(refused({3}, {}).find("row counts must be") == 0);
+  CHECK(refused({4, 0}, {}).find("a row count is outside") == 0);
+  CHECK(refused({-1, 0}, {}).find("a row count is outside") == 0);
+  CHECK(refused({}, {7, 7, 7}).find("row ends must be") == 0);
+  CHECK(refused({}, {7, 8, 7, 0, 0, 0}).find("a row end is outside") == 0);
+  CHECK(refused({}, {0, 7, 7, 0, 0, 0}).find("a row end is outside") == 0);
+  CHECK(refused({2, 0}, {0, 7, 7, 0, 0, 0}) == "");  // of a row that does not exist
+}
+
 TEST_CASE("rows that cannot be are refused in words", "[observation]") {
   const std::vector<float> values(100);
   const view rows(values.data(), {1, 1, 4, 10});

@@ -45,6 +45,8 @@ class guarded_rows {
     if constexpr (std::is_same_v<T, refreekv::page_plan>) {
       return a.first == b.first && a.last == b.last && a.freed == b.freed &&
              a.sinks_move == b.sinks_move && a.first_slot == b.first_slot;
+    } else if constexpr (std::is_same_v<T, refreekv::kept_range>) {
+      return a == b;
     } else {
       return std::memcmp(&a, &b, sizeof a) == 0;
     }

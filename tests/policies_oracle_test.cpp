@@ -46,6 +46,7 @@ void add_options(problem& p, random_source& random) {
   if (random.chance(0.1)) p.sliding_window = random.one_of<count_t>({5, 30, 5000});
   if (random.chance(0.1)) some(p.alibi_slopes, 0, 0.5f);
   if (random.chance(0.1)) some(p.sink_logits, -5, 5);
+  add_rows(p, random);
 }
 
 /// rows: what the observation shows at most; budget: what is kept of a long sequence.
@@ -84,7 +85,7 @@ attention_rows attend(const problem& p, index_t sequence) {
   for (index_t h = 0; h < rows.q_heads; ++h) {
     for (index_t r = 0; r < rows.window; ++r) {
       for (index_t t = 0; t < rows.tokens; ++t) {
-        if (!reference::sees(rows.tokens, rows.window, r, t, p.sliding_window)) {
+        if (!p.sees(sequence, r, t)) {
           rows.values[size((h * rows.window + r) * rows.tokens + t)] = 0;
         }
       }
@@ -167,7 +168,8 @@ std::string described(const problem& p) {
          std::to_string(p.group) + ", dim " + std::to_string(p.head_dim) + ", sliding window " +
          std::to_string(index_t{p.sliding_window}) + ", soft cap " + std::to_string(p.soft_cap) +
          ", " + std::to_string(p.alibi_slopes.size()) + " slopes, " +
-         std::to_string(p.sink_logits.size()) + " sinks";
+         std::to_string(p.sink_logits.size()) + " sinks, " + std::to_string(p.row_counts.size()) +
+         " row counts, " + std::to_string(p.row_ends.size()) + " row ends";
 }
 
 /// draw(random) is a `drawn`; disagree(rule, layer, rows, kept [kv_head]) says in what.
@@ -224,14 +226,14 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 class carried_scores {
  public:
   carried_scores(const std::vector<attention_rows>& rows, index_t kv_heads, index_t capacity,
-                 index_t new_rows, random_source& random)
+                 random_source& random)
       : sequences_(static_cast<index_t>(rows.size())),
         kv_heads_(kv_heads),
         capacity_(capacity + 3),
         values_(size(sequences_ * kv_heads * capacity_), std::numeric_limits<float>::quiet_NaN()) {
     for (index_t s = 0; s < sequences_; ++s) {
       for (index_t h = 0; h < kv_heads; ++h) {
-        for (index_t t = 0; t < rows[size(s)].tokens - new_rows; ++t) {
+        for (index_t t = 0; t < rows[size(s)].first_new; ++t) {
           view()(s, h, t) = std::abs(random.normal());
         }
       }
@@ -285,7 +287,7 @@ TEST_CASE("h2o agrees with the oracle, and so do the scores it carries", "[oracl
     INFO("REFREEKV_SEED=" << seed << " window " << index_t{rule.window} << " " << described(p));
     observe_somehow(p, random, 5, [&](const auto& seen, const auto& rows) {
       const index_t shown = carries ? p.window : std::min<index_t>(rule.window, p.window);
-      carried_scores before(rows, seen.kv_heads(), seen.capacity(), shown, random);
+      carried_scores before(rows, seen.kv_heads(), seen.capacity(), random);
       carried_scores after = before, after_seven = before;
       const auto select = [&](const auto& backend, carried_scores& state) {
         return carries ? run_ranked(rule, backend, refreekv::with_scores(seen, state.view()))
@@ -579,7 +581,10 @@ class cascade {
     const layer& now = layers_[size(l)];
     const index_t prompt = prompts_[size(s)], most = rule_.budget.of(prompt);
     const index_t left = static_cast<index_t>(now.held[size(s * kv_heads_)].size());
-    if (prompt <= most + rule_.window) return reference::keep_all_heads(kv_heads_, left);
+    const bool is_first = l == finished - 1;
+    if (prompt <= most + rule_.window || (is_first && now.oracle[size(s)].undecided)) {
+      return reference::keep_all_heads(kv_heads_, left);
+    }
     std::vector<double> preferences;
     for (index_t m = 0; m < finished; ++m) preferences.push_back(preference(s, m));
     const index_t total = std::max<index_t>(0, most - rule_.window) * rule_.layers;

@@ -65,22 +65,54 @@ TEST_CASE("options outside their range are named", "[policy]") {
   CHECK(why(cake_decode{.pool = {pool_kind::average, 2}}, seen) == "pool.width");
 }
 
-TEST_CASE("a window of the observation that is too small is refused", "[policy]") {
+TEST_CASE("a rule looks at the rows that there are", "[policy]") {
   problem p(2, 2, 8, 4, {30, 3});
   const dense_cache<float> cache(p.keys);
   const auto seen = observe(p.query_view(), cache.source(), p.info());
   using namespace refreekv::policy;
-  CHECK(why(h2o{}, seen) == "fewer");
-  CHECK(why(h2o{.window = 4}, seen) == "");
-  CHECK(why(snapkv{.window = 5}, seen) == "fewer");
-  CHECK(why(snapkv{.window = 4}, seen) == "");
-  CHECK(why(pyramidkv{.window = 5}, seen) == "fewer");
-  CHECK(why(attention_ranked{.window = 5}, seen) == "fewer");
-  // Scores that are carried on take the rows there are.
+  CHECK(why(h2o{}, seen) == "");
+  CHECK(why(snapkv{.window = 5}, seen) == "");
+  CHECK(why(pyramidkv{.window = 5}, seen) == "");
+  CHECK(why(attention_ranked{.window = 5}, seen) == "");
   std::vector<float> scores(size(2 * 2 * seen.capacity()));
   const scores_view<> all(scores.data(), {2, 2, seen.capacity()});
   CHECK(why(h2o{}, with_scores(seen, all)) == "");
   CHECK(why(h2o{.budget = token_budget::share(0.5)}, with_scores(seen, all)) == "budget");
+}
+
+TEST_CASE("rules that tell layers apart ask which one they see", "[policy]") {
+  problem p(2, 2, 8, 4, {30, 3});
+  const dense_cache<float> cache(p.keys);
+  const auto seen = observe(p.query_view(), cache.source());
+  using namespace refreekv::policy;
+  CHECK(why(attention_ranked{}, seen) == "layer_info::layer");
+  CHECK(why(attention_ranked{.full_layers = 0}, seen) == "");
+  CHECK(why(twilight{}, seen) == "layer_info::layer");
+  CHECK(why(twilight{.full_layers = 0}, seen) == "");
+  CHECK(why(pyramidkv{}, seen) == "layer_info::layer");
+  CHECK(why(h2o{}, seen) == "");
+  CHECK(why(snapkv{}, seen) == "");
+  CHECK(why(cake_decode{}, seen) == "");
+}
+
+TEST_CASE("no budget empties a cache", "[policy]") {
+  problem p(2, 2, 8, 4, {30, 1, 0});
+  random_source random(base_seed());
+  fill(p, random);
+  const dense_cache<float> cache(p.keys);
+  const auto seen = observe(p.query_view(), cache.source(), p.info());
+  const auto keeps_the_newest = [&](const auto& rule) {
+    const ranked_selection kept = run_ranked(rule, divided<1>(), seen);
+    CHECK(kept.at(0, 1) == std::vector<position_t>{29});
+    CHECK(kept.at(1, 1) == std::vector<position_t>{0});
+    CHECK(kept.at(2, 1).empty());
+  };
+  keeps_the_newest(policy::h2o{.budget = 0});
+  keeps_the_newest(policy::h2o{.budget = token_budget::share(0), .recent = 0});
+  keeps_the_newest(policy::cake_decode{.budget = 0, .recent = 0});
+  const policy::streaming_llm rule{.sinks = 0, .budget = 5, .room = 10};
+  CHECK(rule(30) == kept_range{0, 29, 30});
+  CHECK(rule(0) == kept_range{});
 }
 
 TEST_CASE("state of another shape is refused", "[policy]") {

@@ -131,6 +131,47 @@ inline std::vector<choice> keep_all_heads(index_t kv_heads, index_t tokens) {
   return {static_cast<size_t>(kv_heads), keep_all(tokens)};
 }
 
+/// Whether a row exists and leaves numbers in all query heads of a KV head.
+inline bool is_usable(const attention_rows& rows, index_t kv_heads, index_t kv_head, index_t row) {
+  const index_t group = rows.q_heads / kv_heads;
+  bool numbers = rows.exists(row);
+  for (index_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    for (index_t t = 0; t < rows.tokens; ++t) numbers = numbers && !std::isnan(rows.at(h, row, t));
+  }
+  return numbers;
+}
+
+/// The rows without those that are left out of a KV head's scores: 0.
+inline attention_rows usable_rows(attention_rows rows, index_t kv_heads) {
+  const index_t group = rows.q_heads / kv_heads;
+  for (index_t h = 0; h < rows.q_heads; ++h) {
+    for (index_t r = 0; r < rows.window; ++r) {
+      if (is_usable(rows, kv_heads, h / group, r)) continue;
+      for (index_t t = 0; t < rows.tokens; ++t) {
+        rows.values[static_cast<size_t>((h * rows.window + r) * rows.tokens + t)] = 0;
+      }
+    }
+  }
+  return rows;
+}
+
+/// How many of the last `window` rows exist, and whether one of them is left out in any KV head.
+struct row_state {
+  index_t there = 0;
+  bool left_out = false;
+};
+inline row_state state_of(const attention_rows& rows, index_t kv_heads, index_t window) {
+  row_state out;
+  for (index_t r = rows.window - std::min(window, rows.window); r < rows.window; ++r) {
+    if (!rows.exists(r)) continue;
+    ++out.there;
+    for (index_t g = 0; g < kv_heads; ++g) {
+      out.left_out = out.left_out || !is_usable(rows, kv_heads, g, r);
+    }
+  }
+  return out;
+}
+
 /// Sum of the last `window` rows of one query head, for the first `columns` tokens.
 inline scores column_sums(const attention_rows& rows, index_t head, index_t window,
                           index_t columns) {
@@ -202,18 +243,22 @@ struct h2o_result {
 };
 
 /// The `recent` last tokens and, up to `budget` of all, those with the most attention before them.
-/// carried: [kv_head] of the tokens before the rows; empty for a prefill.
+/// carried: [kv_head] of the tokens before the rows; empty for a prefill. Rows that are no numbers
+/// are left out of scores that go on, and keep everything this once.
 inline h2o_result h2o(const attention_rows& rows, index_t kv_heads, index_t budget, index_t recent,
                       index_t window, const std::vector<scores>& carried = {}) {
   const index_t n = rows.tokens;
-  h2o_result out{{}, votes(rows, kv_heads, window, n)};
-  const index_t new_rows = std::min(window, rows.window);
+  if (budget == 0 && recent == 0) recent = 1;  // a cache is never emptied
+  const bool carries = !carried.empty();
+  h2o_result out{{}, votes(carries ? usable_rows(rows, kv_heads) : rows, kv_heads, window, n)};
+  const row_state state = state_of(rows, kv_heads, window);
   for (size_t g = 0; g < carried.size(); ++g) {
-    for (index_t t = 0; t < n - new_rows; ++t) {
+    for (index_t t = 0; t < rows.first_new; ++t) {
       out.sums[g][static_cast<size_t>(t)] += carried[g][static_cast<size_t>(t)];
     }
   }
-  if (n <= std::max(budget, recent) || any_nan(out.sums)) {
+  if (n <= std::max(budget, recent) || any_nan(out.sums) ||
+      (carries ? state.left_out : state.there == 0)) {
     out.kept = keep_all_heads(kv_heads, n);
     return out;
   }
@@ -235,7 +280,9 @@ inline std::vector<scores> snapkv_scores(const attention_rows& rows, index_t kv_
 
 inline std::vector<choice> snapkv(const attention_rows& rows, index_t kv_heads, index_t budget,
                                   index_t window, pool kind, index_t width) {
-  if (rows.tokens <= budget) return keep_all_heads(kv_heads, rows.tokens);
+  if (rows.tokens <= budget || state_of(rows, kv_heads, window).there == 0) {
+    return keep_all_heads(kv_heads, rows.tokens);
+  }
   return top_k(snapkv_scores(rows, kv_heads, window, kind, width), budget - window, rows.tokens);
 }
 
@@ -264,15 +311,24 @@ inline std::optional<index_t> pyramid_budget(index_t tokens, index_t layer, inde
 struct cake_layer {
   double entropy = 0, variance = 0;
   std::vector<scores> indicators;  // [kv_head] of the prefix
+  bool undecided = false;          // a row is left out, or there is none
 };
 
-inline cake_layer cake_statistics(const attention_rows& rows, index_t kv_heads, index_t window,
+inline cake_layer cake_statistics(const attention_rows& all, index_t kv_heads, index_t window,
                                   double gamma, pool kind = pool::average, index_t width = 5) {
-  const index_t w = std::min(window, rows.window);
-  const index_t prefix = std::max<index_t>(0, rows.tokens - window);
-  const double count = static_cast<double>(w);
+  const index_t w = std::min(window, all.window);
+  const index_t prefix = std::max<index_t>(0, all.tokens - window);
+  const attention_rows rows = usable_rows(all, kv_heads);
+  const row_state state = state_of(all, kv_heads, window);
   cake_layer out;
+  out.undecided = state.left_out || state.there == 0;
   out.indicators = group_means(rows.q_heads, kv_heads, [&](index_t h) {
+    double count = 0;
+    const auto is_used = [&](index_t r) {
+      return is_usable(all, kv_heads, h / (rows.q_heads / kv_heads), r);
+    };
+    for (index_t r = rows.window - w; r < rows.window; ++r) count += is_used(r) ? 1 : 0;
+    count = std::max(count, 1.0);
     scores indicator;
     for (index_t t = 0; t < prefix; ++t) {
       double sum = 0, squares = 0;
@@ -283,9 +339,9 @@ inline cake_layer cake_statistics(const attention_rows& rows, index_t kv_heads, 
       }
       const double mean = sum / count;
       for (index_t r = rows.window - w; r < rows.window; ++r) {
-        squares += (rows.at(h, r, t) - mean) * (rows.at(h, r, t) - mean);
+        squares += is_used(r) ? (rows.at(h, r, t) - mean) * (rows.at(h, r, t) - mean) : 0;
       }
-      const double variance = w > 1 ? squares / (count - 1) : 0;
+      const double variance = count > 1 ? squares / (count - 1) : 0;
       out.variance += variance;
       indicator.push_back(mean + gamma * variance);
     }
@@ -375,7 +431,9 @@ inline std::vector<choice> cake_decode(const attention_rows& rows, index_t kv_he
                                        index_t window, pool kind = pool::average,
                                        index_t width = 5) {
   const index_t n = rows.tokens;
-  if (n <= ranked + window) return keep_all_heads(kv_heads, n);
+  if (n <= ranked + window || state_of(rows, kv_heads, 1).there == 0) {
+    return keep_all_heads(kv_heads, n);
+  }
   return top_k(pooled(votes(rows, kv_heads, 1, n - window), kind, width), ranked, n);
 }
 

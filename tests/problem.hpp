@@ -47,6 +47,8 @@ struct problem {
   float scale = 0, soft_cap = 0;
   count_t sliding_window = 0;
   std::vector<float> alibi_slopes, sink_logits;  // [q_head], or empty
+  std::vector<position_t> row_counts;            // [sequence], or empty
+  std::vector<position_t> row_ends;              // [sequence, window], or empty
 
   problem(index_t kv_heads, index_t heads_of_group, index_t dim, index_t rows,
           std::vector<position_t> tokens)
@@ -77,7 +79,23 @@ struct problem {
     i.attention.sliding_window = sliding_window;
     if (!alibi_slopes.empty()) i.attention.alibi_slopes = {alibi_slopes.data(), {q_heads()}};
     if (!sink_logits.empty()) i.attention.sink_logits = {sink_logits.data(), {q_heads()}};
+    if (!row_counts.empty()) i.rows.counts = {row_counts.data(), {sequences()}};
+    if (!row_ends.empty()) i.rows.ends = {row_ends.data(), {sequences(), window}};
     return i;
+  }
+
+  /// The first of a sequence's rows that exists.
+  index_t first_row(index_t s) const {
+    const index_t n = lengths[static_cast<std::size_t>(s)];
+    const index_t given = row_counts.empty() ? 0 : window - row_counts[static_cast<std::size_t>(s)];
+    return n == 0 ? window : row_ends.empty() ? std::max(given, window - n) : given;
+  }
+  bool sees(index_t s, index_t row, index_t token) const {
+    const index_t n = lengths[static_cast<std::size_t>(s)], position = n - window + row;
+    if (row < first_row(s)) return false;
+    const index_t end =
+        row_ends.empty() ? position + 1 : row_ends[static_cast<std::size_t>(s * window + row)];
+    return token < end && (sliding_window == 0 || position - token < sliding_window);
   }
 };
 
@@ -121,6 +139,35 @@ inline void fill(problem& p, random_source& random) {
         for (index_t d = 0; d < p.head_dim; ++d) {
           p.keys.at(s, h, t, d) = random.normal() + pull * p.query(s, p.window - 1, h * p.group, d);
         }
+      }
+    }
+  }
+}
+
+/// Now and then rows that do not exist, with NaN in their place, and rows that see more or less
+/// than what came before them.
+inline void add_rows(problem& p, random_source& random) {
+  if (random.chance(0.25)) {
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      const index_t missing = random.chance(0.3) ? 0 : random.between(0, p.window);
+      p.row_counts.push_back(static_cast<position_t>(p.window - missing));
+      for (index_t r = 0; r < missing; ++r) {
+        for (index_t h = 0; h < p.q_heads(); ++h) {
+          p.query(s, r, h, 0) = std::numeric_limits<float>::quiet_NaN();
+        }
+      }
+    }
+  }
+  if (random.chance(0.2)) {
+    const bool all = random.chance(0.4);
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      const index_t n = p.lengths[static_cast<std::size_t>(s)];
+      for (index_t r = 0; r < p.window; ++r) {
+        // A sliding window leaves something to see.
+        const index_t least =
+            p.sliding_window == 0 ? 1 : std::max<index_t>(1, n - p.window + r + 1);
+        p.row_ends.push_back(
+            static_cast<position_t>(all ? n : random.between(least, std::max(n, least))));
       }
     }
   }

@@ -43,5 +43,6 @@ inline problem random_problem(random_source& random, position_t stretch = 1) {
   if (random.chance(0.3)) p.sliding_window = random.one_of<count_t>({1, 5, 100, 300, 5000});
   if (random.chance(0.3)) some(p.alibi_slopes, 0, 0.5f);
   if (random.chance(0.3)) some(p.sink_logits, -5, 12);
+  add_rows(p, random);
   return p;
 }

@@ -151,8 +151,10 @@ class row_tensor {
     for (index_t r = 0; r < window_; ++r) {
       const index_t row = from.window - window_ + r;
       for (index_t h = 0; h < q_heads_; ++h) {
-        for (index_t t = 0; t < from.tokens - window_ + r + 1; ++t) {
-          to(s, r, h, t) = row < 0 ? 0 : static_cast<float>(from.at(h, row, t));
+        for (index_t t = 0; t < from.tokens; ++t) {
+          if (row < 0 || from.sees(row, t)) {
+            to(s, r, h, t) = row < 0 ? 0 : static_cast<float>(from.at(h, row, t));
+          }
         }
       }
     }

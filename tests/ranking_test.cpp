@@ -22,7 +22,7 @@ TEST_CASE("the best ranked are what best() keeps", "[ranking]") {
       for (index_t count = 0; count < 15; ++count) {
         const kept_range kept = ranking.best(count);
         std::set<index_t> expected;
-        const index_t kept_ranks = std::min(std::max(count, ranking.sinks()), tokens);
+        const index_t kept_ranks = std::min(std::max({count, ranking.sinks(), index_t{1}}), tokens);
         for (index_t rank = 0; rank < kept_ranks; ++rank) expected.insert(ranking.position(rank));
         CAPTURE(tokens, sinks, count);
         REQUIRE(kept.length() == static_cast<index_t>(expected.size()));

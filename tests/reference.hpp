@@ -16,19 +16,24 @@ using refreekv::index_t;
 /// Attention of one sequence; 0 where a row does not see a token or lies before the sequence.
 struct attention_rows {
   index_t q_heads, window, tokens;
-  std::vector<double> values;  // [q_head, window, token]
+  std::vector<double> values;   // [q_head, window, token]
+  std::vector<char> seen = {};  // [window, token]; empty: all rows exist and are causal
+  index_t first_new = tokens - std::min(window, tokens);  // tokens from here on had no score yet
 
   double at(index_t head, index_t row, index_t token) const {
     return values[static_cast<std::size_t>((head * window + row) * tokens + token)];
   }
+  bool sees(index_t row, index_t token) const {
+    return seen.empty() ? token <= tokens - window + row
+                        : seen[static_cast<std::size_t>(row * tokens + token)] != 0;
+  }
+  bool exists(index_t row) const {
+    for (index_t t = 0; t < tokens; ++t) {
+      if (sees(row, t)) return true;
+    }
+    return false;
+  }
 };
-
-inline bool sees(index_t tokens, index_t window, index_t row, index_t token,
-                 index_t sliding_window) {
-  const index_t position = tokens - window + row;
-  if (position < 0 || token > position) return false;
-  return sliding_window == 0 || position - token < sliding_window;
-}
 
 inline attention_rows attend(const problem& p, index_t sequence) {
   const index_t n = p.lengths[static_cast<std::size_t>(sequence)], q_heads = p.q_heads();
@@ -41,7 +46,7 @@ inline attention_rows attend(const problem& p, index_t sequence) {
       double peak = p.sink_logits.empty() ? -std::numeric_limits<double>::infinity()
                                           : double{p.sink_logits[static_cast<std::size_t>(h)]};
       for (index_t t = 0; t < n; ++t) {
-        if (!sees(n, p.window, r, t, p.sliding_window)) continue;
+        if (!p.sees(sequence, r, t)) continue;
         double dot = 0;
         for (index_t d = 0; d < p.head_dim; ++d) {
           dot += double{p.query(sequence, r, h, d)} * double{p.key(sequence, h / p.group, t, d)};
@@ -59,10 +64,14 @@ inline attention_rows attend(const problem& p, index_t sequence) {
                        ? 0
                        : std::exp(double{p.sink_logits[static_cast<std::size_t>(h)]} - peak);
       for (double& v : x) sum += v = std::exp(v - peak);
-      const bool exists = n - p.window + r >= 0;
+      const bool exists = r >= p.first_row(sequence);
       for (double v : x) out.values.push_back(exists ? v / sum : 0);
     }
   }
+  for (index_t r = 0; r < p.window; ++r) {
+    for (index_t t = 0; t < n; ++t) out.seen.push_back(p.sees(sequence, r, t));
+  }
+  out.first_new = p.row_ends.empty() ? n - p.window + p.first_row(sequence) : n;
   return out;
 }
 
@@ -74,7 +83,7 @@ struct decision {
 
 /// The rule for heads [first, last), from section 1 of the paper's statement of it.
 inline decision decide(const attention_rows& rows, index_t first, index_t last,
-                       const refreekv::policy::refreekv& rule, index_t sliding_window = 0) {
+                       const refreekv::policy::refreekv& rule) {
   const index_t n = rows.tokens, m = std::min<index_t>(rule.sinks, n);
   decision d{m, m, std::vector<double>(static_cast<std::size_t>(n), 0.0),
              std::vector<double>(static_cast<std::size_t>(n), 0.0)};
@@ -86,7 +95,7 @@ inline decision decide(const attention_rows& rows, index_t first, index_t last,
     for (index_t t = 0; t < n; ++t) {
       double sum = 0, squares = 0, seen = 0;
       for (index_t r = skipped; r < rows.window; ++r) {
-        if (!sees(n, rows.window, r, t, sliding_window)) continue;
+        if (!rows.sees(r, t)) continue;
         sum += rows.at(h, r, t);
         squares += rows.at(h, r, t) * rows.at(h, r, t);
         seen += 1;

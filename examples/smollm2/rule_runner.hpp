@@ -47,21 +47,14 @@ class rule_runner {
     }
   }
 
-  // Any rule that needs to see no other layer. With keep_everything nothing is decided. Of a prompt
-  // that is shorter than the rule's window, or of what is left of it behind a cached prefix, the
-  // rule looks at the queries that there are.
+  // Any rule that needs to see no other layer. With keep_everything nothing is decided.
   template <class Seen>
   void decide(const pruning_rule& rule, const Seen& seen, layer_pruning& result) {
     std::visit(
-        [&]<class Rule>(Rule each) {
+        [&]<class Rule>(const Rule& each) {
           if constexpr (std::same_as<Rule, refreekv::policy::cake>) {
             throw std::runtime_error("cake shares its budget among layers: it needs all of them");
           } else if constexpr (!std::same_as<Rule, keep_everything>) {
-            if constexpr (requires { each.window; }) {
-              if (each.window > seen.window()) {
-                each.window = static_cast<refreekv::count_t>(seen.window());
-              }
-            }
             decide(each, seen, result);
           }
         },

@@ -62,16 +62,20 @@ namespace refreekv::inline v0 {
 ///   `ranking_scratch take_ranking_scratch(arena&, B, seen)`: what the backend needs for the
 ///   primitives below that are given them.
 ///
-/// - `attention_sums(B, score_rows, seen, scores, scratch)`: the attention that each token receives
-///   from the last rows, summed, in place of its score or, where it is carried, on top of it. With
-///   as many heads as there are KV heads, a score is the mean over the query heads of its group;
-///   otherwise heads are query heads. NaN stays NaN, and what is below 1e-37 of a row counts as 0.
-///   O(q_heads * rows * tokens * head_dim).
+/// - `attention_sums(B, score_rows, seen, scores, counts, scratch)`: the attention that each token
+///   receives from the last rows, summed, in place of its score or, where it is carried, on top of
+///   it. With as many heads as there are KV heads, a score is the mean over the query heads of its
+///   group; otherwise heads are query heads. NaN stays NaN unless scores are carried, and what is
+///   below 1e-37 of a row counts as 0. counts [sequence, kv_head]: `undecided` becomes whether a
+///   row without a softmax was left out of carried scores, or there is no row and nothing is
+///   carried. O(q_heads * rows * tokens * head_dim).
 ///
-/// - `attention_spread(B, rows, gain, seen, scores, totals, scratch)`: the same attention of tokens
-///   before the last `rows`, but the mean over the rows plus `gain` times their unbiased variance
-///   (0 for one row). Into totals [sequence, 2] the sums over tokens and query heads of the entropy
-///   -a ln(a + 1e-10), of all rows, and of the variance. (arXiv 2503.12491, section 4)
+/// - `attention_spread(B, rows, recent, gain, seen, scores, counts, totals, scratch)`: the same
+///   attention of tokens before the last `recent`, but the mean over the rows plus `gain` times
+///   their unbiased variance (0 for one row). Into totals [sequence, 2] the sums over tokens and
+///   query heads of the entropy -a ln(a + 1e-10), of all rows, and of the variance. Rows without a
+///   softmax are left out, and `undecided` says so, or that there is no row. (arXiv 2503.12491,
+///   section 4)
 ///
 /// - `pool(B, pooling, quotas, seen, scores, pooled)`: pools along the tokens before the quota's
 ///   recent ones, which neither get a score nor lend theirs. O(tokens * width).
@@ -79,15 +83,15 @@ namespace refreekv::inline v0 {
 /// - `keep_all(B, seen, kept)`: keeps every token. O(tokens).
 ///
 /// - `top_tokens(B, quotas, seen, scores, kept, scratch)`: keeps what each sequence's quota says.
-///   Every KV head of a sequence keeps the same number; NaN in a score before the recent tokens'
-///   keeps all of the sequence. Scores are not looked at where the quota holds all. O(tokens)
-///   expected.
+///   Every KV head of a sequence keeps the same number; a head that is `undecided` already, or has
+///   NaN in a score before the recent tokens', keeps all of the sequence, which is undecided then.
+///   Scores are not looked at where the quota holds all. O(tokens) expected.
 ///
 /// - `top_mass(B, share, sink_start, seen, scores, kept, scratch)`: scores are of query heads. Of
 ///   each, keeps the fewest tokens, the earlier ones among equals, whose scores sum to at least
 ///   `share` of all; a KV head keeps the union over its query heads. Where a query head's scores
-///   are all 0 or any is NaN, its KV head keeps all. With sink_start the set of Twilight's
-///   published kernel. O(tokens) expected, times the steps of a bisection there.
+///   are all 0 or any is NaN, its KV head is undecided and keeps all. With sink_start the set of
+///   Twilight's published kernel. O(tokens) expected, times the steps of a bisection there.
 ///
 /// - `rank_tokens(B, recent, seen, scores, weights, order, norms, scratch)`: order [sequence,
 ///   kv_head, capacity] sorts the tokens before the last `recent` by score, lowest first, later
@@ -98,6 +102,7 @@ namespace refreekv::inline v0 {
 /// - `stop_ranked(B, threshold, recent, seen, norms, order, kept, scratch)`: cuts each head's order
 ///   at the largest index whose loss, by `norms` summed over ranks, is at most the threshold; what
 ///   comes after it and the last `recent` tokens stay, all where nothing can be decided.
+///   `undecided` says which.
 ///
 /// - `select_pages(B, pages, tokens, seen, scores, scratch)`: seen is a query_observation, scores
 ///   are of query heads. Those become 0 whose page is not among the best that hold `tokens` tokens,

@@ -166,7 +166,7 @@ struct norm_scan_buffers {
                                         const double* chunk_norms,
                                         const float* chunk_masses) noexcept {
   const chunking chunks{tokens, scan.sinks};
-  if (!scan.decides(tokens, norms)) return position_ranking(tokens, scan.sinks).all();
+  if (!scan.decides(tokens, norms)) return position_ranking(tokens, scan.sinks).undecided();
   const double baseline = norms[scan.first_chunk()];
   const index_t crossing = scan.crossing(norms, chunks.count());
   const token_range range = chunks[crossing];

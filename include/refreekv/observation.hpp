@@ -8,11 +8,33 @@
 
 namespace refreekv::inline v0 {
 
+/// Which rows of an observation's window exist, and what they see, where that is not every row and
+/// all tokens up to its own. Both views may have strides, and neither is read past the sequences.
+template <class Memory = host_memory>
+struct window_rows {
+  /// [sequence], in [0, window]: the last counts(s) rows are the sequence's, and the values of
+  /// those before them do not matter. No pointer: all rows exist. For sequences that bring
+  /// different numbers of queries in one batch: decoding beside a prefill, hits of a prefix cache,
+  /// the short last piece of a prompt, drafts that are verified.
+  lengths_view<Memory> counts = {};
+  /// [sequence, window], in [1, tokens(s)]: the row sees tokens [0, ends(s, r)). No pointer:
+  /// attention is causal along the cache. For prefixes that see each other (PaliGemma, the images
+  /// of Gemma 3), and for cross attention: there all see all, which the lengths are with a stride
+  /// of 0 along the window. Sliding windows and ALiBi still go by tokens(s) - window + r.
+  view<const position_t, 2, Memory> ends = {};
+};
+
+/// A layer number that nobody gave.
+inline constexpr index_t unknown_layer = -1;
+
 /// What the layer is, besides its tensors.
 template <class Memory = host_memory>
 struct layer_info {
-  index_t layer = 0;  ///< 0-based
+  /// 0-based. Rules that treat layers differently ask for it; it has no default, as every layer
+  /// would be the first one.
+  index_t layer = unknown_layer;
   attention_params<Memory> attention = {};
+  window_rows<Memory> rows = {};
 };
 
 /// One layer of a ragged batch. All sizes are of the whole batch but tokens(sequence).
@@ -59,7 +81,7 @@ template <class O>
 [[nodiscard]] constexpr const char* invalid_layer(const O& seen) noexcept {
   if (seen.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
   if (seen.sequences() > max_count) return "a batch may have 2^31 - 1 sequences at most";
-  if (seen.info.layer < 0) return "layer must be >= 0";
+  if (seen.info.layer < unknown_layer) return "layer must be >= 0";
   if (seen.kv_heads() < 1) return "kv_heads must be >= 1";
   if (seen.q_heads() < 1 || seen.q_heads() > max_count) return "q_heads must be in [1, 2^31 - 1]";
   if (seen.q_heads() % seen.kv_heads() != 0) return "q_heads must be a multiple of kv_heads";
@@ -68,9 +90,26 @@ template <class O>
 
 template <class O>
 [[nodiscard]] constexpr const char* invalid_window(const O& seen) noexcept {
+  const auto& [counts, ends] = seen.info.rows;
+  if (counts.data() != nullptr && (counts.malformed() || counts.extent(0) != seen.sequences())) {
+    return "row counts must be [sequence]";
+  }
+  if (ends.data() != nullptr &&
+      (ends.malformed() || ends.extent(0) != seen.sequences() || ends.extent(1) != seen.window())) {
+    return "row ends must be [sequence, window]";
+  }
   if constexpr (std::same_as<typename O::memory, host_memory>) {
     for (index_t s = 0; s < seen.sequences(); ++s) {
-      if (seen.window() < 1 && seen.tokens(s) > 0) return "a window of no rows";
+      if (counts.data() != nullptr && (counts(s) < 0 || counts(s) > seen.window())) {
+        return "a row count is outside [0, window]";
+      }
+      if (seen.tokens(s) == 0) continue;
+      if (counts.data() == nullptr && seen.window() < 1) return "a window of no rows";
+      const index_t there = counts.data() == nullptr ? seen.window() : index_t{counts(s)};
+      for (index_t r = seen.window() - there; ends.data() != nullptr && r < seen.window(); ++r) {
+        if (ends(s, r) < 1 || ends(s, r) > seen.tokens(s))
+          return "a row end is outside [1, tokens]";
+      }
     }
   }
   return nullptr;
@@ -88,13 +127,31 @@ template <class O>
 
 }  // namespace detail
 
+/// The last `rows` rows of a sequence's window. Requires 0 <= rows <= seen.window().
+template <class Seen>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr query_window window_of(const Seen& seen,
+                                                                    index_t sequence,
+                                                                    index_t rows) noexcept {
+  query_window window{seen.tokens(sequence), rows, seen.info.attention.sliding_window};
+  const auto& [counts, ends] = seen.info.rows;
+  if (counts.data() != nullptr) {
+    const index_t there = counts(sequence);
+    window.missing = there < 0 ? rows : there < rows ? rows - there : 0;
+  }
+  if (ends.data() != nullptr) {
+    window.ends = ends.at(sequence, seen.window() - rows);
+    window.ends_stride = ends.stride(1);
+  }
+  return window;
+}
+
 /// Keys and the last queries: attention is recomputed from them, no attention matrix is needed.
 template <class Query, key_source Keys>
 struct query_observation {
   using memory = typename Keys::memory;
 
   /// [sequence, window, q_head, head_dim], rotated as the keys are; the last row is the query of
-  /// the sequence's last token, whatever its length.
+  /// the sequence's last token, whatever its length. Which rows exist: info.rows.
   view<const Query, 4, memory> queries;
   Keys keys;
   layer_info<memory> info;
@@ -160,11 +217,12 @@ struct row_observation {
   using memory = Memory;
 
   /// [sequence, window, q_head, token]; the last row is that of the sequence's last token. Entries
-  /// past a row's own token are not read, and a row may sum to less than 1.
+  /// that a row does not see are not read: without info.rows those past its own token. A row may
+  /// sum to less than 1.
   view<const Row, 4, Memory> rows;
   index_t kv_head_count;  ///< a divisor of q_heads
   lengths_view<Memory> lengths;
-  layer_info<Memory> info;  ///< of the attention only sliding_window is used
+  layer_info<Memory> info;  ///< of its attention only sliding_window is used
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
     return rows.extent(0);

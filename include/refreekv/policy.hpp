@@ -93,21 +93,23 @@ concept policy_for = backend<Backend> && observation<Seen> && detail::sees_enoug
 
 namespace detail {
 
-/// Null, or that some sequence is longer than the rows there are, of which a rule wants `window`.
-template <attention_observation Seen>
-[[nodiscard]] constexpr const char* too_few_rows(const Seen& seen, count_t window) noexcept {
-  if constexpr (std::same_as<typename Seen::memory, host_memory>) {
-    for (index_t s = 0; s < seen.sequences(); ++s) {
-      const index_t needed = seen.tokens(s) < window ? seen.tokens(s) : index_t{window};
-      if (seen.window() < needed) return "fewer queries than the rule's window";
-    }
-  }
-  return nullptr;
+/// Whether a layer is one of the first, which a rule never prunes.
+template <observation Seen>
+[[nodiscard]] constexpr bool stays_whole(const Seen& seen, count_t full_layers) noexcept {
+  return seen.info.layer != unknown_layer && seen.info.layer < full_layers;
 }
 
-/// Rows of the observation that a window of `window` takes.
+/// Null, or that a rule that leaves the first layers whole does not know which layer it sees.
+template <observation Seen>
+[[nodiscard]] constexpr const char* needs_layer(const Seen& seen, count_t full_layers) noexcept {
+  return full_layers > 0 && seen.info.layer == unknown_layer
+             ? "layer_info::layer is not set: the rule's full_layers need it, or be 0"
+             : nullptr;
+}
+
+/// The most rows that a window of `window` takes of any sequence.
 template <attention_observation Seen>
-[[nodiscard]] constexpr index_t rows_of(const Seen& seen, count_t window) noexcept {
+[[nodiscard]] constexpr index_t most_rows(const Seen& seen, count_t window) noexcept {
   return seen.window() < window ? seen.window() : index_t{window};
 }
 

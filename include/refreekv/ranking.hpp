@@ -20,9 +20,10 @@ class position_ranking {
     return rank < sinks_ ? rank : tokens_ - 1 - (rank - sinks_);
   }
 
-  /// The `count` best, the sinks whatever `count` is; all there are where it exceeds them.
+  /// The `count` best, the sinks whatever `count` is, but one token at least; all there are where
+  /// it exceeds them.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range best(index_t count) const noexcept {
-    const index_t suffix = count - sinks_;
+    const index_t suffix = (count > 0 ? count : 1) - sinks_;
     if (suffix >= tokens_ - sinks_) return all();
     return from(suffix > 0 ? tokens_ - suffix : tokens_);
   }
@@ -32,10 +33,17 @@ class position_ranking {
     return from(sinks_);
   }
 
+  /// All tokens, because there is nothing to decide on.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range undecided() const noexcept {
+    kept_range kept = all();
+    kept.undecided = tokens_ > sinks_;
+    return kept;
+  }
+
   /// The sinks and all from position `cut` on. Requires sinks() <= cut <= tokens.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range from(index_t cut) const noexcept {
     return {static_cast<position_t>(sinks_), static_cast<position_t>(cut),
-            static_cast<position_t>(tokens_), 0, 0};
+            static_cast<position_t>(tokens_)};
   }
 
  private:

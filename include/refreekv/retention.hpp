@@ -19,6 +19,8 @@ struct kept_range {
       0;  ///< the most attention that any row of the window and of this rank's heads
           ///< gives to what went; its output moves by at most
           ///< 2 * dropped_mass * max |v| (ours)
+  /// There was nothing to decide on: NaN or Inf in a query or a key, or no row. All tokens stay.
+  bool undecided = false;
 
   /// Tokens that stay: the physical length.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t length() const noexcept {
@@ -52,8 +54,12 @@ using kept_ranges = view<kept_range, 2, Memory>;
 [[nodiscard]] constexpr kept_range unite(const kept_range& a, const kept_range& b) noexcept {
   const position_t sinks = a.sinks > b.sinks ? a.sinks : b.sinks;
   const position_t cut = a.cut < b.cut ? a.cut : b.cut;
-  return {sinks, cut > sinks ? cut : sinks, a.tokens, a.loss > b.loss ? a.loss : b.loss,
-          a.dropped_mass > b.dropped_mass ? a.dropped_mass : b.dropped_mass};
+  return {sinks,
+          cut > sinks ? cut : sinks,
+          a.tokens,
+          a.loss > b.loss ? a.loss : b.loss,
+          a.dropped_mass > b.dropped_mass ? a.dropped_mass : b.dropped_mass,
+          a.undecided || b.undecided};
 }
 
 /// The smallest range that also holds tokens [begin, end): an instruction, a tool's answer, the

@@ -54,7 +54,8 @@ struct score_ranking {
     status s =
         run::for_each_sequence(on, seen.sequences(), assign_quota<Seen>{seen, work.quotas, quota});
     if (s == status::ok) {
-      s = run::attention_sums(on, score_rows{rows, carried}, what, scores, work.attention);
+      s = run::attention_sums(on, score_rows{rows, carried}, what, scores, kept.counts,
+                              work.attention);
     }
     if (s == status::ok && pool.width > 1) {
       s = run::pool(on, pool, work.quotas, what, scores, own(work.pooled));

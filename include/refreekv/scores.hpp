@@ -53,9 +53,11 @@ struct token_quota {
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr token_quota all() noexcept {
     return {max_count, 0};
   }
-  /// `budget` tokens in all, of which the last `recent` are safe whatever the budget is.
+  /// `budget` tokens in all, of which the last `recent` are safe whatever the budget is. The newest
+  /// token always is: nothing could attend to an empty cache.
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr token_quota of(index_t budget,
                                                                      index_t recent) noexcept {
+    if (budget < 1 && recent < 1) return {0, 1};
     return {budget > recent ? budget - recent : 0, recent};
   }
 };

@@ -103,7 +103,10 @@ class shard {
       index_t sequence, const kept_range& all) const noexcept {
     return {static_cast<position_t>(own_before(sequence, all.sinks)),
             static_cast<position_t>(own_before(sequence, all.cut)),
-            static_cast<position_t>(source_.tokens(sequence)), all.loss, all.dropped_mass};
+            static_cast<position_t>(source_.tokens(sequence)),
+            all.loss,
+            all.dropped_mass,
+            all.undecided};
   }
 
   /// Requires owns(sequence, token).

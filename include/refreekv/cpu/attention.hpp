@@ -17,9 +17,7 @@ struct tile_scratch {
 /// Whether each row sees all of a block, and its logits are scaled products and no more.
 inline bool is_plain(const attention_params<>& params, const query_window& window,
                      token_range tokens) noexcept {
-  return window.first_row() == 0 && window.visible(0).end >= tokens.end &&
-         window.visible(window.rows - 1).begin <= tokens.begin && !(params.soft_cap > 0) &&
-         params.alibi_slopes.data() == nullptr;
+  return window.all_see(tokens) && !(params.soft_cap > 0) && params.alibi_slopes.data() == nullptr;
 }
 
 /// Leaves the statistics of a block's rows and no values; false where they have to be found by

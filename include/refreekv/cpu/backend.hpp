@@ -124,17 +124,18 @@ struct ops<cpu_backend<Executor>> {
 
   template <class Seen>
   static status attention_sums(const backend_type& b, const score_rows& rows, const Seen& seen,
-                               const scores_view<>& scores,
+                               const scores_view<>& scores, const view<kept_count, 2>& counts,
                                const attention_scratch& scratch) noexcept {
-    cpu_detail::attention_sums(b.on, rows, seen, scores, scratch);
+    cpu_detail::attention_sums(b.on, rows, seen, scores, counts, scratch);
     return status::ok;
   }
 
   template <class Seen>
-  static status attention_spread(const backend_type& b, index_t rows, double gain, const Seen& seen,
-                                 const scores_view<>& scores, double* totals,
+  static status attention_spread(const backend_type& b, index_t rows, index_t recent, double gain,
+                                 const Seen& seen, const scores_view<>& scores,
+                                 const view<kept_count, 2>& counts, double* totals,
                                  const attention_scratch& scratch) noexcept {
-    cpu_detail::attention_spread(b.on, rows, gain, seen, scores, totals, scratch);
+    cpu_detail::attention_spread(b.on, rows, recent, gain, seen, scores, counts, totals, scratch);
     return status::ok;
   }
 

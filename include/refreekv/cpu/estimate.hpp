@@ -77,12 +77,11 @@ void select_pages(const Executor& on, const page_bounds<>& pages, index_t tokens
   const index_t group = seen.q_heads() / seen.kv_heads();
   for_each_head(on, seen, group, [&](int worker, index_t s, index_t h) {
     const index_t tokens = seen.tokens(s), size = pages.page_tokens;
-    const index_t count = (tokens + size - 1) / size;
     const index_t wanted =
         std::max<index_t>(1, tokens_kept / size) + (tokens_kept % size != 0 ? 1 : 0);
-    // Pages that a sliding window hides have no score and take no place.
-    const query_window last_row{tokens, 1, seen.info.attention.sliding_window};
-    const index_t first = tokens == 0 ? 0 : last_row.visible(0).begin / size;
+    // Pages that the last row does not see have no score and take no place.
+    const token_range visible = window_of(seen, s, 1).hull();
+    const index_t first = visible.begin / size, count = (visible.end + size - 1) / size;
     if (wanted >= count - first) return;
     for (index_t g = 0; g < group; ++g) {
       const index_t q_head = h * group + g;

@@ -198,28 +198,42 @@ inline void normalise_values(float* values, index_t count, float unit,
   }
 }
 
+/// Whether all that a ready row sees is finite.
+template <class Row>
+[[nodiscard]] bool all_finite(const Row* attention, index_t stride, token_range visible) noexcept {
+  bool finite = true;
+  for (index_t t = visible.begin; t < visible.end; ++t) {
+    finite &= std::isfinite(widen(attention[t * stride]));
+  }
+  return finite;
+}
+
+/// What becomes of a row without a softmax.
+enum class bad_rows {
+  stay,      ///< its attention is NaN
+  left_out,  ///< it is 0, in all query heads of the KV head
+};
+
 /// Calls f(rows, tokens, values) for all blocks of the last `window` rows of one KV head
 /// of one sequence: values [q_head of the KV head, rows] with tile_stride between rows are the
 /// attention to the tokens. Tokens that no row of a block sees are left out. The keys are read
-/// twice for each block of rows.
+/// twice for each block of rows. Returns how many rows were left out.
 template <class Seen, class F>
-void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, index_t window,
-                        const attention_scratch& scratch, const attention_scratch::parts& work,
-                        const F& f) noexcept {
+index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, index_t window,
+                           bad_rows bad, const attention_scratch& scratch,
+                           const attention_scratch::parts& work, const F& f) noexcept {
   const index_t heads = seen.q_heads() / seen.kv_heads();
-  const index_t tokens = seen.tokens(sequence);
-  window = std::min(window, tokens);
-  for (index_t begin = 0; begin < window; begin += scratch.rows) {
+  const query_window all = window_of(seen, sequence, window);
+  index_t left_out = 0;
+  for (index_t begin = all.first_row(); begin < window; begin += scratch.rows) {
     const index_t rows = std::min(scratch.rows, window - begin);
     const Seen part = only_rows(seen, seen.window() - window + begin, rows);
-    // As if the sequence ended with the block's last row.
-    const query_window block_window{tokens - window + begin + rows, rows,
-                                    seen.info.attention.sliding_window};
-    const chunking chunks{block_window.tokens, 0};
-    const index_t first_seen = block_window.visible(0).begin;
+    const query_window block_window = all.part(begin, rows);
+    const token_range hull = block_window.hull();
+    const chunking chunks{hull.end, 0};
     const auto for_each_block = [&](const auto& g) {
       for (index_t c = 0; c < chunks.count(); ++c) {
-        if (chunks[c].end > first_seen) g(c, key_block{sequence, kv_head, chunks[c]});
+        if (chunks[c].end > hull.begin) g(c, key_block{sequence, kv_head, chunks[c]});
       }
     };
     if constexpr (has_queries<Seen>) {
@@ -248,7 +262,19 @@ void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, ind
                                               : -std::numeric_limits<float>::infinity());
       }
     } else {
-      std::fill(work.normalisers, work.normalisers + heads * rows, row_normaliser{0, 1});
+      for (index_t i = 0; i < heads * rows; ++i) {
+        const auto* row = part.rows.at(sequence, i % rows, kv_head * heads + i / rows);
+        const bool exists = bad == bad_rows::stay ||
+                            all_finite(row, part.rows.stride(3), block_window.visible(i % rows));
+        work.normalisers[i] = {0, exists ? 1.0 : 0.0};
+      }
+    }
+    for (index_t r = 0; bad == bad_rows::left_out && r < rows; ++r) {
+      bool exists = true;
+      for (index_t h = 0; h < heads; ++h) exists &= work.normalisers[h * rows + r].exists();
+      if (exists) continue;
+      ++left_out;
+      for (index_t h = 0; h < heads; ++h) work.normalisers[h * rows + r].sum = 0;
     }
     // Logits without digits after the point are exact relative to their peak only.
     const bool from_logits =
@@ -265,7 +291,9 @@ void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, ind
         const index_t to = std::clamp(visible.end, first, last) - first;
         std::fill(values, values + from, 0.0f);
         std::fill(values + to, values + last - first, 0.0f);
-        if (from_logits) {
+        if (bad == bad_rows::left_out && !work.normalisers[i].exists()) {
+          std::fill(values + from, values + to, 0.0f);
+        } else if (from_logits) {
           normalise_logits(values + from, to - from, work.normalisers[i]);
         } else {
           normalise_values(values + from, to - from, work.tile.statistics[i].unit,
@@ -275,6 +303,7 @@ void for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, ind
       f(rows, block.tokens, static_cast<const float*>(work.tile.values));
     });
   }
+  return left_out;
 }
 
 }  // namespace refreekv::inline v0::cpu_detail

@@ -180,9 +180,10 @@ inline void finish_logits(const attention_params<>& params, const query_window& 
   const token_range visible = window.visible(row);
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
+    const index_t position = window.position + row;
     for (index_t t = range.begin; t < range.end; ++t) {
       float& logit = logits[t - range.begin];
-      logit = static_cast<float>(logit + slope * static_cast<double>(t - (visible.end - 1)));
+      logit = static_cast<float>(logit + slope * static_cast<double>(t - position));
     }
   }
   const float hidden = -std::numeric_limits<float>::infinity();

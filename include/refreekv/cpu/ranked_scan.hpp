@@ -55,7 +55,8 @@ void stop_ranked(const Executor& on, double threshold, index_t recent, const See
     const index_t tokens = seen.tokens(s), capacity = seen.capacity();
     const index_t candidates = std::max<index_t>(0, tokens - recent);
     const double* norm = norms + s * capacity;
-    if (candidates == 0 || !norm_scan::decidable(norm[0])) return keep_all(kept, s, h, tokens);
+    if (candidates == 0) return keep_all(kept, s, h, tokens);
+    if (!norm_scan::decidable(norm[0])) return keep_all(kept, s, h, tokens, true);
     norm_scan scan{};
     scan.threshold = threshold;
     const index_t cut = scan.last_allowed(norm, candidates, norm[0]);

@@ -136,7 +136,7 @@ class scanner {
   [[nodiscard]] static index_t size(token_range range) noexcept { return range.end - range.begin; }
 
   [[nodiscard]] query_window window_of(index_t sequence) const noexcept {
-    return {seen_.tokens(sequence), scan_.window, seen_.info.attention.sliding_window};
+    return refreekv::window_of(seen_, sequence, scan_.window);
   }
 
   [[nodiscard]] head_view head(index_t sequence, index_t q_head) const noexcept {

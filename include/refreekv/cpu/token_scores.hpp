@@ -30,7 +30,8 @@ template <class Seen>
 
 template <class Executor, class Seen>
 void attention_sums(const Executor& on, const score_rows& what, const Seen& seen,
-                    const scores_view<>& scores, const attention_scratch& scratch) noexcept {
+                    const scores_view<>& scores, const view<kept_count, 2>& counts,
+                    const attention_scratch& scratch) noexcept {
   const index_t group = seen.q_heads() / seen.kv_heads();
   const index_t heads = scores.extent(1) / seen.kv_heads();  // scores of a KV head
   for_each_head(
@@ -40,9 +41,10 @@ void attention_sums(const Executor& on, const score_rows& what, const Seen& seen
         for (index_t h = 0; h < heads; ++h) {
           std::fill_n(work.sums + h * capacity, tokens, 0.0);
         }
-        for_each_attention(
-            seen, s, kv_head, what.rows, scratch, work,
-            [&](index_t rows, token_range range, const float* values) {
+        const query_window window = window_of(seen, s, what.rows);
+        const index_t left_out = for_each_attention(
+            seen, s, kv_head, what.rows, what.carried ? bad_rows::left_out : bad_rows::stay,
+            scratch, work, [&](index_t rows, token_range range, const float* values) {
               const index_t count = range.end - range.begin;
               for (index_t g = 0; g < group; ++g) {
                 Eigen::Array<float, Eigen::Dynamic, 1, 0, chunk_tokens, 1> sum(count);
@@ -55,7 +57,10 @@ void attention_sums(const Executor& on, const score_rows& what, const Seen& seen
                 Eigen::Map<Eigen::ArrayXd>(sums, count) += sum.template cast<double>();
               }
             });
-        const index_t fresh = tokens - std::min(what.rows, tokens);  // tokens from here on are new
+        counts(s, kv_head).undecided =
+            left_out > 0 || (!what.carried && tokens > 0 && window.count() == 0);
+        // Tokens from here on are new. Rows with ends may be of other tokens.
+        const index_t fresh = window.ends == nullptr ? window.first_own_token() : tokens;
         const double share = heads == 1 ? 1 / static_cast<double>(group) : 1;
         for (index_t h = 0; h < heads; ++h) {
           for (index_t t = 0; t < tokens; ++t) {
@@ -68,42 +73,44 @@ void attention_sums(const Executor& on, const score_rows& what, const Seen& seen
 }
 
 template <class Executor, class Seen>
-void attention_spread(const Executor& on, index_t window, double gain, const Seen& seen,
-                      const scores_view<>& scores, double* totals,
+void attention_spread(const Executor& on, index_t window, index_t recent, double gain,
+                      const Seen& seen, const scores_view<>& scores,
+                      const view<kept_count, 2>& counts, double* totals,
                       const attention_scratch& scratch) noexcept {
   const index_t group = seen.q_heads() / seen.kv_heads();
   for_each_head(
       on, seen, attention_work(seen, window), [&](int worker, index_t s, index_t kv_head) {
         const auto work = scratch.of(worker, seen);
         const index_t tokens = seen.tokens(s), capacity = seen.capacity();
-        const index_t rows_there = std::min(window, tokens);
-        const index_t scored = tokens - rows_there;
+        const query_window there = window_of(seen, s, window);
+        const index_t scored = std::max<index_t>(0, tokens - recent);
         double* squares = work.sums + group * capacity;
         for (index_t g = 0; g < group; ++g) {
           std::fill_n(work.sums + g * capacity, scored, 0.0);
           std::fill_n(squares + g * capacity, scored, 0.0);
         }
         double entropy = 0, variance = 0;
-        for_each_attention(seen, s, kv_head, window, scratch, work,
-                           [&](index_t rows, token_range range, const float* values) {
-                             const index_t count = std::min(range.end, scored) - range.begin;
-                             if (count <= 0) return;
-                             for (index_t i = 0; i < group * rows; ++i) {
-                               const Eigen::Map<const Eigen::ArrayXf> a(values + i * tile_stride,
-                                                                        count);
-                               const index_t at = i / rows * capacity + range.begin;
-                               const auto exact = a.template cast<double>();
-                               Eigen::Map<Eigen::ArrayXd>(work.sums + at, count) += exact;
-                               Eigen::Map<Eigen::ArrayXd>(squares + at, count) += exact.square();
-                               entropy -= double{(a * (a + 1e-10f).log()).sum()};
-                             }
-                           });
-        const auto n = static_cast<double>(rows_there);
+        const index_t left_out = for_each_attention(
+            seen, s, kv_head, window, bad_rows::left_out, scratch, work,
+            [&](index_t rows, token_range range, const float* values) {
+              const index_t count = std::min(range.end, scored) - range.begin;
+              if (count <= 0) return;
+              for (index_t i = 0; i < group * rows; ++i) {
+                const Eigen::Map<const Eigen::ArrayXf> a(values + i * tile_stride, count);
+                const index_t at = i / rows * capacity + range.begin;
+                const auto exact = a.template cast<double>();
+                Eigen::Map<Eigen::ArrayXd>(work.sums + at, count) += exact;
+                Eigen::Map<Eigen::ArrayXd>(squares + at, count) += exact.square();
+                entropy -= double{(a * (a + 1e-10f).log()).sum()};
+              }
+            });
+        counts(s, kv_head).undecided = left_out > 0 || (tokens > 0 && there.count() == 0);
+        const auto n = static_cast<double>(std::max<index_t>(1, there.count() - left_out));
         for (index_t t = 0; t < scored; ++t) {
           double score = 0;
           for (index_t g = 0; g < group; ++g) {
             const double sum = work.sums[g * capacity + t], mean = sum / n;
-            double spread = rows_there < 2 ? 0 : (squares[g * capacity + t] - mean * sum) / (n - 1);
+            double spread = n < 2 ? 0 : (squares[g * capacity + t] - mean * sum) / (n - 1);
             if (spread < 0) spread = 0;
             variance += spread;
             score += mean + gain * spread;

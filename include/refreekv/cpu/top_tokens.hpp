@@ -48,8 +48,8 @@ class position_writer {
   void take_range(index_t begin, index_t end) noexcept {
     for (index_t t = begin; t < end; ++t) take(t);
   }
-  void finish(index_t tokens) noexcept {
-    kept_ = {static_cast<position_t>(count_), static_cast<position_t>(tokens)};
+  void finish(index_t tokens, bool undecided = false) noexcept {
+    kept_ = {static_cast<position_t>(count_), static_cast<position_t>(tokens), undecided};
   }
 
  private:
@@ -59,11 +59,11 @@ class position_writer {
   index_t count_ = 0;
 };
 
-inline void keep_all(const kept_positions<>& kept, index_t sequence, index_t head,
-                     index_t tokens) noexcept {
+inline void keep_all(const kept_positions<>& kept, index_t sequence, index_t head, index_t tokens,
+                     bool undecided = false) noexcept {
   position_writer writer(kept, sequence, head);
   writer.take_range(0, tokens);
-  writer.finish(tokens);
+  writer.finish(tokens, undecided);
 }
 
 /// The smallest of those values that are to be taken, and how many of its equals are, the first
@@ -150,18 +150,17 @@ template <class Executor, class Seen>
 void top_tokens(const Executor& on, const token_quota* quotas, const Seen& seen,
                 const scores_view<>& scores, const kept_positions<>& kept,
                 const selection_scratch& scratch) noexcept {
-  constexpr position_t undecided = -1;
   for_each_head(on, seen, 4, [&](int worker, index_t s, index_t h) {
     const index_t tokens = seen.tokens(s);
     const index_t candidates = std::max<index_t>(0, tokens - quotas[s].recent);
     const index_t ranked = quotas[s].ranked;
+    bool& undecided = kept.counts(s, h).undecided;
+    if (undecided) return;
     if (ranked >= candidates) return keep_all(kept, s, h, tokens);
     const float* row = scores.at(s, h);
     const index_t stride = scores.stride(2);
-    if (any_nan(row, stride, candidates)) {
-      kept.counts(s, h) = {undecided, static_cast<position_t>(tokens)};
-      return;
-    }
+    undecided = any_nan(row, stride, candidates);
+    if (undecided) return;
     value_limit limit{std::numeric_limits<float>::infinity(), 0};
     if (ranked > 0) {
       float* values = scratch.values_of(worker);
@@ -176,11 +175,11 @@ void top_tokens(const Executor& on, const token_quota* quotas, const Seen& seen,
     writer.finish(tokens);
   });
   for (index_t s = 0; s < seen.sequences(); ++s) {
-    bool decided = true;
-    for (index_t h = 0; h < seen.kv_heads(); ++h) {
-      decided = decided && kept.counts(s, h).count != undecided;
+    bool undecided = false;
+    for (index_t h = 0; h < seen.kv_heads(); ++h) undecided |= kept.counts(s, h).undecided;
+    for (index_t h = 0; h < seen.kv_heads() && undecided; ++h) {
+      keep_all(kept, s, h, seen.tokens(s), true);
     }
-    for (index_t h = 0; h < seen.kv_heads() && !decided; ++h) keep_all(kept, s, h, seen.tokens(s));
   }
 }
 
@@ -199,7 +198,7 @@ void top_mass(const Executor& on, double share, bool sink_start, const Seen& see
       const index_t stride = scores.stride(2);
       double sum = 0;
       for (index_t t = 0; t < tokens; ++t) sum += double{row[t * stride]};
-      if (!norm_scan::decidable(sum)) return keep_all(kept, s, h, tokens);
+      if (!norm_scan::decidable(sum)) return keep_all(kept, s, h, tokens, true);
       const auto part = static_cast<float>(1 / sum);
       const auto value = [&](index_t t) {
         return sink_start ? row[t * stride] * part : row[t * stride];

@@ -100,20 +100,11 @@ REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noe
   block.sync();
 }
 
-/// The window of the last `rows` rows of a sequence.
-template <class Seen>
-[[nodiscard]] REFREEKV_DEVICE query_window window_of(const Seen& seen, index_t sequence,
-                                                     index_t rows) noexcept {
-  return {seen.tokens(sequence), rows, seen.info.attention.sliding_window};
-}
-
 /// Whether no row of a span sees any token of a range.
 [[nodiscard]] REFREEKV_DEVICE bool sees_nothing(const query_window& window, const row_span& span,
                                                 token_range tokens) noexcept {
-  const index_t first = span.row > window.first_row() ? span.row : window.first_row();
-  const index_t last = span.row + span.rows - 1;
-  return first > last || tokens.begin >= window.visible(last).end ||
-         tokens.end <= window.visible(first).begin;
+  const token_range hull = window.part(span.row, span.rows).hull();
+  return tokens.begin >= hull.end || tokens.end <= hull.begin;
 }
 
 /// Leaves statistics [sequence, q_head, rows, chunk] of some rows of the window; of a shard zeros
@@ -173,7 +164,8 @@ struct statistics_body {
 };
 
 /// Joins statistics [sequence, q_head, rows, chunk] to normalisers [sequence, q_head, window] of
-/// rows [row, row + rows) of the window. A warp a row.
+/// rows [row, row + rows) of the window. Ready rows are normalised, but for those that are
+/// `checked` and have NaN or Inf. A warp a row.
 template <class Seen>
 struct normalise_body {
   struct shared {};
@@ -182,6 +174,7 @@ struct normalise_body {
   index_t row, rows;
   index_t sinks;
   index_t chunks;
+  bool checked;
   const chunk_statistics* statistics;
   row_normaliser* normalisers;
 
@@ -206,11 +199,11 @@ struct normalise_body {
   template <thread_block Block>
   REFREEKV_DEVICE row_normaliser normaliser(Block& block, index_t tokens, index_t q_head,
                                             const chunk_statistics* of) const noexcept {
+    const index_t count = chunking{tokens, sinks}.count();
     if constexpr (requires { seen.queries; }) {
       const auto& logits = seen.info.attention.sink_logits;
       const double sink = (logits.data() != nullptr ? double{logits(q_head)} : -double{infinity}) /
                           std::numbers::ln2;
-      const index_t count = chunking{tokens, sinks}.count();
       auto unit = static_cast<float>(std::rint(sink));
       for (index_t c = lane_of(block); c < count; c += warp_threads) {
         unit = larger{}(unit, of[c].unit);
@@ -222,7 +215,10 @@ struct normalise_body {
       }
       return {unit, block.warp_reduce(sum, plus{}) + std::exp2(sink - double{unit})};
     } else {
-      return {0, 1};  // ready rows are normalised
+      float sum = 0;
+      for (index_t c = lane_of(block); checked && c < count; c += warp_threads) sum += of[c].sum;
+      sum = block.warp_reduce(sum, plus{});
+      return {0, sum - sum == 0 ? 1.0 : 0.0};
     }
   }
 };

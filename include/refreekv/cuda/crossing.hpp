@@ -162,7 +162,7 @@ struct find_cuts_body {
     const index_t groups = kept.extent(1), tokens = seen.tokens(item / groups);
     const double* norms = buffers.norms + item * buffers.chunks;
     const double* chunk_norms = buffers.chunk_norms + item * chunk_tokens;
-    kept_range found = position_ranking(tokens, scan.sinks).all();
+    kept_range found = position_ranking(tokens, scan.sinks).undecided();
     if (scan.decides(tokens, norms)) {
       const chunking chunks{tokens, scan.sinks};
       const double baseline = norms[scan.first_chunk()];

@@ -169,10 +169,8 @@ struct seen_pages {
   template <class Seen>
   [[nodiscard]] REFREEKV_DEVICE static seen_pages of(const Seen& seen, index_t sequence,
                                                      index_t page_tokens) noexcept {
-    const index_t tokens = seen.tokens(sequence);
-    if (tokens == 0) return {0, 0};
-    const query_window last_row{tokens, 1, seen.info.attention.sliding_window};
-    return {last_row.visible(0).begin / page_tokens, (tokens - 1) / page_tokens + 1};
+    const token_range visible = window_of(seen, sequence, 1).hull();
+    return {visible.begin / page_tokens, (visible.end + page_tokens - 1) / page_tokens};
   }
 };
 
@@ -254,8 +252,10 @@ struct clear_pages_body {
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const index_t row = item / cut.parts, part = item % cut.parts;
     const index_t sequence = row / seen.q_heads(), head = row % seen.q_heads();
-    const index_t tokens = seen.tokens(sequence), size = pages.page_tokens;
+    const index_t size = pages.page_tokens;
     const seen_pages there = seen_pages::of(seen, sequence, size);
+    const index_t tokens =
+        seen.tokens(sequence) < there.end * size ? seen.tokens(sequence) : there.end * size;
     const float* page_scores = scratch.page_scores + row * pages.bounds.extent(2);
     const value_limit limit = scratch.limits[row];
     for (index_t t = there.first * size + part * block_threads + block.rank(); t < tokens;

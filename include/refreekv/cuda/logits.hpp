@@ -177,9 +177,10 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
 /// What a model makes of q.k: scale, soft cap, ALiBi; -inf where the row does not see the token.
 template <class Query, class Keys>
 [[nodiscard]] REFREEKV_DEVICE float logit(const query_observation<Query, Keys>& seen,
-                                          token_range visible, index_t q_head, index_t token,
-                                          float product) noexcept {
+                                          const query_window& window, index_t row, index_t q_head,
+                                          index_t token, float product) noexcept {
   const auto& params = seen.info.attention;
+  const token_range visible = window.visible(row);
   if (token < visible.begin || token >= visible.end) return -infinity;
   float x = product * seen.scale();
   if (params.soft_cap > 0) {
@@ -189,7 +190,7 @@ template <class Query, class Keys>
   }
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
-    x = static_cast<float>(x + slope * static_cast<double>(token - (visible.end - 1)));
+    x = static_cast<float>(x + slope * static_cast<double>(token - (window.position + row)));
   }
   return x;
 }
@@ -209,10 +210,9 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
       const int of = at.first + i;
       const index_t row = at.span.row_of(of);
       const bool exists = of < at.span.count() && row >= window.first_row();
-      s.values[i][t] =
-          exists ? logit(seen, window.visible(row), at.span.q_head_of(of), at.tokens.begin + t,
-                         key_reader<Keys>::product(s.keys[t], s.values[i][t]))
-                 : -infinity;
+      s.values[i][t] = exists ? logit(seen, window, row, at.span.q_head_of(of), at.tokens.begin + t,
+                                      key_reader<Keys>::product(s.keys[t], s.values[i][t]))
+                              : -infinity;
     }
   }
   block.sync();

@@ -149,9 +149,9 @@ template <class Backend, class Seen>
 [[nodiscard]] status normalise_rows(const Backend& on, const norm_scan& scan, const Seen& seen,
                                     const norm_scan_buffers& buffers,
                                     const scan_scratch&) noexcept {
-  const normalise_body<Seen> body{
-      seen,           scan.window,        0,           scan.window, scan.sinks,
-      buffers.chunks, buffers.statistics, buffers.rows};
+  const normalise_body<Seen> body{seen,        scan.window,        0,
+                                  scan.window, scan.sinks,         buffers.chunks,
+                                  false,       buffers.statistics, buffers.rows};
   const status s = run_blocks(on, body.items(), body);
   if (s != status::ok || scan.one_pass()) return s;
   return with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {

@@ -220,8 +220,9 @@ struct stop_ranked_body {
     const index_t tokens = seen.tokens(sequence);
     const index_t candidates = candidates_of(seen, sequence, recent);
     const double* curve = norms + sequence * seen.capacity();
-    if (candidates == 0 || !norm_scan::decidable(curve[0])) {
-      return keep_tokens(block, kept, sequence, head, tokens);
+    if (candidates == 0) return keep_tokens(block, kept, sequence, head, tokens);
+    if (!norm_scan::decidable(curve[0])) {
+      return keep_tokens(block, kept, sequence, head, tokens, true);
     }
     norm_scan scan{};
     scan.threshold = threshold;

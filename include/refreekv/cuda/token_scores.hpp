@@ -3,6 +3,7 @@
 #pragma once
 
 #include "refreekv/cuda/attend.hpp"
+#include "refreekv/kept_positions.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
@@ -24,7 +25,9 @@ struct attention_scratch {
     const index_t group = seen.q_heads() / seen.kv_heads();
     const index_t most = group < block_rows ? block_rows / group : 1;
     attention_scratch s{};
-    s.window = window < seen.capacity() ? window : seen.capacity();
+    // Only rows with ends may be more than there are tokens.
+    const bool is_capped = seen.info.rows.ends.data() == nullptr && window > seen.capacity();
+    s.window = is_capped ? seen.capacity() : window;
     s.rows = s.window < most ? s.window : most;
     s.chunks = chunking{seen.capacity(), 0}.count();
     s.statistics = from.take<chunk_statistics>(seen.sequences(), seen.q_heads(), s.rows, s.chunks);
@@ -34,28 +37,83 @@ struct attention_scratch {
   }
 };
 
+/// What becomes of a row without a softmax.
+enum class bad_rows {
+  stay,      ///< its attention is NaN
+  left_out,  ///< it is 0, in all query heads of the KV head
+};
+
+/// Whether a sequence has tokens, and no row that looks at them.
+[[nodiscard]] REFREEKV_DEVICE bool has_no_row(const query_window& window) noexcept {
+  return window.tokens > 0 && window.count() == 0;
+}
+
+/// Leaves rows out that have no softmax: their normalisers become 0 in all heads of the KV head,
+/// which is undecided then, or if there is no row.
+template <class Seen>
+struct leave_out_body {
+  struct shared {};
+  Seen seen;
+  index_t window;
+  bool row_is_needed;
+  row_normaliser* normalisers;  ///< [sequence, q_head, window]
+  view<kept_count, 2, typename Seen::memory> counts;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * seen.kv_heads();
+  }
+
+  /// item: [sequence, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t sequence = item / seen.kv_heads(), group = seen.q_heads() / seen.kv_heads();
+    const query_window rows = window_of(seen, sequence, window);
+    row_normaliser* of = normalisers + item * group * window;
+    bool all = true;
+    for (index_t r = rows.first_row() + block.rank(); r < window; r += block_threads) {
+      bool exists = true;
+      for (index_t h = 0; h < group; ++h) exists = exists && of[h * window + r].exists();
+      for (index_t h = 0; h < group && !exists; ++h) of[h * window + r].sum = 0;
+      all = all && exists;
+    }
+    all = block.sync_and(all);
+    if (block.rank() != 0) return;
+    counts(sequence, item % seen.kv_heads()).undecided =
+        !all || (row_is_needed && has_no_row(rows));
+  }
+};
+
 /// Leaves the normalisers of the last rows. The keys are read once for each block of rows.
 template <class Backend, class Seen>
-[[nodiscard]] status normalise_rows(const Backend& on, index_t window, const Seen& seen,
-                                    const attention_scratch& scratch) noexcept {
+[[nodiscard]] status normalise_rows(const Backend& on, index_t window, bad_rows bad,
+                                    const Seen& seen, const attention_scratch& scratch) noexcept {
   status s = status::ok;
   for (index_t row = 0; row < window && s == status::ok; row += scratch.rows) {
     const index_t rows = window - row < scratch.rows ? window - row : scratch.rows;
     s = read_chunks(on, seen, window, row, rows, 0, scratch.chunks, scratch.statistics);
     if (s != status::ok) break;
-    const normalise_body<Seen> body{
-        seen, window, row, rows, 0, scratch.chunks, scratch.statistics, scratch.normalisers};
+    const normalise_body<Seen> body{seen,
+                                    window,
+                                    row,
+                                    rows,
+                                    0,
+                                    scratch.chunks,
+                                    bad == bad_rows::left_out,
+                                    scratch.statistics,
+                                    scratch.normalisers};
     s = run_blocks(on, body.items(), body);
   }
   return s;
 }
 
-/// Reads a chunk again and calls f(attention) for each row of a span that sees the thread's token.
-/// The block is in step between tiles. normalisers: [q_head of the span, window]
+/// Reads a chunk again and calls f(attention) for each row of a span that sees the thread's token
+/// and is not left out. The block is in step between tiles. normalisers: [q_head of the span,
+/// window]
 template <int Rows, thread_block Block, class Seen, class F>
 REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const Seen& seen,
-                                        const query_window& window, tile_place at,
+                                        const query_window& window, tile_place at, bad_rows bad,
                                         const row_normaliser* normalisers, const F& f) noexcept {
+  constexpr float is_left_out = -1;
   for (at.first = 0; at.first < at.span.count(); at.first += Rows) {
     const int last = at.first + Rows < at.span.count() ? at.first + Rows : at.span.count();
     const index_t head = at.span.q_head_of(at.first);
@@ -69,14 +127,17 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const
       const index_t row = at.span.row_of(of);
       if (of >= last || row < window.first_row()) return 0.0f;
       const index_t q_head = at.span.q_head_of(of) - at.span.q_head;
-      return static_cast<float>(
-          attention_at(s.statistics[i].unit, normalisers[q_head * window.rows + row]));
+      const row_normaliser& normaliser = normalisers[q_head * window.rows + row];
+      if (bad == bad_rows::left_out && !normaliser.exists()) return is_left_out;
+      return static_cast<float>(attention_at(s.statistics[i].unit, normaliser));
     });
     const index_t token = at.tokens.begin + block.rank();
     REFREEKV_NO_UNROLL
     for (int i = 0; at.first + i < last && token < at.tokens.end; ++i) {
       // Not by its value: where a row is NaN, that of what it does not see is still 0.
-      const token_range visible = window.visible(at.span.row_of(at.first + i));
+      const index_t row = at.span.row_of(at.first + i);
+      if (row < window.first_row() || s.units[i] < 0) continue;
+      const token_range visible = window.visible(row);
       if (token >= visible.begin && token < visible.end) {
         f(s.values[i][block.rank()] * s.units[i]);
       }
@@ -95,6 +156,7 @@ struct attention_sums_body {
   index_t window;
   bool carried;
   scores_view<typename Seen::memory> scores;  ///< [sequence, head, token]
+  view<kept_count, 2, typename Seen::memory> counts;
   index_t chunks;
   const row_normaliser* normalisers;
 
@@ -111,18 +173,24 @@ struct attention_sums_body {
     const chunking there{rows.tokens, 0};
     if (chunk >= there.count()) return;
     const index_t q_heads = seen.q_heads() / heads;  // of a score
+    const index_t kv_head = head * q_heads / (seen.q_heads() / seen.kv_heads());
+    if (!carried && chunk == 0 && block.rank() == 0 &&
+        head * q_heads % (seen.q_heads() / seen.kv_heads()) == 0) {
+      counts(sequence, kv_head).undecided = has_no_row(rows);
+    }
     const tile_place at{sequence,
-                        head * q_heads / (seen.q_heads() / seen.kv_heads()),
+                        kv_head,
                         {head * q_heads, static_cast<int>(q_heads), 0, static_cast<int>(window)},
                         0,
                         there[chunk]};
     double sum = 0;
-    for_each_attention(block, s.tile, seen, rows, at,
+    for_each_attention(block, s.tile, seen, rows, at, carried ? bad_rows::left_out : bad_rows::stay,
                        normalisers + (sequence * seen.q_heads() + head * q_heads) * window,
                        [&](float attention) { sum += double{attention}; });
     if (block.rank() >= at.size()) return;
     const index_t token = at.tokens.begin + block.rank();
-    const bool fresh = token >= rows.tokens - window;
+    // Rows with ends may be of other tokens.
+    const bool fresh = rows.ends == nullptr && token >= rows.first_own_token();
     float& score = scores(sequence, head, token);
     const auto mean = static_cast<float>(sum / static_cast<double>(q_heads));
     score = carried && !fresh ? score + mean : mean;
@@ -132,13 +200,19 @@ struct attention_sums_body {
 template <class Backend, class Seen>
 [[nodiscard]] status attention_sums(const Backend& on, const score_rows& rows, const Seen& seen,
                                     const scores_view<typename Seen::memory>& scores,
+                                    const view<kept_count, 2, typename Seen::memory>& counts,
                                     const attention_scratch& scratch) noexcept {
   const index_t window = rows.rows < scratch.window ? rows.rows : scratch.window;
-  const status s = normalise_rows(on, window, seen, scratch);
+  const bad_rows bad = rows.carried ? bad_rows::left_out : bad_rows::stay;
+  status s = normalise_rows(on, window, bad, seen, scratch);
+  if (s == status::ok && rows.carried) {
+    const leave_out_body<Seen> body{seen, window, false, scratch.normalisers, counts};
+    s = run_blocks(on, body.items(), body);
+  }
   if (s != status::ok) return s;
   return with_tile<few_rows<Seen>>(seen.q_heads() / scores.extent(1) * window, [&](auto tile) {
-    const attention_sums_body<Seen, tile()> body{seen,   window,         rows.carried,
-                                                 scores, scratch.chunks, scratch.normalisers};
+    const attention_sums_body<Seen, tile()> body{seen,   window,         rows.carried,       scores,
+                                                 counts, scratch.chunks, scratch.normalisers};
     return run_blocks(on, body.items(), body);
   });
 }
@@ -155,6 +229,7 @@ struct attention_spread_body {
 
   Seen seen;
   index_t window;
+  index_t recent;
   double gain;
   scores_view<typename Seen::memory> scores;  ///< [sequence, kv_head, token]
   attention_scratch scratch;
@@ -172,18 +247,23 @@ struct attention_spread_body {
     const query_window rows = window_of(seen, sequence, window);
     const chunking chunks{rows.tokens, 0};
     const token_range range = chunk < chunks.count() ? chunks[chunk] : token_range{0, 0};
-    const index_t before_rows = rows.tokens - (rows.rows - rows.first_row());
-    const index_t scored = range.end < before_rows ? range.end : before_rows;
+    const index_t before_recent = rows.tokens > recent ? rows.tokens - recent : 0;
+    const index_t scored = range.end < before_recent ? range.end : before_recent;
     double entropy = 0, variance = 0;
     if (range.begin < scored) {
       const index_t token = range.begin + block.rank();
       const index_t group = seen.q_heads() / kv_heads;
-      const auto n = static_cast<double>(rows.rows - rows.first_row());
+      const index_t first_head = sequence * seen.q_heads() + kv_head * group;
+      double n = 0;
+      for (index_t r = rows.first_row(); r < window; ++r) {
+        n += scratch.normalisers[first_head * window + r].exists() ? 1 : 0;
+      }
+      n = n > 1 ? n : 1;
       double score = 0;
       for (index_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
         const tile_place at{sequence, kv_head, {h, 1, 0, static_cast<int>(window)}, 0, range};
         double sum = 0, squares = 0;
-        for_each_attention(block, s.tile, seen, rows, at,
+        for_each_attention(block, s.tile, seen, rows, at, bad_rows::left_out,
                            scratch.normalisers + (sequence * seen.q_heads() + h) * window,
                            [&](float attention) {
                              if (token >= scored) return;
@@ -246,15 +326,20 @@ struct totals_body {
 };
 
 template <class Backend, class Seen>
-[[nodiscard]] status attention_spread(const Backend& on, index_t rows, double gain,
+[[nodiscard]] status attention_spread(const Backend& on, index_t rows, index_t recent, double gain,
                                       const Seen& seen,
                                       const scores_view<typename Seen::memory>& scores,
+                                      const view<kept_count, 2, typename Seen::memory>& counts,
                                       double* totals, const attention_scratch& scratch) noexcept {
   const index_t window = rows < scratch.window ? rows : scratch.window;
-  status s = normalise_rows(on, window, seen, scratch);
+  status s = normalise_rows(on, window, bad_rows::left_out, seen, scratch);
+  if (s == status::ok) {
+    const leave_out_body<Seen> body{seen, window, true, scratch.normalisers, counts};
+    s = run_blocks(on, body.items(), body);
+  }
   if (s != status::ok) return s;
   s = with_tile<few_rows<Seen>>(window, [&](auto tile) {
-    const attention_spread_body<Seen, tile()> body{seen, window, gain, scores, scratch};
+    const attention_spread_body<Seen, tile()> body{seen, window, recent, gain, scores, scratch};
     return run_blocks(on, body.items(), body);
   });
   if (s != status::ok) return s;

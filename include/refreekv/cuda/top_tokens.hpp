@@ -55,13 +55,14 @@ REFREEKV_DEVICE void keep_where(Block& block, warp_values<std::uint64_t>& shared
 /// Keeps all of one head.
 template <class Memory, thread_block Block>
 REFREEKV_DEVICE void keep_tokens(const Block& block, const kept_positions<Memory>& kept,
-                                 index_t sequence, index_t head, index_t tokens) noexcept {
+                                 index_t sequence, index_t head, index_t tokens,
+                                 bool undecided = false) noexcept {
   for (index_t t = block.rank(); t < tokens; t += block_threads) {
     kept.positions(sequence, head, t) = static_cast<position_t>(t);
   }
   if (block.rank() == 0) {
-    kept.counts(sequence, head) = {static_cast<position_t>(tokens),
-                                   static_cast<position_t>(tokens)};
+    kept.counts(sequence, head) = {static_cast<position_t>(tokens), static_cast<position_t>(tokens),
+                                   undecided};
   }
 }
 
@@ -90,9 +91,6 @@ template <class Backend, class Seen>
   return run_blocks(on, body.items(), body);
 }
 
-/// The count of a head that NaN leaves undecided.
-inline constexpr position_t undecided = -1;
-
 /// Keeps a head's best and most recent tokens.
 template <class Seen>
 struct top_tokens_body {
@@ -114,12 +112,11 @@ struct top_tokens_body {
     const index_t tokens = seen.tokens(sequence);
     const token_quota quota = quotas[sequence];
     const index_t candidates = candidates_of(seen, sequence, quota.recent);
+    if (!block.sync_and(!kept.counts(sequence, head).undecided)) return;
     if (quota.ranked >= candidates) return keep_tokens(block, kept, sequence, head, tokens);
     const value_row row{scores.at(sequence, head), scores.stride(2)};
     if (any_nan(block, row, candidates)) {
-      if (block.rank() == 0) {
-        kept.counts(sequence, head) = {undecided, static_cast<position_t>(tokens)};
-      }
+      if (block.rank() == 0) kept.counts(sequence, head).undecided = true;
       return;
     }
     const value_limit limit = quota.ranked > 0
@@ -143,11 +140,11 @@ struct keep_undecided_body {
     const index_t heads = seen.kv_heads();
     bool decided = true;
     for (index_t h = block.rank(); h < heads; h += block_threads) {
-      decided = decided && kept.counts(sequence, h).count != undecided;
+      decided = decided && !kept.counts(sequence, h).undecided;
     }
     if (block.sync_and(decided)) return;
     for (index_t h = 0; h < heads; ++h) {
-      keep_tokens(block, kept, sequence, h, seen.tokens(sequence));
+      keep_tokens(block, kept, sequence, h, seen.tokens(sequence), true);
     }
   }
 };
@@ -225,6 +222,11 @@ struct keep_union_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
     const index_t group = seen.q_heads() / seen.kv_heads(), tokens = seen.tokens(sequence);
+    bool decided = true;
+    for (index_t g = 0; g < group; ++g) {
+      decided = decided && !limits[item * group + g].takes_everything();
+    }
+    if (tokens > 0 && !decided) return keep_tokens(block, kept, sequence, head, tokens, true);
     const float* first = scores.at(sequence, head * group);
     keep_where(block, s, kept, sequence, head, tokens, tokens, [&](index_t t) {
       bool taken = false;

@@ -22,8 +22,9 @@ struct value_limit {
   [[nodiscard]] REFREEKV_DEVICE static value_limit everything() noexcept { return {0, -1}; }
   [[nodiscard]] REFREEKV_DEVICE static value_limit nothing() noexcept { return {infinity, 0}; }
 
+  [[nodiscard]] REFREEKV_DEVICE bool takes_everything() const noexcept { return equals_end < 0; }
   [[nodiscard]] REFREEKV_DEVICE bool takes(float value, index_t t) const noexcept {
-    return value > least || (value == least && t < equals_end) || equals_end < 0;
+    return value > least || (value == least && t < equals_end) || takes_everything();
   }
 };
 

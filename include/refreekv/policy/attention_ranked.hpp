@@ -16,7 +16,8 @@ struct attention_ranked {
   using decision = kept_positions<Memory>;
 
   double threshold = 0.01;  ///< the norm may lose this share of itself, in [0, 1]
-  count_t window = 8;       ///< last queries that rank tokens, at least 1; all_rows for the paper
+  /// Last queries that rank tokens, at least 1, all there are if fewer; all_rows for the paper.
+  count_t window = 8;
   count_t recent = 8;       ///< last tokens, which stay
   count_t full_layers = 2;  ///< first layers that are never pruned
 
@@ -27,10 +28,10 @@ struct attention_ranked {
     if (full_layers > max_count) return "full_layers must be >= 0";
     return nullptr;
   }
-  /// The observation's window must hold the rule's rows, or the whole sequence.
+  /// The observation says which layer it is of, unless full_layers is 0.
   template <attention_observation Seen>
   [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    return detail::too_few_rows(seen, window);
+    return detail::needs_layer(seen, full_layers);
   }
   template <class Backend>
   struct buffers {
@@ -50,7 +51,7 @@ struct attention_ranked {
             from.take<float>(sequences, seen.q_heads(), capacity),
             from.take<position_t>(sequences, seen.kv_heads(), capacity),
             from.take<double>(sequences, capacity),
-            ops<Backend>::take_attention_scratch(from, on, detail::rows_of(seen, window),
+            ops<Backend>::take_attention_scratch(from, on, detail::most_rows(seen, window),
                                                  observed(seen)),
             ops<Backend>::take_ranking_scratch(from, on, observed(seen))};
   }
@@ -65,10 +66,13 @@ struct attention_ranked {
     const index_t sequences = seen.sequences(), capacity = seen.capacity();
     const scores_type scores(work.scores, {sequences, seen.kv_heads(), capacity});
     const scores_type weights(work.weights, {sequences, seen.q_heads(), capacity});
-    if (seen.info.layer < full_layers) return run::keep_all(on, what, kept);
-    const index_t rows = detail::rows_of(seen, window);
-    status s = run::attention_sums(on, score_rows{rows}, what, scores, work.attention);
-    if (s == status::ok) s = run::attention_sums(on, score_rows{1}, what, weights, work.attention);
+    if (detail::stays_whole(seen, full_layers)) return run::keep_all(on, what, kept);
+    const index_t rows = detail::most_rows(seen, window);
+    status s = run::attention_sums(on, score_rows{rows}, what, scores, kept.counts, work.attention);
+    if (s == status::ok) {
+      s = run::attention_sums(on, score_rows{detail::most_rows(seen, 1)}, what, weights,
+                              kept.counts, work.attention);
+    }
     if (s == status::ok) {
       s = run::rank_tokens(on, recent, what, scores, weights, work.order, work.norms, work.ranking);
     }

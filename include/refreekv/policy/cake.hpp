@@ -21,10 +21,12 @@ struct cake {
   using decision = kept_positions<Memory>;
 
   token_budget budget = 1024;  ///< tokens of the mean layer, the window's included
-  count_t window = 32;         ///< last queries that give scores, whose tokens stay; at least 1
-  count_t layers = 32;         ///< of the model
-  double gamma = 200;          ///< weight of the variance, at least 0
-  double tau1 = 1, tau2 = 1;   ///< preference = entropy^(1 / tau1) * variance^(1 / tau2); positive
+  /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
+  /// least 1.
+  count_t window = 32;
+  count_t layers = 32;        ///< of the model
+  double gamma = 200;         ///< weight of the variance, at least 0
+  double tau1 = 1, tau2 = 1;  ///< preference = entropy^(1 / tau1) * variance^(1 / tau2); positive
   pooling pool = {pool_kind::average, 5};
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
@@ -36,11 +38,12 @@ struct cake {
     if (!pool.valid()) return "pool.width must be odd";
     return nullptr;
   }
-  /// The observation's window must hold the rule's rows, or the whole sequence.
+  /// The observation says which layer it is of.
   template <observation Seen>
   [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    if (seen.info.layer == unknown_layer)
+      return "layer_info::layer is not set: budgets depend on it";
     if (seen.layers.finished > layers) return "more layers are finished than the rule has";
-    if constexpr (attention_observation<Seen>) return detail::too_few_rows(seen, window);
     return nullptr;
   }
   template <class Backend>
@@ -62,8 +65,8 @@ struct cake {
     if constexpr (attention_observation<Seen>) {
       work.raw = from.take<float>(seen.sequences(), seen.kv_heads(), seen.capacity());
       work.totals = from.take<double>(seen.sequences(), 2);
-      work.attention = ops<Backend>::take_attention_scratch(from, on, detail::rows_of(seen, window),
-                                                            observed(seen));
+      work.attention = ops<Backend>::take_attention_scratch(
+          from, on, detail::most_rows(seen, window), observed(seen));
     }
     return work;
   }
@@ -78,8 +81,8 @@ struct cake {
     if constexpr (attention_observation<Seen>) {
       const scores_view<typename Seen::memory> raw(
           work.raw, {seen.sequences(), seen.kv_heads(), seen.capacity()});
-      s = run::attention_spread(on, detail::rows_of(seen, window), gamma, what, raw, work.totals,
-                                work.attention);
+      s = run::attention_spread(on, detail::most_rows(seen, window), window, gamma, what, raw,
+                                kept.counts, work.totals, work.attention);
       if (s == status::ok) s = reduce(work.totals, 2 * seen.sequences());
       if (s == status::ok) {
         s = run::for_each_sequence(
@@ -91,7 +94,7 @@ struct cake {
     }
     if (s == status::ok) {
       s = run::for_each_sequence(on, seen.sequences(),
-                                 assign_quota<cake, Seen>{*this, seen, work.quotas});
+                                 assign_quota<cake, Seen>{*this, seen, kept.counts, work.quotas});
     }
     if (s == status::ok) {
       s = run::top_tokens(on, work.quotas, what, seen.layers.scores, kept, work.selection);
@@ -127,8 +130,12 @@ struct cake {
   struct assign_quota {
     Rule rule;
     Seen seen;
+    view<kept_count, 2, typename Seen::memory> counts;
     token_quota* quotas;
     REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
+      for (index_t h = 0; !attention_observation<Seen> && h < seen.kv_heads(); ++h) {
+        counts(s, h).undecided = false;
+      }
       const auto& [scores, preferences, finished, prompts] = seen.layers;
       const index_t prompt = prompts.data() != nullptr ? index_t{prompts(s)} : seen.tokens(s);
       quotas[s] =
@@ -152,17 +159,16 @@ struct cake_decode {
     if (!pool.valid()) return "pool.width must be odd";
     return nullptr;
   }
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    return detail::too_few_rows(seen, 1);
+  [[nodiscard]] constexpr const char* invalid(const attention_observation auto&) const noexcept {
+    return nullptr;
   }
-  [[nodiscard]] constexpr auto method(const attention_observation auto&) const noexcept {
-    return score_ranking<cake_decode>{1, pool, false, *this};
+  [[nodiscard]] constexpr auto method(const attention_observation auto& seen) const noexcept {
+    return score_ranking<cake_decode>{detail::most_rows(seen, 1), pool, false, *this};
   }
 
   /// What stays of a sequence. O(1)
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota operator()(index_t) const noexcept {
-    return {budget, recent};
+    return token_quota::of(index_t{budget} + recent, recent);
   }
 };
 

@@ -22,7 +22,7 @@ struct h2o {
   token_budget budget = 2048;  ///< tokens, the recent ones included
   /// Last tokens, which stay whatever the budget is: a number, or a share of the budget.
   token_budget recent = token_budget::share(0.5);
-  count_t window = all_rows;  ///< last queries that give scores, at least 1
+  count_t window = all_rows;  ///< last queries that give scores, at least 1; all there are if fewer
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
@@ -31,16 +31,16 @@ struct h2o {
     return nullptr;
   }
 
-  /// Without scores the observation's window must hold the rule's rows, or the whole sequence. With
-  /// scores a share would be one of what the last step left.
+  /// With scores a share would be one of what the last step left.
   template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    if (!carried<Seen>) return detail::too_few_rows(seen, window);
-    return budget.is_share() ? "budget must be a number of tokens while scores go on" : nullptr;
+  [[nodiscard]] constexpr const char* invalid(const Seen&) const noexcept {
+    return carried<Seen> && budget.is_share()
+               ? "budget must be a number of tokens while scores go on"
+               : nullptr;
   }
   template <attention_observation Seen>
   [[nodiscard]] constexpr auto method(const Seen& seen) const noexcept {
-    const index_t rows = carried<Seen> ? seen.window() : detail::rows_of(seen, window);
+    const index_t rows = carried<Seen> ? seen.window() : detail::most_rows(seen, window);
     return score_ranking<h2o>{rows, {.width = 1}, carried<Seen>, *this};
   }
 

@@ -21,7 +21,9 @@ struct pyramidkv {
   using decision = kept_positions<Memory>;
 
   token_budget budget = 2048;  ///< tokens of the mean layer, the window's included
-  count_t window = 8;          ///< last queries that give scores, whose tokens stay; at least 1
+  /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
+  /// least 1.
+  count_t window = 8;
   pooling pool = {pool_kind::max, 7};
   count_t beta = 20;    ///< at least 1
   count_t layers = 32;  ///< of the model; the observation says which one it is
@@ -35,15 +37,17 @@ struct pyramidkv {
     if (layers < 1 || layers > max_count) return "layers must be >= 1";
     return nullptr;
   }
-  /// The observation's window must hold the rule's rows, or the whole sequence.
+  /// The observation says which layer it is of.
   template <attention_observation Seen>
   [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    if (seen.info.layer == unknown_layer)
+      return "layer_info::layer is not set: budgets depend on it";
     if (seen.info.layer >= layers) return "layer must be below the rule's layers";
-    return detail::too_few_rows(seen, window);
+    return nullptr;
   }
   [[nodiscard]] constexpr auto method(const attention_observation auto& seen) const noexcept {
     using quota = layer_quota<pyramidkv>;
-    return score_ranking<quota>{detail::rows_of(seen, window), pool, false,
+    return score_ranking<quota>{detail::most_rows(seen, window), pool, false,
                                 quota{*this, seen.info.layer}};
   }
 

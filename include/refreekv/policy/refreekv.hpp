@@ -32,14 +32,14 @@ struct refreekv {
     return nullptr;
   }
 
-  /// The observation's window must hold as many rows as the rule's, or the whole sequence; the
-  /// parts of a shard must be whole chunks.
+  /// The observation says which layer it is of, unless full_layers is 0; the parts of a shard must
+  /// be whole chunks.
   template <attention_observation Seen>
   [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
     if constexpr (sharded<Seen>) {
       if (const char* why = seen.keys.splits_chunk(sinks)) return why;
     }
-    return detail::too_few_rows(seen, window);
+    return detail::needs_layer(seen, full_layers);
   }
 
   template <attention_observation Seen>
@@ -74,7 +74,8 @@ struct refreekv {
   status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
                 const decision<typename Seen::memory>& kept, const Join& join) const noexcept {
     using run = ops<Backend>;
-    if (seen.info.layer < full_layers) return detail::assign(on, seen, kept, keep_all{sinks});
+    if (detail::stays_whole(seen, full_layers))
+      return detail::assign(on, seen, kept, keep_all{sinks});
     const norm_scan rule = scan(seen);
     const auto& what = observed(seen);
     const norm_scan_buffers& found = work.scan;
@@ -126,7 +127,7 @@ struct refreekv {
 
   template <attention_observation Seen>
   [[nodiscard]] constexpr norm_scan scan(const Seen& seen) const noexcept {
-    return {threshold, sinks, detail::rows_of(seen, window), average, norm, scope};
+    return {threshold, sinks, detail::most_rows(seen, window), average, norm, scope};
   }
 };
 

@@ -15,8 +15,11 @@ struct snapkv {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  token_budget budget = 2048;  ///< tokens, the window's included
-  count_t window = 32;         ///< last queries that give scores, whose tokens stay; at least 1
+  /// Tokens, the window's included: those stay however small the budget is.
+  token_budget budget = 2048;
+  /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
+  /// least 1.
+  count_t window = 32;
   pooling pool = {pool_kind::average, 5};
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
@@ -25,13 +28,11 @@ struct snapkv {
     if (!pool.valid()) return "pool.width must be odd";
     return nullptr;
   }
-  /// The observation's window must hold the rule's rows, or the whole sequence.
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    return detail::too_few_rows(seen, window);
+  [[nodiscard]] constexpr const char* invalid(const attention_observation auto&) const noexcept {
+    return nullptr;
   }
   [[nodiscard]] constexpr auto method(const attention_observation auto& seen) const noexcept {
-    return score_ranking<snapkv>{detail::rows_of(seen, window), pool, false, *this};
+    return score_ranking<snapkv>{detail::most_rows(seen, window), pool, false, *this};
   }
 
   /// What stays of a sequence. O(1)

@@ -33,7 +33,7 @@ struct twilight {
   }
   template <attention_observation Seen>
   [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    return detail::too_few_rows(seen, 1);
+    return detail::needs_layer(seen, full_layers);
   }
   template <class Backend>
   struct buffers {
@@ -45,9 +45,10 @@ struct twilight {
   template <backend Backend, attention_observation Seen>
   [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
                                       const Seen& seen) const noexcept {
-    return {from.take<float>(seen.sequences(), seen.q_heads(), seen.capacity()),
-            ops<Backend>::take_attention_scratch(from, on, 1, observed(seen)),
-            ops<Backend>::take_selection_scratch(from, on, seen)};
+    return {
+        from.take<float>(seen.sequences(), seen.q_heads(), seen.capacity()),
+        ops<Backend>::take_attention_scratch(from, on, detail::most_rows(seen, 1), observed(seen)),
+        ops<Backend>::take_selection_scratch(from, on, seen)};
   }
 
   template <backend Backend, attention_observation Seen>
@@ -57,8 +58,9 @@ struct twilight {
     const auto& what = observed(seen);
     const scores_view<typename Seen::memory> weights(
         work.weights, {seen.sequences(), seen.q_heads(), seen.capacity()});
-    if (seen.info.layer < full_layers) return run::keep_all(on, what, kept);
-    status s = run::attention_sums(on, score_rows{1}, what, weights, work.attention);
+    if (detail::stays_whole(seen, full_layers)) return run::keep_all(on, what, kept);
+    status s = run::attention_sums(on, score_rows{detail::most_rows(seen, 1)}, what, weights,
+                                   kept.counts, work.attention);
     if constexpr (requires { seen.pages; }) {
       if (s == status::ok)
         s = run::select_pages(on, seen.pages, selected, what, weights, work.selection);
