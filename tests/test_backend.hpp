@@ -41,7 +41,7 @@ constexpr unsigned affordable(unsigned count) { return (count + 1) / 2; }
 /// As many threads as parts. One type for all: half of what there is to compile.
 template <int parts>
 refreekv::cpu_backend<refreekv::thread_pool&> divided() {
-  static thread_local refreekv::thread_pool pool(parts);  // a pool serves one caller at a time
+  static refreekv::thread_pool pool(parts);
   return {pool};
 }
 

@@ -18,6 +18,8 @@ namespace refreekv::inline v0 {
 
 /// Where the CPU's work runs: `cpu_backend{}` on the calling thread, `cpu_backend{4}` on four
 /// threads of its own (see thread_pool), `cpu_backend{pool}` on an executor that must outlive it.
+/// Several threads may use one backend at the same time if its executor allows that; those of the
+/// library do.
 /// Elements are float, Eigen::half, Eigen::bfloat16, f16_bits and bf16_bits.
 template <class Executor = single_thread>
   requires executor<std::remove_reference_t<Executor>>

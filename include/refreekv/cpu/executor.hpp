@@ -9,13 +9,18 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #include "refreekv/config.hpp"
 
 namespace refreekv::inline v0 {
 
 /// - `workers()`: how many calls `run` makes, at least 1 and always the same.
 /// - `run(f)`: calls f(w) once for each w in [0, workers()), on any threads, in any order, also one
-///   after the other, and returns when all are done. f does not throw.
+///   after the other, and returns when all are done. f does not throw. Whether threads may call
+///   it at the same time is the executor's to say.
 /// OpenMP, for one: `#pragma omp parallel for` over w in `run`.
 template <class E>
 concept executor = requires(const E& e, void (&f)(int)) {
@@ -33,7 +38,9 @@ struct single_thread {
 };
 
 /// Threads that sleep between runs. Making and destroying a pool allocates and may throw; `run`
-/// does neither. One `run` at a time.
+/// does neither. Any thread may call `run` at any time, f too. The pool's threads serve one run;
+/// one that finds them busy makes all of its calls on the calling thread and waits for nobody. So
+/// does every run in a child of fork(), which has none of the threads.
 class thread_pool {
  public:
   /// The calling thread is one of `threads`; fewer than 1 counts as 1.
@@ -41,6 +48,10 @@ class thread_pool {
     for (int w = 1; w < threads; ++w) threads_.emplace_back([this, w] { serve(w); });
   }
   ~thread_pool() {
+    if (process_ != this_process()) {  // what is not there can be neither joined nor detached
+      for (std::thread& t : threads_) std::construct_at(&t);
+      return;
+    }
     job_ = nullptr;
     publish();
     for (std::thread& t : threads_) t.join();
@@ -52,16 +63,36 @@ class thread_pool {
 
   template <class F>
   void run(const F& f) const noexcept {
-    job_ = [](const void* work, int w) { (*static_cast<const F*>(work))(w); };
-    work_ = std::addressof(f);
-    running_.store(workers() - 1, std::memory_order_relaxed);
-    publish();
-    f(0);
-    for (int left; (left = running_.load(std::memory_order_acquire)) != 0;) running_.wait(left);
+    run([](const void* work, int w) { (*static_cast<const F*>(work))(w); }, std::addressof(f));
   }
 
  private:
+  using job = void (*)(const void* work, int worker);
+
   thread_pool() = default;
+
+  void run(job f, const void* work) const noexcept {
+    if (threads_.empty() || process_ != this_process() ||
+        busy_.exchange(true, std::memory_order_acquire)) {
+      for (int w = 0; w < workers(); ++w) f(work, w);
+      return;
+    }
+    job_ = f;
+    work_ = work;
+    running_.store(workers() - 1, std::memory_order_relaxed);
+    publish();
+    f(work, 0);
+    for (int left; (left = running_.load(std::memory_order_acquire)) != 0;) running_.wait(left);
+    busy_.store(false, std::memory_order_release);
+  }
+
+  static long this_process() noexcept {
+#if defined(__unix__) || defined(__APPLE__)
+    return getpid();
+#else
+    return 0;  // there is no fork
+#endif
+  }
 
   void publish() const noexcept {
     round_.fetch_add(1, std::memory_order_release);
@@ -77,10 +108,12 @@ class thread_pool {
     }
   }
 
-  mutable void (*job_)(const void*, int) = nullptr;
+  mutable job job_ = nullptr;
   mutable const void* work_ = nullptr;
   mutable std::atomic<unsigned> round_{0};
   mutable std::atomic<int> running_{0};
+  mutable std::atomic<bool> busy_{false};
+  long process_ = this_process();
   std::vector<std::thread> threads_;
 };
 
