@@ -147,8 +147,11 @@ TEST_CASE("compact refuses positions that are not ascending ones of the cache", 
   const dense_cache<float> cache(rows);
   const auto run = [&](std::vector<position_t> positions, kept_count count) {
     positions.resize(10);
-    return compact(divided<1>(), kept_positions<>{{positions.data(), {1, 1, 10}}, {&count, {1, 1}}},
-                   compaction::suffix_down, cache.source());
+    const kept_positions<> kept{{positions.data(), {1, 1, 10}}, {&count, {1, 1}}};
+    const auto how = compaction::suffix_down;
+    const status s = compact(divided<1>(), kept, how, cache.source());
+    CHECK((why_invalid(kept, how, cache.source()) == nullptr) == (s == status::ok));
+    return s;
   };
   CHECK(run({0, 3, 9}, {3, 10}) == status::ok);
   CHECK(run({}, {0, 10}) == status::ok);
@@ -190,8 +193,11 @@ TEST_CASE("compact refuses ranges that are not of the cache", "[contract]") {
   const dense_cache<float> cache(rows);
   const auto run = [&](kept_range kept, index_t groups = 1) {
     const std::vector<kept_range> all(size(groups), kept);
-    return compact(divided<1>(), view<const kept_range, 2>(all.data(), {1, groups}),
-                   compaction::sinks_up, cache.source());
+    const view<const kept_range, 2> ranges(all.data(), {1, groups});
+    const auto how = compaction::sinks_up;
+    const status s = compact(divided<1>(), ranges, how, cache.source());
+    CHECK((why_invalid(ranges, how, cache.source()) == nullptr) == (s == status::ok));
+    return s;
   };
   CHECK(run({4, 6, 10, 0, 0}) == status::ok);
   CHECK(run({4, 6, 10, 0, 0}, 2) == status::ok);
@@ -301,15 +307,18 @@ TEST_CASE("prune refuses values of other sequences before anything is written", 
   const auto run = [&](const plain_rows& rows) {
     std::vector<kept_range> kept(2, kept_range{-7, -7, -7, 0, 0});
     const dense_cache<float> values(rows);
-    const status s = prune(rule, divided<1>(), seen, {kept.data(), {2, 1}}, scratch,
-                           compaction::suffix_down, values.source());
+    const view<kept_range, 2> ranges(kept.data(), {2, 1});
+    const status s =
+        prune(rule, divided<1>(), seen, ranges, scratch, compaction::suffix_down, values.source());
+    const char* why = why_invalid(rule, seen, ranges, values.source());
     CHECK((kept[0].cut == -7) == (s != status::ok));
-    return s;
+    CHECK((why == nullptr) == (s == status::ok));
+    return std::string(why == nullptr ? "" : why);
   };
-  for (const plain_rows* rows : {&shorter, &fewer, &other_heads}) {
-    CHECK(run(*rows) == status::invalid_argument);
-  }
-  CHECK(run(same) == status::ok);
+  CHECK(run(shorter) == "values and keys differ in tokens");
+  CHECK(run(fewer) == "values and keys differ in sequences");
+  CHECK(run(other_heads) == "values and keys differ in kv_heads");
+  CHECK(run(same) == "");
 }
 
 TEST_CASE("sizes that no memory holds are refused, not wrapped", "[contract]") {

@@ -99,7 +99,7 @@ TEST_CASE("masks that do not fit are refused", "[release]") {
   const auto refused = [&](const kept_range& a, const kept_range& b, const view<float, 3>& to) {
     const kept_range both[] = {a, b};
     return write_masks(on, {both, {1, 2}}, to, 0, 1) == status::invalid_argument &&
-           rows.unwritten();
+           why_invalid({both, {1, 2}}, to, 0, 1) != nullptr && rows.unwritten();
   };
   CHECK(refused(good, bad, mask));
   CHECK(refused(negative, good, mask));
@@ -113,7 +113,9 @@ TEST_CASE("masks that do not fit are refused", "[release]") {
   kept_count counts[] = {{1, 4}, {1, 4}};
   const auto positions_refused = [&] {
     const kept_positions<> kept{{positions, {1, 2, 1}}, {counts, {1, 2}}};
-    return write_masks(on, kept, mask, 0, 1) == status::invalid_argument && rows.unwritten();
+    const bool is_refused = write_masks(on, kept, mask, 0, 1) == status::invalid_argument;
+    CHECK((why_invalid(kept, mask, 0, 1) != nullptr) == is_refused);
+    return is_refused && rows.unwritten();
   };
   counts[1] = {2, 4};  // more than there is room for
   CHECK(positions_refused());
@@ -194,7 +196,7 @@ TEMPLATE_TEST_CASE("an engine that releases pages keeps what it should and no pa
     REQUIRE(release_pages(on, plan.plans, table, batch.freed(), batch.shared) == status::ok);
 
     for (index_t s = 0; s < sequences; ++s) {
-      const kept_range &kept = batch.kept.get()(s, 0), &now = plan.slots(s, 0);
+      const kept_range &kept = batch.kept.get()(s, 0), &now = plan.remaining(s, 0);
       CAPTURE(s, kept, now);
       CHECK((0 <= now.sinks && now.sinks <= now.cut && now.cut <= now.tokens));
       CHECK(now.length() == kept.length());
@@ -259,14 +261,15 @@ TEST_CASE("plans and tables that do not fit are refused", "[release]") {
   const auto plan_refused = [&](const view<const kept_range, 2>& ranges, index_t page_tokens,
                                 const page_plans<>& to, const shared_pages_view<>& shared) {
     return plan_pages(on, ranges, page_tokens, to, shared) == status::invalid_argument &&
-           batch.unwritten();
+           why_invalid(ranges, page_tokens, to, shared) != nullptr && batch.unwritten();
   };
   CHECK(plan_refused(kept, 0, plan, batch.shared));
   CHECK(plan_refused(kept, index_t{max_count} + 1, plan, batch.shared));
   CHECK(plan_refused({kept.data(), {3, 2}}, 4, plan, batch.shared));
   CHECK(plan_refused({kept.data(), {2, 1}}, 4, plan, batch.shared));
-  CHECK(plan_refused(kept, 4, {{plan.plans.data(), {2}}, plan.moves, plan.slots}, batch.shared));
-  CHECK(plan_refused(kept, 4, {plan.plans, {plan.moves.data(), {3, 2}}, plan.slots}, {}));
+  CHECK(
+      plan_refused(kept, 4, {{plan.plans.data(), {2}}, plan.moves, plan.remaining}, batch.shared));
+  CHECK(plan_refused(kept, 4, {plan.plans, {plan.moves.data(), {3, 2}}, plan.remaining}, {}));
   CHECK(plan_refused(kept, 4, {plan.plans, plan.moves, {}}, {}));
   CHECK(plan_refused(kept, 4, plan, {batch.shared.data(), {3, 1}}));  // 33 tokens are 9 pages
   CHECK(plan_refused(kept, 4, plan, {batch.shared.data(), {2, 2}}));
@@ -274,6 +277,7 @@ TEST_CASE("plans and tables that do not fit are refused", "[release]") {
   kept(0, 0) = {21, 20, 33};
   CHECK(plan_refused(kept, 4, plan, batch.shared));
   kept(0, 0) = {1, 20, 33};
+  CHECK(why_invalid(kept, 4, plan, batch.shared) == nullptr);
   CHECK(plan_pages(on, kept, 4, plan, batch.shared) == status::ok);
 
   const auto table = batch.table(), freed = batch.freed();
@@ -282,7 +286,8 @@ TEST_CASE("plans and tables that do not fit are refused", "[release]") {
       [&](const view<const page_plan, 1>& plans, const page_lists<std::int32_t>& from,
           const page_lists<std::int32_t>& to, const shared_pages_view<>& shared) {
         return release_pages(on, plans, from, to, shared) == status::invalid_argument &&
-               batch.ids == ids && batch.freed_ids.unwritten();
+               why_invalid(plans, from, to, shared) != nullptr && batch.ids == ids &&
+               batch.freed_ids.unwritten();
       };
   const index_t width = batch.width;
   CHECK(release_refused({plan.plans.data(), {2}}, table, freed, batch.shared));
@@ -302,6 +307,7 @@ TEST_CASE("plans and tables that do not fit are refused", "[release]") {
   table.counts(2) += static_cast<position_t>(width);  // more than a row
   CHECK(release_refused(plan.plans, table, freed, batch.shared));
   table.counts(2) -= static_cast<position_t>(width);
+  CHECK(why_invalid(plan.plans, table, freed, batch.shared) == nullptr);
   CHECK(release_pages(on, plan.plans, table, freed, batch.shared) == status::ok);
 }
 

@@ -35,12 +35,6 @@ enum class row_average {
   frobenius,  ///< the sum of squares: the norm is that of the whole [window, token] block (ours)
 };
 
-/// Tokens [begin, end).
-struct token_range {
-  index_t begin;
-  index_t end;
-};
-
 /// The last `rows` queries of a sequence of `tokens` tokens. Row r is the query at `position + r`
 /// and sees all tokens up to its own, or up to where `ends` says.
 struct query_window {

@@ -121,7 +121,7 @@ namespace refreekv::inline v0 {
 ///
 /// - `plan_pages(B, kept, page_tokens, shared, to)`: kept [sequence, 1]; to.plans(s) = the
 ///   page_plan of plan_pages, to.moves(s, 0) = kept where the plan's sinks move and otherwise a
-///   range that drops nothing, to.slots(s, 0) = kept_slots. shared may have no pointer.
+///   range that drops nothing, to.remaining(s, 0) = kept_slots. shared may have no pointer.
 ///   O(dropped pages).
 ///
 /// - `release_pages(B, plans, shared, table, freed)`: remove_pages for each sequence: entries

@@ -103,6 +103,13 @@ class dense {
     return {rows_.at(sequence, kv_head, token), tokens(sequence) - token, rows_.stride(2),
             rows_.stride(3)};
   }
+  /// Where the tensor begins: known without lengths or tables, which a device may have.
+  [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
+    return {rows_.data(), 0, rows_.stride(2), rows_.stride(3)};
+  }
+  [[nodiscard]] constexpr bool repeats_heads() const noexcept {
+    return kv_heads() > 1 && rows_.stride(1) == 0;
+  }
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (rows_.malformed()) return "dense rows need a pointer and extents >= 0";
     return invalid_lengths(lengths_, sequences(), capacity());
@@ -127,9 +134,9 @@ class segmented {
   using element_type = T;
   using memory = Memory;
 
-  /// slots: [sequence, kv_head, slot, head_dim]; segments: [sequence, 1 to 3].
-  constexpr segmented(view<T, 4, Memory> slots, view<const segment, 2, Memory> segments) noexcept
-      : slots_(slots), segments_(segments) {}
+  /// rows: [sequence, kv_head, slot, head_dim]; segments: [sequence, 1 to 3].
+  constexpr segmented(view<T, 4, Memory> rows, view<const segment, 2, Memory> segments) noexcept
+      : slots_(rows), segments_(segments) {}
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
     return slots_.extent(0);
@@ -157,6 +164,13 @@ class segmented {
     const segment& part = segments_(sequence, i);
     return {slots_.at(sequence, kv_head, part.begin + token), part.tokens - token, slots_.stride(2),
             slots_.stride(3)};
+  }
+  /// Where the tensor begins: known without lengths or tables, which a device may have.
+  [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
+    return {slots_.data(), 0, slots_.stride(2), slots_.stride(3)};
+  }
+  [[nodiscard]] constexpr bool repeats_heads() const noexcept {
+    return kv_heads() > 1 && slots_.stride(1) == 0;
   }
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (slots_.malformed()) return "segmented slots need a pointer and extents >= 0";

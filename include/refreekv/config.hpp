@@ -29,4 +29,10 @@ using position_t = std::int32_t;
 using count_t = std::uint32_t;
 inline constexpr count_t max_count = 0x7fffffff;
 
+/// Tokens [begin, end).
+struct token_range {
+  index_t begin;
+  index_t end;
+};
+
 }  // namespace refreekv::inline v0

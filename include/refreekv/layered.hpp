@@ -2,6 +2,7 @@
 // The caches of several layers as one batch, so that one call decides about all of them.
 #pragma once
 
+#include "refreekv/aliasing.hpp"
 #include "refreekv/cache.hpp"
 
 namespace refreekv::inline v0 {
@@ -41,6 +42,29 @@ class layered {
       index_t sequence, index_t kv_head, index_t token) const noexcept {
     const index_t batch = shape_.sequences();
     return layers_(sequence / batch).run_at(sequence % batch, kv_head, token);
+  }
+  /// Null, or that layers are one cache, or that a layer names memory twice that is written.
+  template <class Written>
+  [[nodiscard]] constexpr const char* written_twice(const Written& written) const noexcept {
+    const index_t batch = shape_.sequences();
+    const auto is_written = [&](index_t l) {
+      for (index_t i = 0; i < batch * kv_heads(); ++i) {
+        const token_range range = written(l * batch + i / kv_heads(), i % kv_heads());
+        if (range.begin != range.end) return true;
+      }
+      return false;
+    };
+    for (index_t l = 0; l < layers_.extent(0); ++l) {
+      if (!is_written(l)) continue;
+      const auto of_layer = [&](index_t s, index_t h) { return written(l * batch + s, h); };
+      if (const char* why = detail::written_twice(layers_(l), of_layer)) return why;
+      for (index_t m = 0; m < l; ++m) {
+        if (detail::share_memory(layers_(m), layers_(l)) != nullptr && is_written(m)) {
+          return "layers share a cache, which would move twice: pass one of them";
+        }
+      }
+    }
+    return nullptr;
   }
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (layers_.malformed()) return "layers need a pointer and an extent >= 0";

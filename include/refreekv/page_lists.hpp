@@ -24,7 +24,7 @@ struct page_plans {
   view<page_plan, 1, Memory> plans;  ///< [sequence], for release_pages
   kept_ranges<Memory> moves;         ///< [sequence, 1], for compact with sinks_up: ranges that
                                      ///< touch nothing where sinks stay
-  kept_ranges<Memory> slots;         ///< [sequence, 1], for write_masks: see kept_slots
+  kept_ranges<Memory> remaining;     ///< [sequence, 1], for write_masks: see kept_slots
 };
 
 /// What is kept, in slots of the page table that has lost the plan's pages. Slots [0, tokens) are
@@ -33,17 +33,17 @@ struct page_plans {
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range kept_slots(const kept_range& kept,
                                                                    const page_plan& plan,
                                                                    index_t page_tokens) noexcept {
-  kept_range slots = kept;
+  kept_range left = kept;
   if (plan.sinks_move || kept.sinks == 0) {
-    slots.sinks = 0;
-    slots.cut = static_cast<position_t>(plan.first_slot);
+    left.sinks = 0;
+    left.cut = static_cast<position_t>(plan.first_slot);
   } else if (kept.cut < kept.tokens) {
-    slots.cut -= static_cast<position_t>((plan.last - plan.first) * page_tokens);
+    left.cut -= static_cast<position_t>((plan.last - plan.first) * page_tokens);
   } else if (plan.first < plan.last) {
-    slots.cut = static_cast<position_t>(plan.first * page_tokens);  // all of the sinks' pages
+    left.cut = static_cast<position_t>(plan.first * page_tokens);  // all of the sinks' pages
   }
-  slots.tokens = slots.cut + (kept.length() - slots.sinks);
-  return slots;
+  left.tokens = left.cut + (kept.length() - left.sinks);
+  return left;
 }
 
 namespace detail {

@@ -148,6 +148,46 @@ class paged {
     return {page + kv_head * page_.stride(0) + slot * page_.stride(1),
             on_page < left ? on_page : left, page_.stride(1), page_.stride(2)};
   }
+  /// Where the tensor begins: known without lengths or tables, which a device may have.
+  [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
+    return {page_.data(), 0, page_.stride(1), page_.stride(2)};
+  }
+  [[nodiscard]] constexpr bool repeats_heads() const noexcept {
+    return kv_heads() > 1 && page_.stride(0) == 0;
+  }
+  /// Null, or that a page which is written is also another one: of its own sequence, or of any that
+  /// is in the batch. written(s, h): slots. O(pages in use), times one for each 32,768 pages
+  /// between the first and the last id that is written.
+  template <class Written>
+  [[nodiscard]] constexpr const char* written_twice(const Written& written) const noexcept {
+    index_t low = pages_, high = 0;
+    for_each_page(written, [&](index_t id, bool is_written) {
+      if (!is_written) return;
+      low = id < low ? id : low;
+      high = id + 1 > high ? id + 1 : high;
+    });
+    constexpr index_t span = 32768;
+    for (index_t base = low; base < high; base += span) {
+      std::uint8_t marks[span / 8] = {};
+      bool twice = false;
+      for (const bool pass : {true, false}) {
+        for_each_page(written, [&](index_t id, bool is_written) {
+          if (is_written != pass || id < base || id >= base + span) return;
+          std::uint8_t& mark = marks[(id - base) / 8];
+          const auto bit = static_cast<std::uint8_t>(1u << (id - base) % 8);
+          twice = twice || (mark & bit) != 0;
+          if (is_written) mark = static_cast<std::uint8_t>(mark | bit);
+        });
+      }
+      if (twice) {
+        return "a page that is written is in the tables twice: let a decision that keeps "
+               "everything "
+               "leave all but one of its sequences out, or move sinks up";
+      }
+    }
+    return nullptr;
+  }
+
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (page_tokens() < 1) return "a page must hold at least one token";
     if (kv_heads() < 0 || head_dim() < 0 || pages_ < 0) return "page extents must be >= 0";
@@ -158,6 +198,25 @@ class paged {
   }
 
  private:
+  /// Calls f(id, whether any head writes to it) for each page in use.
+  template <class Written, class F>
+  constexpr void for_each_page(const Written& written, const F& f) const noexcept {
+    for (index_t s = 0; s < sequences(); ++s) {
+      token_range range{0, 0};
+      for (index_t h = 0; h < kv_heads(); ++h) {
+        const token_range own = written(s, h);
+        if (own.begin == own.end) continue;
+        const bool first = range.begin == range.end;
+        range.begin = first || own.begin < range.begin ? own.begin : range.begin;
+        range.end = first || own.end > range.end ? own.end : range.end;
+      }
+      const index_t used = (tokens(s) + page_tokens() - 1) / page_tokens();
+      for (index_t p = 0; p < used; ++p) {
+        f(table_.id(s, p), p * page_tokens() < range.end && (p + 1) * page_tokens() > range.begin);
+      }
+    }
+  }
+
   view<T, 3, Memory> page_;  // [kv_head, slot, head_dim]
   view<T* const, 1, Memory> pointers_;
   index_t pages_ = 0;

@@ -2,36 +2,11 @@
 // The library's verbs: select, compact, and prune, which is both.
 #pragma once
 
+#include "refreekv/aliasing.hpp"
+#include "refreekv/fit.hpp"
 #include "refreekv/policy.hpp"
 
 namespace refreekv::inline v0 {
-
-namespace detail {
-
-/// Null, or in what a decision does not have the shape that it needs.
-template <class Memory>
-[[nodiscard]] constexpr const char* misshapen(const kept_ranges<Memory>& kept, index_t sequences,
-                                              index_t groups, index_t) noexcept {
-  if (kept.malformed() || kept.extent(0) != sequences || kept.extent(1) != groups) {
-    return "kept must be [sequence, group]; groups are the policy's: 1 or kv_heads";
-  }
-  return nullptr;
-}
-template <class Memory>
-[[nodiscard]] constexpr const char* misshapen(const kept_positions<Memory>& kept, index_t sequences,
-                                              index_t groups, index_t capacity) noexcept {
-  const auto& [positions, counts] = kept;
-  if (counts.malformed() || counts.extent(0) != sequences || counts.extent(1) != groups) {
-    return "kept counts must be [sequence, kv_head]";
-  }
-  if (positions.malformed() || positions.extent(0) != sequences || positions.extent(1) != groups ||
-      positions.extent(2) < capacity) {
-    return "kept positions must be [sequence, kv_head, capacity]";
-  }
-  return nullptr;
-}
-
-}  // namespace detail
 
 /// Null, or why `select` would return invalid_argument, in words that name the culprit.
 /// O(tables). Device tables are not looked at.
@@ -105,84 +80,45 @@ template <backend Backend, class Kept, kv_source... Sources>
   return result;
 }
 
-/// Whether `source` holds the same sequences as `seen`.
-template <kv_source Source, observation Seen>
-[[nodiscard]] constexpr bool same_tokens(const Source& source, const Seen& seen) noexcept {
-  if (source.invalid() != nullptr || source.sequences() != seen.sequences() ||
-      source.kv_heads() != seen.kv_heads()) {
-    return false;
-  }
-  if constexpr (std::same_as<typename Seen::memory, host_memory>) {
-    for (index_t s = 0; s < seen.sequences(); ++s) {
-      if (source.tokens(s) != seen.tokens(s)) return false;
-    }
-  }
-  return true;
-}
-
-/// Whether each range of `kept` is one of `source`'s sequences.
-template <kv_source Source>
-[[nodiscard]] constexpr bool fits(const view<const kept_range, 2, typename Source::memory>& kept,
-                                  const Source& source) noexcept {
-  if (source.invalid() != nullptr || kept.malformed() || kept.extent(0) != source.sequences() ||
-      (kept.extent(1) != 1 && kept.extent(1) != source.kv_heads())) {
-    return false;
-  }
-  if constexpr (std::same_as<typename Source::memory, host_memory>) {
-    for (index_t s = 0; s < kept.extent(0); ++s) {
-      for (index_t g = 0; g < kept.extent(1); ++g) {
-        const kept_range& k = kept(s, g);
-        if (k.sinks < 0 || k.sinks > k.cut || k.cut > k.tokens || k.tokens != source.tokens(s)) {
-          return false;
-        }
-      }
-    }
-  }
-  return true;
-}
-
-/// Whether the positions are ascending ones of `source`'s sequences.
-template <kv_source Source>
-[[nodiscard]] constexpr bool fits(const kept_positions<typename Source::memory>& kept,
-                                  const Source& source) noexcept {
-  if (source.invalid() != nullptr ||
-      misshapen(kept, source.sequences(), source.kv_heads(), 0) != nullptr) {
-    return false;
-  }
-  if constexpr (std::same_as<typename Source::memory, host_memory>) {
-    for (index_t s = 0; s < source.sequences(); ++s) {
-      for (index_t h = 0; h < source.kv_heads(); ++h) {
-        const kept_count& k = kept.counts(s, h);
-        if (k.count < 0 || k.count > kept.positions.extent(2) || k.tokens != source.tokens(s)) {
-          return false;
-        }
-        index_t last = -1;
-        for (index_t i = 0; i < k.count; ++i) {
-          const index_t position = kept.positions(s, h, i);
-          if (position <= last || position >= k.tokens) return false;
-          last = position;
-        }
-      }
-    }
-  }
-  return true;
-}
-
 }  // namespace detail
+
+/// Null, or why `compact` would return invalid_argument, in words. O(tables), and of positions
+/// O(kept tokens). Device tables are not looked at.
+template <kv_source Source, kv_source... Others>
+[[nodiscard]] constexpr const char* why_invalid(
+    view<const kept_range, 2, typename Source::memory> kept, compaction how, const Source& source,
+    const Others&... others) noexcept {
+  const char* why = detail::unfit(kept, source);
+  (void)(why == nullptr && ((why = detail::unfit(kept, others), why == nullptr) && ...));
+  return why != nullptr ? why : detail::aliased(kept, how, source, others...);
+}
+template <kv_source Source, kv_source... Others>
+[[nodiscard]] constexpr const char* why_invalid(const kept_positions<typename Source::memory>& kept,
+                                                compaction how, const Source& source,
+                                                const Others&... others) noexcept {
+  const char* why = detail::unfit(kept, source);
+  (void)(why == nullptr && ((why = detail::unfit(kept, others), why == nullptr) && ...));
+  return why != nullptr ? why : detail::aliased(kept, how, source, others...);
+}
 
 /// Makes what is kept contiguous in each source (keys, values, scales ...), in place:
 /// afterwards the kept tokens of a (sequence, kv_head) are its slots
 /// [first_slot(kept, how), first_slot(kept, how) + kept.length()), sinks first.
 /// kept: [sequence, 1 or kv_head], as `select` wrote it; where sinks == cut nothing is touched, so
 /// this is how to leave a sequence out: one whose page_plan moves no sinks because others share its
-/// pages, say. Neither allocates nor synchronises.
+/// pages, say.
+/// Memory that moves is named once: where values are the keys' own memory, or a part of each key
+/// (MLA), the keys are passed alone; so is one of several heads, layers or sequences that are one
+/// cache, and a page that is written is in one table, once. What a host can see of that is refused;
+/// null blocks in place of tokens that a sliding window has left behind are no fault as long as
+/// they are not written: with sinks_up, or a rule of no sinks. Neither allocates nor synchronises.
 template <backend Backend, kv_source... Sources>
   requires(sizeof...(Sources) > 0 &&
            (std::same_as<typename Sources::memory, typename ops<Backend>::memory> && ...))
 [[nodiscard]] status compact(const Backend& on,
                              view<const kept_range, 2, typename ops<Backend>::memory> kept,
                              compaction how, const Sources&... sources) noexcept {
-  if (!(detail::fits(kept, sources) && ...)) return status::invalid_argument;
+  if (why_invalid(kept, how, sources...) != nullptr) return status::invalid_argument;
   return detail::compact_all(on, kept, how, sources...);
 }
 
@@ -196,12 +132,28 @@ template <backend Backend, kv_source... Sources>
 [[nodiscard]] status compact(const Backend& on,
                              const kept_positions<typename ops<Backend>::memory>& kept,
                              compaction how, const Sources&... sources) noexcept {
-  if (!(detail::fits(kept, sources) && ...)) return status::invalid_argument;
+  if (why_invalid(kept, how, sources...) != nullptr) return status::invalid_argument;
   return detail::compact_all(on, kept, how, sources...);
 }
 
+/// Null, or why `prune` would return invalid_argument before it decides, in words: where it is
+/// given values the two verbs differ. O(tables).
+template <class Policy, observation Seen, kv_source Value, kv_source... Values>
+  requires requires(const Seen& seen) { seen.keys; }
+[[nodiscard]] constexpr const char* why_invalid(
+    const Policy& rule, const Seen& seen, const decision_of<Policy, typename Seen::memory>& kept,
+    const Value& value, const Values&... values) noexcept {
+  if (const char* why = why_invalid(rule, seen, kept)) return why;
+  const char* why = detail::differ(value, seen.keys);
+  (void)(why == nullptr && ((why = detail::differ(values, seen.keys), why == nullptr) && ...));
+  return why != nullptr ? why : detail::share_memory(seen.keys, value, values...);
+}
+
 /// select, then compact of the observed keys and of `values` (none, or any number of sources that
-/// hold the same sequences). Ranks that share heads call the two themselves, to pass a reduction.
+/// hold the same sequences, and other memory than the keys). Ranks that share heads call the two
+/// themselves, to pass a reduction. Where a decision would write memory twice, a page that is in
+/// two tables, say, the result is invalid_argument as ever, but `kept` has been written; the cache
+/// has not.
 template <class Policy, backend Backend, observation Seen, kv_source... Values>
   requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) {
     requires kv_source<std::remove_cvref_t<decltype(seen.keys)>>;
@@ -210,10 +162,14 @@ template <class Policy, backend Backend, observation Seen, kv_source... Values>
                            const decision_of<Policy, typename Seen::memory>& kept,
                            workspace<typename Seen::memory> scratch, compaction how,
                            const Values&... values) noexcept {
-  if (!(detail::same_tokens(values, seen) && ...)) return status::invalid_argument;
+  if (why_invalid(rule, seen, kept, values...) != nullptr) return status::invalid_argument;
   const status selected = select(rule, on, seen, kept, scratch);
   if (selected != status::ok) return selected;
-  return detail::compact_all(on, detail::to_read(kept), how, seen.keys, values...);
+  const auto& decided = detail::to_read(kept);
+  if (detail::aliased(decided, how, seen.keys, values...) != nullptr) {
+    return status::invalid_argument;
+  }
+  return detail::compact_all(on, decided, how, seen.keys, values...);
 }
 
 }  // namespace refreekv::inline v0

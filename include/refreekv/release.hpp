@@ -3,10 +3,11 @@
 // where a device has them: masks, and pages that leave a page table.
 //
 // An engine with pages calls, in this order and on a device in one stream: select, plan_pages,
-// compact of `moves` with sinks_up, release_pages, and write_masks of `slots`.
+// compact of `moves` with sinks_up, release_pages, and write_masks of `remaining`.
 // retention.hpp says the same of one sequence on the host.
 #pragma once
 
+#include "refreekv/fit.hpp"
 #include "refreekv/page_lists.hpp"
 #include "refreekv/prune.hpp"
 
@@ -22,41 +23,24 @@ template <class T, std::size_t Rank, class Memory>
          (rows.extent(Rank - 1) <= 1 || rows.stride(Rank - 1) == 1);
 }
 
-/// Whether there are ranges [sequence, group], on the host also whether they are within `tokens`.
+/// Null, or what is wrong with ranges [sequence, group] of at most `tokens` tokens each.
 template <class Memory>
-[[nodiscard]] constexpr bool has_ranges(const view<const kept_range, 2, Memory>& kept,
-                                        index_t sequences, index_t groups,
-                                        index_t tokens) noexcept {
-  if (kept.malformed() || kept.extent(0) != sequences || kept.extent(1) != groups) return false;
-  if constexpr (std::same_as<Memory, host_memory>) {
-    for (index_t s = 0; s < sequences; ++s) {
-      for (index_t g = 0; g < groups; ++g) {
-        const kept_range& k = kept(s, g);
-        if (k.sinks < 0 || k.sinks > k.cut || k.cut > k.tokens || k.tokens > tokens) return false;
-      }
-    }
+[[nodiscard]] constexpr const char* unfit_ranges(const view<const kept_range, 2, Memory>& kept,
+                                                 index_t sequences, index_t groups,
+                                                 index_t tokens) noexcept {
+  if (kept.malformed() || kept.extent(0) != sequences || kept.extent(1) != groups) {
+    return "kept must be [sequence, group], with as many of each as there are to write";
   }
-  return true;
+  return unfit_tokens(kept, [&](index_t, index_t of) { return of <= tokens; });
 }
 
 /// The same of positions [sequence, kv_head, ...].
 template <class Memory>
-[[nodiscard]] constexpr bool has_positions(const kept_positions<Memory>& kept, index_t sequences,
-                                           index_t kv_heads, index_t tokens) noexcept {
-  if (misshapen(kept, sequences, kv_heads, 0) != nullptr) return false;
-  if constexpr (std::same_as<Memory, host_memory>) {
-    for (index_t s = 0; s < sequences; ++s) {
-      for (index_t h = 0; h < kv_heads; ++h) {
-        const kept_count& k = kept.counts(s, h);
-        if (k.count < 0 || k.count > kept.positions.extent(2) || k.tokens > tokens) return false;
-        for (index_t i = 0; i < k.count; ++i) {
-          const index_t position = kept.positions(s, h, i);
-          if (position < 0 || position >= k.tokens) return false;
-        }
-      }
-    }
-  }
-  return true;
+[[nodiscard]] constexpr const char* unfit_positions(const kept_positions<Memory>& kept,
+                                                    index_t sequences, index_t kv_heads,
+                                                    index_t tokens) noexcept {
+  if (const char* why = misshapen(kept, sequences, kv_heads, 0)) return why;
+  return unfit_tokens(kept, [&](index_t, index_t of) { return of <= tokens; });
 }
 
 /// Whether `shared` says something about `pages` pages of each sequence, or about none of them.
@@ -113,6 +97,26 @@ template <class Index, class Memory>
 
 }  // namespace detail
 
+/// Null, or why `write_masks` would return invalid_argument, in words. O(tables).
+template <class T, class Memory>
+[[nodiscard]] constexpr const char* why_invalid(
+    std::type_identity_t<view<const kept_range, 2, Memory>> kept, view<T, 3, Memory> mask,
+    std::type_identity_t<T>, std::type_identity_t<T>) noexcept {
+  if (!detail::has_rows(mask, kept.extent(0))) {
+    return "mask must be [sequence, group, token] with contiguous rows";
+  }
+  return detail::unfit_ranges(kept, mask.extent(0), mask.extent(1), mask.extent(2));
+}
+template <class T, class Memory>
+[[nodiscard]] constexpr const char* why_invalid(
+    const std::type_identity_t<kept_positions<Memory>>& kept, view<T, 3, Memory> mask,
+    std::type_identity_t<T>, std::type_identity_t<T>) noexcept {
+  if (!detail::has_rows(mask, kept.counts.extent(0))) {
+    return "mask must be [sequence, kv_head, token] with contiguous rows";
+  }
+  return detail::unfit_positions(kept, mask.extent(0), mask.extent(1), mask.extent(2));
+}
+
 /// Writes `keep` for tokens that stay, `drop` for those that go and for what follows the last token
 /// of a sequence: bytes (1, 0), booleans, or an additive mask of any float type (0, -infinity).
 /// mask: [sequence, group, token], with the groups of `kept`, rows contiguous and at least as long
@@ -125,10 +129,7 @@ template <backend Backend, class T>
                                  view<T, 3, typename ops<Backend>::memory> mask,
                                  std::type_identity_t<T> keep,
                                  std::type_identity_t<T> drop) noexcept {
-  if (!detail::has_rows(mask, kept.extent(0)) ||
-      !detail::has_ranges(kept, mask.extent(0), mask.extent(1), mask.extent(2))) {
-    return status::invalid_argument;
-  }
+  if (why_invalid(kept, mask, keep, drop) != nullptr) return status::invalid_argument;
   return ops<Backend>::write_masks(on, kept, mask, keep, drop);
 }
 
@@ -140,11 +141,28 @@ template <backend Backend, class T>
                                  view<T, 3, typename ops<Backend>::memory> mask,
                                  std::type_identity_t<T> keep,
                                  std::type_identity_t<T> drop) noexcept {
-  if (!detail::has_rows(mask, kept.counts.extent(0)) ||
-      !detail::has_positions(kept, mask.extent(0), mask.extent(1), mask.extent(2))) {
-    return status::invalid_argument;
-  }
+  if (why_invalid(kept, mask, keep, drop) != nullptr) return status::invalid_argument;
   return ops<Backend>::write_masks(on, kept, mask, keep, drop);
+}
+
+/// Null, or why `plan_pages` would return invalid_argument, in words. O(tables).
+template <class Memory>
+[[nodiscard]] constexpr const char* why_invalid(
+    std::type_identity_t<view<const kept_range, 2, Memory>> kept, index_t page_tokens,
+    const page_plans<Memory>& to,
+    const std::type_identity_t<shared_pages_view<Memory>>& shared = {}) noexcept {
+  const index_t sequences = kept.extent(0);
+  if (page_tokens < 1 || page_tokens > max_count) return "page_tokens must be in [1, 2^31 - 1]";
+  if (const char* why = detail::unfit_ranges(kept, sequences, 1, max_count)) return why;
+  if (!detail::has_one_each(to.plans, sequences)) return "plans must be [sequence]";
+  if (detail::misshapen(to.moves, sequences, 1, 0) != nullptr) return "moves must be [sequence, 1]";
+  if (detail::misshapen(to.remaining, sequences, 1, 0) != nullptr) {
+    return "remaining must be [sequence, 1]";
+  }
+  if (!detail::covers(shared, kept, page_tokens)) {
+    return "shared must be [sequence, (pages + 7) / 8] with contiguous rows";
+  }
+  return nullptr;
 }
 
 /// Which pages each sequence can give up whole, and what must move before: plan_pages of
@@ -156,16 +174,29 @@ template <backend Backend>
     const Backend& on, view<const kept_range, 2, typename ops<Backend>::memory> kept,
     index_t page_tokens, const page_plans<typename ops<Backend>::memory>& to,
     shared_pages_view<typename ops<Backend>::memory> shared = {}) noexcept {
-  const index_t sequences = kept.extent(0);
-  if (page_tokens < 1 || page_tokens > max_count ||
-      !detail::has_ranges(kept, sequences, 1, max_count) ||
-      !detail::has_one_each(to.plans, sequences) ||
-      detail::misshapen(to.moves, sequences, 1, 0) != nullptr ||
-      detail::misshapen(to.slots, sequences, 1, 0) != nullptr ||
-      !detail::covers(shared, kept, page_tokens)) {
-    return status::invalid_argument;
-  }
+  if (why_invalid(kept, page_tokens, to, shared) != nullptr) return status::invalid_argument;
   return ops<Backend>::plan_pages(on, kept, page_tokens, shared, to);
+}
+
+/// Null, or why `release_pages` would return invalid_argument, in words. O(sequences).
+template <class Index, class Memory>
+[[nodiscard]] constexpr const char* why_invalid(
+    std::type_identity_t<view<const page_plan, 1, Memory>> plans,
+    const page_lists<Index, Memory>& table, const page_lists<Index, Memory>& freed,
+    const std::type_identity_t<shared_pages_view<Memory>>& shared = {}) noexcept {
+  const index_t sequences = plans.extent(0), pages = table.ids.extent(1);
+  if (!detail::has_one_each(plans, sequences)) return "plans must be [sequence]";
+  if (!detail::has_lists(table, sequences, 0)) {
+    return "table needs ids [sequence, page] with contiguous rows, and counts [sequence]";
+  }
+  if (!detail::has_lists(freed, sequences, pages)) {
+    return "freed needs ids [sequence, page] as the table's, and counts [sequence]";
+  }
+  if (!detail::has_bits(shared, sequences, pages)) {
+    return "shared must be [sequence, (pages + 7) / 8] with contiguous rows";
+  }
+  if (!detail::are_plans_of(table, plans)) return "a plan is not of its sequence's table";
+  return nullptr;
 }
 
 /// Takes the plans' pages out of the sequences' tables, whose ids shift down and whose counts
@@ -181,12 +212,7 @@ template <backend Backend, class Index>
     const page_lists<Index, typename ops<Backend>::memory>& table,
     const page_lists<Index, typename ops<Backend>::memory>& freed,
     shared_pages_view<typename ops<Backend>::memory> shared = {}) noexcept {
-  const index_t sequences = plans.extent(0), pages = table.ids.extent(1);
-  if (!detail::has_one_each(plans, sequences) || !detail::has_lists(table, sequences, 0) ||
-      !detail::has_lists(freed, sequences, pages) || !detail::has_bits(shared, sequences, pages) ||
-      !detail::are_plans_of(table, plans)) {
-    return status::invalid_argument;
-  }
+  if (why_invalid(plans, table, freed, shared) != nullptr) return status::invalid_argument;
   return ops<Backend>::release_pages(on, plans, shared, table, freed);
 }
 

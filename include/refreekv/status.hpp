@@ -4,13 +4,15 @@
 
 namespace refreekv::inline v0 {
 
-/// After invalid_argument and small_workspace no output was written and no cache was touched; after
-/// device_error, or whatever else a reduction returned, outputs are undefined.
+/// After invalid_argument and small_workspace no output was written (but see prune) and no cache
+/// was touched; after device_error, or whatever else a reduction returned, outputs are undefined.
 enum class [[nodiscard]] status {
   ok,
-  invalid_argument,  ///< an option or a view is outside its range; `why_invalid` names it
-  small_workspace,   ///< fewer bytes than `workspace_size` asks for
-  device_error,      ///< the device refused a launch
+  /// An option or a view is outside its range: `why_invalid` names it, given the verb's arguments
+  /// without the backend, the workspace and the reduction.
+  invalid_argument,
+  small_workspace,  ///< fewer bytes than `workspace_size` asks for
+  device_error,     ///< the device refused a launch
 };
 
 /// A status in words, for a log line. Never null.

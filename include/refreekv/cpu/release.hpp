@@ -47,7 +47,7 @@ inline void plan_pages(const view<const kept_range, 2>& kept, index_t page_token
         refreekv::plan_pages(k, page_tokens, refreekv::detail::shared_by(shared, s));
     to.plans(s) = plan;
     to.moves(s, 0) = refreekv::detail::sink_moves(k, plan);
-    to.slots(s, 0) = kept_slots(k, plan, page_tokens);
+    to.remaining(s, 0) = kept_slots(k, plan, page_tokens);
   }
 }
 

@@ -83,9 +83,9 @@ template <leaves Leaves, thread_block Block, class Row, class Memory>
 /// Fills a tile with its rows' values, if they are asked for, and their statistics. The block's
 /// threads are in step afterwards. O(rows of the tile * tokens * head_dim)
 template <leaves Leaves, int Lanes, int Rows, thread_block Block, class Seen>
-REFREEKV_DEVICE void attend(Block& block, tile<Seen, Rows>& s, const Seen& seen,
-                            const query_window& window, const tile_place& at) noexcept {
-  fill<Lanes>(block, s, seen, window, at);
+REFREEKV_DEVICE void attend(Block& block, tile<Seen, Rows>& s, const Seen& seen, index_t rows,
+                            const tile_place& at) noexcept {
+  fill<Lanes>(block, s, seen, rows, at);
   for (int i = warp_of(block); i < Rows; i += block_warps) {
     const chunk_statistics own = to_values<Leaves>(block, seen, s.values[i], at.size());
     if (lane_of(block) == 0) s.statistics[i] = own;
@@ -152,7 +152,7 @@ struct statistics_body {
                         chunks_there[chunk]};
     const bool elsewhere = !is_there || !has_chunk_at(seen, sequence, at.tokens.begin);
     const bool hidden = elsewhere || sees_nothing(rows_seen, at.span, at.tokens);
-    if (!hidden) attend<leaves::statistics, Lanes>(block, s.tile, seen, rows_seen, at);
+    if (!hidden) attend<leaves::statistics, Lanes>(block, s.tile, seen, window, at);
     const int i = block.rank(), of = at.first + i;
     if (i >= Rows || of >= at.span.count()) return;
     const index_t to =

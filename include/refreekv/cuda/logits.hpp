@@ -61,7 +61,7 @@ template <class Seen, int Rows>
 struct tile : tile_rows<Rows> {};
 template <class Query, class Keys, int Rows>
 struct tile<query_observation<Query, Keys>, Rows> : tile_rows<Rows> {
-  vector16 slots[2][reads_ahead][block_threads];
+  vector16 staging[2][reads_ahead][block_threads];
   typename key_reader<Keys>::address keys[block_threads];
 };
 
@@ -94,8 +94,8 @@ REFREEKV_DEVICE void load_query(const Query* query, index_t stride, index_t dim,
 /// read them before a sync.
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
 REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>, Rows>& s,
-                              const query_observation<Query, Keys>& seen,
-                              const query_window& window, const tile_place& at) noexcept {
+                              const query_observation<Query, Keys>& seen, index_t rows,
+                              const tile_place& at) noexcept {
   using reader = key_reader<Keys>;
   using staged = typename reader::staged;
   constexpr int width = fragment_elements<staged>;
@@ -122,28 +122,28 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
         for (int u = 0; u < reads_ahead; ++u) {
           const int token = base + u * tokens_at_once + own;
           if (token >= count || !has_dims) continue;
-          block.copy_async(&s.slots[buffer][u][rank], reader::vector(s.keys[token], dim));
+          block.copy_async(&s.staging[buffer][u][rank], reader::vector(s.keys[token], dim));
         }
       } else {
         REFREEKV_NO_UNROLL
         for (int u = 0; u < reads_ahead; ++u) {
           const int token = base + u * tokens_at_once + own;
           if (token >= count || !has_dims) continue;
-          reader::gather(s.keys[token], dim, dims, s.slots[buffer][u][rank]);
+          reader::gather(s.keys[token], dim, dims, s.staging[buffer][u][rank]);
         }
       }
       block.commit();
     };
     if (!has_dims) {
       for (int u = 0; u < 2 * reads_ahead; ++u)
-        s.slots[u / reads_ahead][u % reads_ahead][rank] = {};
+        s.staging[u / reads_ahead][u % reads_ahead][rank] = {};
     }
     fetch(0, 0);
     float query[std::size_t{Rows}][std::size_t{width}];
     REFREEKV_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const int of = at.first + i;
-      const index_t row = seen.window() - window.rows + at.span.row_of(of);
+      const index_t row = seen.window() - rows + at.span.row_of(of);
       load_query<width>(
           of < at.span.count() ? seen.queries.at(at.sequence, row, at.span.q_head_of(of)) : nullptr,
           seen.queries.stride(3), dim, dims, query[i]);
@@ -156,7 +156,7 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
       for (int u = 0; u < reads_ahead; ++u) {
         const int token = base + u * tokens_at_once + own;
         float key[std::size_t{width}], dots[std::size_t{Rows}];
-        unpack<staged>(s.slots[buffer][u][rank], key);
+        unpack<staged>(s.staging[buffer][u][rank], key);
         REFREEKV_UNROLL
         for (int i = 0; i < Rows; ++i) {
           dots[i] = 0;
@@ -195,14 +195,16 @@ template <class Query, class Keys>
   return x;
 }
 
-/// Fills the tile's values with logits; a row that does not exist has -inf alone. The block's
-/// threads are in step afterwards.
+/// Fills the tile's values with logits of the last `rows` rows; one that does not exist has -inf
+/// alone. The block's threads are in step afterwards.
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
 REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Rows>& s,
-                          const query_observation<Query, Keys>& seen, const query_window& window,
+                          const query_observation<Query, Keys>& seen, index_t rows,
                           const tile_place& at) noexcept {
-  multiply<Lanes>(block, s, seen, window, at);
+  multiply<Lanes>(block, s, seen, rows, at);
   block.sync();
+  // Not before: while keys are read there is no register for it.
+  const query_window window = window_of(seen, at.sequence, rows);
   const int t = block.rank();
   if (t < at.size()) {
     REFREEKV_NO_UNROLL
@@ -221,8 +223,9 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
 /// The same for ready rows: attention, and 0 where the row does not see the token.
 template <int Lanes, int Rows, thread_block Block, class Row, class Memory>
 REFREEKV_DEVICE void fill(Block& block, tile<row_observation<Row, Memory>, Rows>& s,
-                          const row_observation<Row, Memory>& seen, const query_window& window,
+                          const row_observation<Row, Memory>& seen, index_t rows,
                           const tile_place& at) noexcept {
+  const query_window window = window_of(seen, at.sequence, rows);
   const int t = block.rank();
   if (t < at.size()) {
     REFREEKV_UNROLL

@@ -145,7 +145,7 @@ struct plan_pages_body {
     if (block.rank() == 0) {
       to.plans(sequence) = plan;
       to.moves(sequence, 0) = detail::sink_moves(k, plan);
-      to.slots(sequence, 0) = kept_slots(k, plan, page_tokens);
+      to.remaining(sequence, 0) = kept_slots(k, plan, page_tokens);
     }
   }
 };

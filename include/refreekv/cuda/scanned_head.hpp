@@ -104,7 +104,7 @@ REFREEKV_DEVICE void for_each_energy(Block& block, tile<Seen, Rows>& s, const Se
   };
   float energy = 0;
   for (at.first = 0; at.first < at.span.count(); at.first += Rows) {
-    attend<leaves::values, any_lanes>(block, s, seen, window, at);
+    attend<leaves::values, any_lanes>(block, s, seen, scan.window, at);
     set_units(block, s, [&](int i) {
       const int of = at.first + i;
       if (of >= at.span.count() || at.span.row_of(of) < window.first_row()) return 0.0f;

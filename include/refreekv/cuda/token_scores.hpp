@@ -121,7 +121,7 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const
       const index_t row = at.span.row_of(at.first);
       if (sees_nothing(window, {head, 1, row, last - at.first}, at.tokens)) continue;
     }
-    attend<leaves::values, any_lanes>(block, s, seen, window, at);
+    attend<leaves::values, any_lanes>(block, s, seen, window.rows, at);
     set_units(block, s, [&](int i) {
       const int of = at.first + i;
       const index_t row = at.span.row_of(of);

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Finds memory that a compaction would write more than once: it goes over every source and every
+// (sequence, kv_head) as if all rows were different memory.
+//
+// What is found is what a host can see without reading a cache: rows of two sources that overlap,
+// an axis that moves with stride 0, a page twice. Of device memory only strides and base pointers
+// are.
+#pragma once
+
+#include <cstdint>
+
+#include "refreekv/cache.hpp"
+#include "refreekv/kept_positions.hpp"
+
+namespace refreekv::inline v0::detail {
+
+/// Slots of one (sequence, kv_head) that a compaction writes; empty where nothing moves.
+[[nodiscard]] constexpr token_range written_slots(const view<const kept_range, 2>& kept,
+                                                  index_t sequence, index_t kv_head,
+                                                  compaction how) noexcept {
+  const token_move move = move_of(kept(sequence, kept.extent(1) == 1 ? 0 : kv_head), how);
+  return {move.target, move.target + move.tokens};
+}
+[[nodiscard]] constexpr token_range written_slots(const kept_positions<>& kept, index_t sequence,
+                                                  index_t kv_head, compaction how) noexcept {
+  const kept_count& k = kept.counts(sequence, kv_head);
+  const index_t first = first_slot(k, how);
+  const auto stays = [&](index_t i) { return kept.positions(sequence, kv_head, i) == first + i; };
+  index_t begin = 0, end = k.count;
+  while (begin < end && stays(begin)) ++begin;
+  while (begin < end && stays(end - 1)) --end;
+  return {first + begin, first + end};
+}
+
+/// Whether two rows, of `a_dims` and `b_dims` elements, have a byte in common. Where the strides of
+/// their dimensions differ this is not looked at.
+template <class A, class B>
+[[nodiscard]] bool rows_overlap(const token_run<A>& a, index_t a_dims, const token_run<B>& b,
+                                index_t b_dims) noexcept {
+  if (a.data == nullptr || b.data == nullptr || a_dims < 1 || b_dims < 1) return false;
+  constexpr auto a_size = static_cast<index_t>(sizeof(A)), b_size = static_cast<index_t>(sizeof(B));
+  const index_t a_stride = a_dims == 1 ? 0 : a.dim_stride * a_size;
+  const index_t b_stride = b_dims == 1 ? 0 : b.dim_stride * b_size;
+  // From a's first byte to b's; pointers into different arrays may not be subtracted.
+  const auto offset = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(b.data) -
+                                           reinterpret_cast<std::uintptr_t>(a.data));
+  const index_t stride = a_dims == 1 ? b_stride : a_stride;
+  if (a_dims > 1 && b_dims > 1 && a_stride != b_stride) {
+    const bool contiguous = a_stride == a_size && b_stride == b_size;
+    return contiguous && offset < a_dims * a_size && -offset < b_dims * b_size;
+  }
+  // Some i of a and k of b with -b_size < offset + (k - i) * stride < a_size.
+  const auto touches = [&](index_t steps) {
+    const index_t distance = offset + steps * stride;
+    return -b_size < distance && distance < a_size && steps > -a_dims && steps < b_dims;
+  };
+  if (stride == 0) return touches(0);
+  const index_t near = -offset / stride;
+  return touches(near - 1) || touches(near) || touches(near + 1);
+}
+
+/// A row that tells where a source's memory is: of the first token, or on a device, where lengths
+/// and tables are not read, of the first slot of its tensor. No pointer where none is known.
+template <kv_source Source>
+[[nodiscard]] constexpr auto landmark(const Source& source) noexcept {
+  using run = token_run<typename Source::element_type>;
+  if constexpr (std::same_as<typename Source::memory, host_memory>) {
+    for (index_t s = 0; s < source.sequences() && source.kv_heads() > 0; ++s) {
+      if (source.tokens(s) > 0) return source.run_at(s, 0, 0);
+    }
+  } else if constexpr (requires { source.first_slot_row(); }) {
+    return source.first_slot_row();
+  }
+  return run{};
+}
+
+/// Null, or that two sources are the same memory, or one a part of the other's rows.
+template <kv_source First, kv_source... Others>
+[[nodiscard]] constexpr const char* share_memory(const First& first,
+                                                 const Others&... others) noexcept {
+  [[maybe_unused]] const auto overlaps = [&](const auto& other) {
+    return rows_overlap(landmark(first), first.head_dim(), landmark(other), other.head_dim());
+  };
+  if ((overlaps(others) || ...)) {
+    return "two sources share memory, which would move twice: where values are the keys, or a part "
+           "of them (MLA), pass the keys alone";
+  }
+  if constexpr (sizeof...(Others) > 0) {
+    return share_memory(others...);
+  } else {
+    return nullptr;
+  }
+}
+
+/// Null, or that a source names memory twice that a compaction writes. written(s, h): its slots.
+/// O(sequences * kv_heads), and what the source's own check takes.
+template <kv_source Source, class Written>
+[[nodiscard]] constexpr const char* written_twice(const Source& source,
+                                                  const Written& written) noexcept {
+  using run = token_run<typename Source::element_type>;
+  const index_t dims = source.head_dim();
+  run last_sequence{};
+  for (index_t s = 0; s < source.sequences(); ++s) {
+    run last_head{};
+    for (index_t h = 0; h < source.kv_heads(); ++h) {
+      const token_range range = written(s, h);
+      if (range.begin == range.end) continue;
+      const run row = source.run_at(s, h, 0);
+      if (rows_overlap(last_head, dims, row, dims)) {
+        return "KV heads share rows (a stride of 0?), which would move twice: pass one of them";
+      }
+      if (range.end - range.begin > 1 && row.tokens > 1 && row.token_stride == 0) {
+        return "tokens share a row (a stride of 0?)";
+      }
+      // Sequences may share pages that nobody writes.
+      if constexpr (!requires { source.written_twice(written); }) {
+        if (last_head.data == nullptr && rows_overlap(last_sequence, dims, row, dims)) {
+          return "sequences share rows (a stride of 0?), which would move twice: let a decision "
+                 "that keeps everything leave out all but one";
+        }
+      }
+      if (last_head.data == nullptr) last_sequence = row;
+      last_head = row;
+    }
+  }
+  if constexpr (requires { source.written_twice(written); }) {
+    return source.written_twice(written);
+  } else {
+    return nullptr;
+  }
+}
+
+/// Null, or in what compacting the sources would write memory twice.
+template <class Kept, kv_source... Sources>
+[[nodiscard]] constexpr const char* aliased(const Kept& kept, compaction how,
+                                            const Sources&... sources) noexcept {
+  if (const char* why = share_memory(sources...)) return why;
+  const char* why = nullptr;
+  if constexpr ((std::same_as<typename Sources::memory, host_memory> && ...)) {
+    const auto written = [&](index_t s, index_t h) { return written_slots(kept, s, h, how); };
+    (void)((why = written_twice(sources, written), why == nullptr) && ...);
+  } else {
+    const auto repeats = [](const auto& source) {
+      if constexpr (requires { source.repeats_heads(); }) return source.repeats_heads();
+      return false;
+    };
+    if ((repeats(sources) || ...)) {
+      why = "KV heads share rows (a stride of 0), which would move twice: pass one of them";
+    }
+  }
+  return why;
+}
+
+}  // namespace refreekv::inline v0::detail
