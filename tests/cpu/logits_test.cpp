@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "refreekv/cpu/logits.hpp"
 
+#include <map>
+
 #include "catch.hpp"
 #include "layouts.hpp"
 
@@ -11,8 +13,10 @@ namespace {
 template <class Query, class Key>
 void check_products(random_source& random) {
   using product = cpu_detail::product<Query, Key>;
-  for (const index_t dim : {1, 3, 16, 31, 64, 80, 96, 112, 128, 192}) {
+  for (const index_t dim : {1, 3, 16, 31, 64, 80, 96, 112, 128, 192, 300, 2100}) {
     for (const index_t rows : {1, 2, 3, 4, 7, 16}) {
+      if (dim > 192 && rows != 3) continue;
+      std::map<index_t, std::vector<float>> of_rows;  // by range
       problem p(2, 1, dim, 1, {70});
       fill(p, random);
       round_to<Key>(p.keys.values[0]);
@@ -38,6 +42,13 @@ void check_products(random_source& random) {
           REQUIRE(keys.count() == range.end - range.begin);
           cpu_detail::store_logits<product>(keys, packed.data(), rows, dim, 0.5f, gathered.data(),
                                             tile.data());
+          // The first layout's bits are those of all.
+          const auto expected = of_rows.try_emplace(range.begin * 100 + range.end, tile).first;
+          for (index_t r = 0; r < rows; ++r) {
+            const index_t first = r * cpu_detail::tile_stride;
+            REQUIRE(std::equal(&tile[size(first)], &tile[size(first + keys.count())],
+                               &expected->second[size(first)]));
+          }
           const index_t written = (keys.count() + 3) / 4 * 4;
           for (index_t r = 0; r < rows; ++r) {
             for (index_t t = 0; t < cpu_detail::tile_stride; ++t) {

@@ -11,14 +11,25 @@
 
 namespace refreekv::inline v0::cpu_detail {
 
-/// Copies `count` rows that two runs hold; ranges may overlap if `to` is not above `from`.
+/// Whether the neighbour of an element is the same dimension of the next token.
+template <class T>
+[[nodiscard]] bool lies_across(const token_run<T>& run) noexcept {
+  return run.token_stride == 1 && run.dim_stride != 1;
+}
+
+/// Copies `count` rows that two runs hold; ranges may overlap if `to` is not above `from`, or if
+/// both lie across.
 template <class T>
 void copy_rows(const token_run<T>& to, const token_run<T>& from, index_t count,
                index_t head_dim) noexcept {
   static_assert(std::is_trivially_copyable_v<T> && !std::is_const_v<T>,
                 "compaction needs a cache that can be written");
   const auto bytes = [](index_t n) { return static_cast<std::size_t>(n) * sizeof(T); };
-  if (to.dim_stride != 1 || from.dim_stride != 1) {
+  if (lies_across(to) && lies_across(from)) {
+    for (index_t d = 0; d < head_dim; ++d) {
+      std::memmove(to.data + d * to.dim_stride, from.data + d * from.dim_stride, bytes(count));
+    }
+  } else if (to.dim_stride != 1 || from.dim_stride != 1) {
     for (index_t t = 0; t < count; ++t) {
       for (index_t d = 0; d < head_dim; ++d) {
         to.data[t * to.token_stride + d * to.dim_stride] =
@@ -35,6 +46,21 @@ void copy_rows(const token_run<T>& to, const token_run<T>& from, index_t count,
   }
 }
 
+/// Of `count` rows that go from `position(i)` to `target` + i: the first of the last ones that two
+/// runs hold together which lie across; else the last one.
+template <class Run, class Position>
+[[nodiscard]] index_t first_of_last(const Run& run, index_t count, const Position& position,
+                                    index_t target) noexcept {
+  const auto reach = [&](index_t i) {
+    const auto from = run(position(i)), to = run(target + i);
+    return lies_across(from) && lies_across(to) &&
+           position(count - 1) - position(i) < from.tokens && count - i <= to.tokens;
+  };
+  index_t first = count - 1;
+  while (first > 0 && reach(first - 1)) --first;
+  return first;
+}
+
 /// Moves rows of one (sequence, kv_head) within its cache, as if through a buffer.
 template <kv_source Source>
 void move_rows(const Source& source, index_t sequence, index_t kv_head, token_move move) noexcept {
@@ -48,8 +74,10 @@ void move_rows(const Source& source, index_t sequence, index_t kv_head, token_mo
       done += count;
     }
   } else {
-    for (index_t t = move.tokens - 1; t >= 0; --t) {
-      copy_rows(run(move.target + t), run(move.source + t), 1, source.head_dim());
+    const auto position = [&](index_t i) { return move.source + i; };
+    for (index_t first, end = move.tokens; end > 0; end = first) {
+      first = first_of_last(run, end, position, move.target);
+      copy_rows(run(move.target + first), run(position(first)), end - first, source.head_dim());
     }
   }
 }
@@ -59,18 +87,44 @@ template <kv_source Source>
 void gather_rows(const Source& source, index_t sequence, index_t kv_head,
                  const kept_positions<>& kept, compaction how) noexcept {
   const kept_count& k = kept.counts(sequence, kv_head);
-  const index_t first = first_slot(k, how);
-  const auto move = [&](index_t i) {
-    const index_t position = kept.positions(sequence, kv_head, i);
-    if (position == first + i) return;
-    copy_rows(source.run_at(sequence, kv_head, first + i),
-              source.run_at(sequence, kv_head, position), 1, source.head_dim());
-  };
+  const index_t target = first_slot(k, how), head_dim = source.head_dim();
+  const auto run = [&](index_t token) { return source.run_at(sequence, kv_head, token); };
+  const auto position = [&](index_t i) { return index_t{kept.positions(sequence, kv_head, i)}; };
+  const auto stays = [&](index_t i) { return position(i) == target + i; };
   // Never over a row that is still to move.
+  const auto copy = [&](const auto& to, const auto& from, index_t first, index_t end) {
+    if (end - first == 1) return copy_rows(to, from, 1, head_dim);
+    for (index_t d = 0; d < head_dim; ++d) {
+      auto* row = to.data + d * to.dim_stride;
+      const auto* from_row = from.data + d * from.dim_stride;
+      const auto move = [&](index_t i) {
+        row[i - first] = from_row[position(i) - position(first)];
+      };
+      if (how == compaction::suffix_down) {
+        for (index_t i = first; i < end; ++i) move(i);
+      } else {
+        for (index_t i = end - 1; i >= first; --i) move(i);
+      }
+    }
+  };
   if (how == compaction::suffix_down) {
-    for (index_t i = 0; i < k.count; ++i) move(i);
+    for (index_t i = 0, end; i < k.count; i = end) {
+      end = i + 1;
+      if (stays(i)) continue;
+      const auto from = run(position(i)), to = run(target + i);
+      if (lies_across(from) && lies_across(to)) {
+        const index_t most = std::min(k.count - i, to.tokens) + i;
+        while (end < most && position(end) - position(i) < from.tokens) ++end;
+      }
+      copy(to, from, i, end);
+    }
   } else {
-    for (index_t i = k.count - 1; i >= 0; --i) move(i);
+    for (index_t first, end = k.count; end > 0; end = first) {
+      first = end - 1;
+      if (stays(first)) continue;
+      first = first_of_last(run, end, position, target);
+      copy(run(target + first), run(position(first)), first, end);
+    }
   }
 }
 

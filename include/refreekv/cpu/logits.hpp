@@ -111,8 +111,8 @@ template <class Query, class Keys>
 }
 
 /// values [row, tile_stride] = scale * queries [row, packed_dim] . keys [block]. gathered:
-/// [tile_tokens, head_dim], used where head_dim is not contiguous. Writes up to three results past
-/// the block's end.
+/// [tile_tokens, head_dim], used where head_dim is not contiguous and large. Writes up to three
+/// results past the block's end.
 template <class Product, class Key>
 void store_logits(const block_addresses<Key>& keys, const typename Product::packed* queries,
                   index_t rows, index_t head_dim, float scale, Key* gathered,
@@ -135,16 +135,26 @@ void store_logits(const block_addresses<Key>& keys, const typename Product::pack
     multiply(keys.from(0), 0, keys.count());
     return;
   }
-  for (index_t t = 0; t < keys.count(); t += tile_tokens) {
-    const Key* copies[4];
-    for (index_t i = 0; i < tile_tokens; ++i) {
-      Key* copy = gathered + i * head_dim;
-      for (index_t d = 0; d < head_dim; ++d) {
-        copy[d] = keys.from(t).now[i][d * keys.dim_stride()];
-      }
-      copies[i] = copy;
+  // Where keys lie across, neighbours in memory are the same dimension of other tokens: tokens that
+  // share a line of the cache are gathered together, as many as there is room for.
+  constexpr index_t line = 64 / sizeof(Key), room = line * 256;
+  Key nearby[std::size_t{room}];
+  const bool fits = tile_tokens * head_dim <= room;
+  Key* copy = fits ? nearby : gathered;
+  const index_t together =
+      fits ? std::min(line, room / head_dim / tile_tokens * tile_tokens) : tile_tokens;
+  const Key* copies[std::size_t{line}];
+  for (index_t i = 0; i < together; ++i) copies[i] = copy + i * head_dim;
+  for (index_t t = 0; t < keys.count(); t += together) {
+    const index_t tiles = (keys.count() - t + tile_tokens - 1) / tile_tokens;
+    const index_t count = std::min(together, tiles * tile_tokens);
+    const Key* const* from = keys.from(t).now;
+    for (index_t d = 0; d < head_dim; ++d) {
+      constexpr index_t soon = 16;  // dimensions
+      if (d + soon < head_dim) prefetch(from[0] + (d + soon) * keys.dim_stride());
+      for (index_t i = 0; i < count; ++i) copy[i * head_dim + d] = from[i][d * keys.dim_stride()];
     }
-    multiply({copies, copies, copies}, t, tile_tokens);
+    multiply({copies, copies, copies}, t, count);
   }
 }
 
