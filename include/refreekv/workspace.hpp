@@ -51,7 +51,7 @@ class arena {
   [[nodiscard]] T* take(Extents... extents) noexcept {
     static_assert(alignof(T) <= alignment && std::is_trivially_destructible_v<T>);
     std::size_t bytes = sizeof(T);
-    ((bytes = product(bytes, static_cast<std::size_t>(extents))), ...);
+    ((bytes = product(bytes, static_cast<std::uint64_t>(extents))), ...);
     bytes = bytes < most ? (bytes + alignment - 1) / alignment * alignment : most;
     taken_ = bytes < most - taken_ ? taken_ + bytes : most;
     if (next_ == nullptr) return nullptr;
@@ -68,8 +68,9 @@ class arena {
  private:
   static constexpr std::size_t most = static_cast<std::size_t>(-1) - alignment + 1;
 
-  static constexpr std::size_t product(std::size_t a, std::size_t b) noexcept {
-    return b != 0 && a > most / b ? most : a * b;
+  // Extents have 64 bits even where sizes have 32.
+  static constexpr std::size_t product(std::size_t a, std::uint64_t b) noexcept {
+    return b != 0 && a > most / b ? most : static_cast<std::size_t>(a * b);
   }
 
   std::byte* next_ = nullptr;

@@ -99,7 +99,8 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
   const auto [begin, end] = block.tokens;
   for (index_t i = 0; i < heads * window.rows; ++i) {
     const index_t row = i % window.rows;
-    Eigen::Map<Eigen::ArrayXf> x(tile.values + i * tile_stride, end - begin);
+    Eigen::Map<Eigen::ArrayXf> x(tile.values + i * tile_stride,
+                                 static_cast<Eigen::Index>(end - begin));
     x.setZero();
     float peak = 0;
     if (row >= window.first_row()) {
@@ -107,8 +108,9 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
                                           block.kv_head * heads + i / window.rows);
       const token_range visible = window.visible(row);
       for (index_t t = std::max(begin, visible.begin); t < std::min(end, visible.end); ++t) {
-        x(t - begin) = widen(attention[t * stride]);
-        peak = std::max(peak, x(t - begin));
+        float& value = x(static_cast<Eigen::Index>(t - begin));
+        value = widen(attention[t * stride]);
+        peak = std::max(peak, value);
       }
     }
     chunk_statistics& s = tile.statistics[i];

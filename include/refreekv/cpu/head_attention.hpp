@@ -105,8 +105,9 @@ struct attention_scratch {
     arena count;
     (void)take_parts(count, s.rows, seen);
     // Whole lines, and no more than there is an index for: the arena refuses what is that large.
-    constexpr auto most_bytes = static_cast<std::size_t>(index_t{1} << 62);
-    const std::size_t lines = std::min(count.bytes(), most_bytes) / arena::alignment + 1;
+    constexpr std::uint64_t most_bytes = std::uint64_t{1} << 62;
+    const std::uint64_t lines =
+        std::min<std::uint64_t>(count.bytes(), most_bytes) / arena::alignment + 1;
     s.worker_bytes = static_cast<index_t>(lines * arena::alignment);
     s.memory = from.take<std::byte>(workers, s.worker_bytes);
     s.totals = from.take<double>(seen.sequences(), seen.kv_heads(), 2);
@@ -177,7 +178,7 @@ void attend_block(const Seen& seen, const query_window& window, const key_block&
 /// Turns logits [count] into the attention of their row, 0 below 1e-37.
 inline void normalise_logits(float* logits, index_t count, const row_normaliser& row) noexcept {
   const double log_sum = double{row.unit} * std::numbers::ln2 + std::log(row.sum);
-  Eigen::Map<Eigen::ArrayXf> x(logits, count);
+  Eigen::Map<Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
   if (std::isnan(log_sum)) {
     x.setConstant(std::numeric_limits<float>::quiet_NaN());
   } else {
@@ -190,7 +191,7 @@ inline void normalise_logits(float* logits, index_t count, const row_normaliser&
 inline void normalise_values(float* values, index_t count, float unit,
                              const row_normaliser& row) noexcept {
   const auto attention = static_cast<float>(attention_at(unit, row));
-  Eigen::Map<Eigen::ArrayXf> x(values, count);
+  Eigen::Map<Eigen::ArrayXf> x(values, static_cast<Eigen::Index>(count));
   if (unit == -std::numeric_limits<float>::infinity()) {
     x.setConstant(attention);  // 0, or NaN where the row has no normaliser
   } else {

@@ -21,9 +21,9 @@ inline constexpr int lane_count = 4, lane_registers = 32;
 inline constexpr int lane_count = 4, lane_registers = 16;
 #endif
 
-// GCC and clang have vectors in the language; elsewhere, and with REFREEKV_EIGEN_LANES, the same
-// operators are Eigen's.
-#if defined(__GNUC__) && !defined(REFREEKV_EIGEN_LANES)
+// GCC and clang have vectors in the language; elsewhere, where the processor has none, and with
+// REFREEKV_EIGEN_LANES, the same operators are Eigen's.
+#if defined(__GNUC__) && !defined(REFREEKV_EIGEN_LANES) && !(defined(__i386__) && !defined(__SSE__))
 #define REFREEKV_VECTOR_LANES 1
 #define REFREEKV_ALWAYS_INLINE [[gnu::always_inline]] inline
 

@@ -176,7 +176,7 @@ void pack_queries(const query_observation<Query, Keys>& seen, index_t sequence, 
 /// into 3e-6 of a logit.
 inline void cap_softly(float* logits, index_t count, double cap) noexcept {
   using doubles = Eigen::Array<double, Eigen::Dynamic, 1, 0, chunk_tokens, 1>;
-  Eigen::Map<Eigen::ArrayXf> x(logits, count);
+  Eigen::Map<Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
   const doubles e = (x.cast<double>() * (2 / cap)).exp();
   const doubles capped = cap * (1 - 2 / (e + 1));
   x = (x == x).select(capped.cast<float>(), x);  // Eigen's exp does not promise to keep NaN

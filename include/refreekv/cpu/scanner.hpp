@@ -84,7 +84,7 @@ class scanner {
                        float* masses) const noexcept {
     const tile_scratch tile = attend_chunk(worker, at, at, leaves::values);
     const chunking chunks = chunks_of(at.sequence);
-    const index_t tokens = size(chunks[at.chunk]);
+    const auto tokens = static_cast<Eigen::Index>(size(chunks[at.chunk]));
     // Sums in order first, then what is done to each of them alone, in whole registers.
     double sums[static_cast<std::size_t>(chunk_tokens)];
     const Eigen::Map<Eigen::ArrayXd> sum(sums, tokens);
@@ -109,7 +109,7 @@ class scanner {
       double suffix = outside_cut(h, at.sequence);
       for (index_t c = chunks.count() - 1; c > at.chunk; --c) suffix += energy(h, at.sequence, c);
       const auto energies = token_energies(tile, h, at, g);
-      for (index_t t = tokens - 1; t >= 0; --t) {
+      for (Eigen::Index t = tokens - 1; t >= 0; --t) {
         suffix += energies.unit * double{energies.tokens[t]};
         sums[t] = suffix;
       }
@@ -232,7 +232,7 @@ class scanner {
     const chunk_statistics* statistics = tile.statistics + g * scan_.window;
     const auto values_of = [&](index_t row) {
       return Eigen::Map<Eigen::ArrayXf>(tile.values + (g * scan_.window + row) * tile_stride,
-                                        size(range));
+                                        static_cast<Eigen::Index>(size(range)));
     };
     auto energies = values_of(0);
     const double largest = largest_attention(h, statistics, 1, window.first_row());
@@ -248,7 +248,7 @@ class scanner {
     if (scan_.average == row_average::mean) {
       for (index_t t = range.begin; t < range.end; ++t) {
         const index_t rows = window.rows_seeing(t);
-        float& mean = energies(t - range.begin);
+        float& mean = energies(static_cast<Eigen::Index>(t - range.begin));
         mean = rows == 0 ? 0.0f : mean / static_cast<float>(rows);
         mean *= mean;
       }

@@ -45,7 +45,7 @@ void attention_sums(const Executor& on, const score_rows& what, const Seen& seen
         const index_t left_out = for_each_attention(
             seen, s, kv_head, what.rows, what.carried ? bad_rows::left_out : bad_rows::stay,
             scratch, work, [&](index_t rows, token_range range, const float* values) {
-              const index_t count = range.end - range.begin;
+              const auto count = static_cast<Eigen::Index>(range.end - range.begin);
               for (index_t g = 0; g < group; ++g) {
                 Eigen::Array<float, Eigen::Dynamic, 1, 0, chunk_tokens, 1> sum(count);
                 sum.setZero();
@@ -93,7 +93,8 @@ void attention_spread(const Executor& on, index_t window, index_t recent, double
         const index_t left_out = for_each_attention(
             seen, s, kv_head, window, bad_rows::left_out, scratch, work,
             [&](index_t rows, token_range range, const float* values) {
-              const index_t count = std::min(range.end, scored) - range.begin;
+              const auto count =
+                  static_cast<Eigen::Index>(std::min(range.end, scored) - range.begin);
               if (count <= 0) return;
               for (index_t i = 0; i < group * rows; ++i) {
                 const Eigen::Map<const Eigen::ArrayXf> a(values + i * tile_stride, count);
