@@ -82,6 +82,23 @@ TEST_CASE("keys with a large common component keep their digits", "[oracle]") {
   }
 }
 
+TEST_CASE("decisions are right under soft caps of any size", "[oracle]") {
+  random_source random(base_seed());
+  INFO("REFREEKV_SEED=" << base_seed());
+  problem p(2, 2, 8, 1, {300});
+  fill(p, random);
+  const dense_cache<float> keys(p.keys);
+  for (const float cap : {0.0f, 1e-3f, 50.0f, 1e8f, 1e12f, 1e16f, 1e18f, 3e38f}) {
+    p.soft_cap = cap;
+    const refreekv::policy::refreekv rule{.threshold = 0.1};
+    const selection s =
+        run_select(rule, divided<1>(), refreekv::observe(p.query_view(), keys.source(), p.info()));
+    CAPTURE(cap, s.at(0).cut);
+    CHECK(reference::disagreement(s.at(0), reference::decide(reference::attend(p, 0), 0, 4, rule),
+                                  rule.threshold) == "");
+  }
+}
+
 TEST_CASE("ready rows agree with the oracle on random problems", "[oracle]") {
   const unsigned first = base_seed();
   for (unsigned seed = first; seed < first + affordable(300); ++seed) {

@@ -29,6 +29,18 @@ struct attention_params {
   view<const float, 1, Memory> sink_logits = {};
 };
 
+/// cap * tanh(x / cap), given exp(2 x / cap); NaN stays NaN. In double: a cap of 50 would turn
+/// float tanh's last digit into 3e-6 of a logit. tanh is 1 - 2 / (exp + 1), which cancels where x
+/// is small beside the cap: there the first two terms of its series are right to 1.4e-13.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline float softly_capped(float x, double cap,
+                                                              double exponential) noexcept {
+  const double y = x * (1 / cap), square = y * y;
+  // Both, without a branch: compilers vectorise this.
+  const double series = x * (1 - square * (1.0 / 3));
+  const double whole = cap * (1 - 2 / (exponential + 1));
+  return static_cast<float>(square >= 1e-6 ? whole : series);
+}
+
 /// How the rows of a window become one energy for each token; for one row both are its square.
 enum class row_average {
   mean,       ///< the square of the mean over the rows that can see the token (arXiv 2502.16886)

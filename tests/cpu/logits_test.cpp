@@ -166,19 +166,29 @@ TEST_CASE("logits are capped, biased and masked in this order", "[cpu][logits]")
   }
 }
 
-TEST_CASE("a soft cap is tanh, and keeps NaN", "[cpu][logits]") {
+TEST_CASE("a soft cap of any size is tanh, and keeps NaN", "[cpu][logits]") {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
-  std::vector<float> x{0, 1e-30f, -0.1f, 3, -40, 1e4f, 1e30f, inf, -inf, nan};
-  for (int i = 0; i < 200; ++i) x.push_back(0.37f * static_cast<float>(i - 100));
-  std::vector<float> capped = x;
-  cpu_detail::cap_softly(capped.data(), static_cast<index_t>(x.size()), 50);
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    const double exact = 50 * std::tanh(double{x[i]} / 50);
-    CAPTURE(x[i]);
-    if (std::isnan(x[i])) {
-      CHECK(std::isnan(capped[i]));
-    } else {
-      CHECK(std::abs(double{capped[i]} - exact) <= 0x1p-24 * std::abs(exact) + 1e-13);
+  for (const float cap : {1e-3f, 0.5f, 50.0f, 1e4f, 1e9f, 1e12f, 1e16f, 1e18f, 1e30f, 3e38f}) {
+    std::vector<float> x{0, 1e-30f, -0.1f, 3, -40, 1e4f, 1e30f, 3e38f, -3e38f, inf, -inf, nan};
+    for (int i = 0; i < 100; ++i) x.push_back(0.37f * static_cast<float>(i - 50));
+    // About where the cap is felt, and where the series ends.
+    for (int i = 0; i < 100; ++i) x.push_back(cap * 0.04f * static_cast<float>(i - 50));
+    for (int i = 0; i < 30; ++i) x.push_back(cap * 1e-4f * static_cast<float>(i - 15));
+    std::vector<float> capped = x;
+    cpu_detail::cap_softly(capped.data(), static_cast<index_t>(x.size()), double{cap});
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      CAPTURE(cap, x[i]);
+      const long double y = static_cast<long double>(x[i]) / cap, exact = cap * std::tanh(y);
+      const float alone =
+          softly_capped(x[i], double{cap}, std::exp(double{x[i]} * (2 / double{cap})));
+      for (const float got : {capped[i], alone}) {
+        if (std::isnan(x[i])) {
+          REQUIRE(std::isnan(got));
+        } else {
+          const long double rounding = std::max(0x1p-24L * std::abs(exact), 0x1p-150L);
+          REQUIRE(std::abs(static_cast<long double>(got) - exact) <= rounding * (1 + 1e-4L));
+        }
+      }
     }
   }
 }

@@ -172,14 +172,13 @@ void pack_queries(const query_observation<Query, Keys>& seen, index_t sequence, 
   }
 }
 
-/// x becomes cap * tanh(x / cap). In double: a soft cap of 50 would turn float tanh's last digit
-/// into 3e-6 of a logit.
+/// x becomes cap * tanh(x / cap).
 inline void cap_softly(float* logits, index_t count, double cap) noexcept {
   using doubles = Eigen::Array<double, Eigen::Dynamic, 1, 0, chunk_tokens, 1>;
-  Eigen::Map<Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
-  const doubles e = (x.cast<double>() * (2 / cap)).exp();
-  const doubles capped = cap * (1 - 2 / (e + 1));
-  x = (x == x).select(capped.cast<float>(), x);  // Eigen's exp does not promise to keep NaN
+  const Eigen::Map<const Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
+  const doubles exponentials = (x.cast<double>() * (2 / cap)).exp();
+  const double* e = exponentials.data();
+  for (index_t t = 0; t < count; ++t) logits[t] = softly_capped(logits[t], cap, e[t]);
 }
 
 /// Turns scaled q.k of one row into logits, -inf where the row does not see the token.

@@ -184,9 +184,8 @@ template <class Query, class Keys>
   if (token < visible.begin || token >= visible.end) return -infinity;
   float x = product * seen.scale();
   if (params.soft_cap > 0) {
-    // In double: a cap of 50 would turn float tanh's last digit into 3e-6 of a logit.
     const double cap = params.soft_cap;
-    x = static_cast<float>(cap * (1 - 2 / (std::exp(x * (2 / cap)) + 1)));
+    x = softly_capped(x, cap, std::exp(x * (2 / cap)));
   }
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
