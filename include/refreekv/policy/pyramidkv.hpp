@@ -3,24 +3,31 @@
 //
 // The first layer has the most, the last one 1 / beta of the mean, and those between lie on a line.
 // The rule is that of the authors' code (KVCache-Factory), integers and all; the paper's own is the
-// same line in real numbers.
+// same line in real numbers, which pyramid_step::exact keeps to.
 #pragma once
 
 #include "refreekv/score_ranking.hpp"
 
 namespace refreekv::inline v0::policy {
 
-/// By what the difference between the first and the last layer is divided.
+/// How the line becomes whole tokens. A step from layer to layer that is rounded down leaves all of
+/// them more than their budget: of 64 tokens in 32 layers, with a window of 8, 71.5 in the mean.
 enum class pyramid_step {
-  between_layers,  ///< layers - 1: KVCache-Factory
-  over_layers,     ///< layers: its older versions, and the code of arXiv 2502.16886
+  between_layers,  ///< the difference of first and last over layers - 1: KVCache-Factory
+  over_layers,     ///< over layers: its older versions, and the code of arXiv 2502.16886
+  /// The line itself, rounded so that all layers together hold layers * budget tokens: a layer is
+  /// less than one token off the line, so that it may have one more than the layer before. (ours)
+  exact,
 };
 
 struct pyramidkv {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  token_budget budget = 2048;  ///< tokens of the mean layer, the window's included
+  /// Tokens of the mean layer, the window's included; in fact more, see pyramid_step. For an engine
+  /// that has room for layers * budget tokens and no more: `.step = pyramid_step::exact`, with a
+  /// budget that is no smaller than the window, which always stays.
+  token_budget budget = 2048;
   /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
   /// least 1.
   count_t window = 8;
@@ -65,6 +72,9 @@ struct pyramidkv {
       first = others;
       last = 2 * mean - first;
     }
+    if (step == pyramid_step::exact) {
+      return {mean + above_mean(first - mean, layer + 1) - above_mean(first - mean, layer), window};
+    }
     const index_t steps = step == pyramid_step::over_layers || layers == 1 ? layers : layers - 1;
     return {first - layer * ((first - last) / steps), window};
   }
@@ -77,6 +87,16 @@ struct pyramidkv {
       return rule.quota(layer, tokens);
     }
   };
+
+ private:
+  /// What the first `count` layers have together above the mean, rounded, on the line that starts
+  /// `slope` above it and ends as much below: slope * count * (layers - count) / (layers - 1).
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t above_mean(index_t slope,
+                                                                  index_t count) const noexcept {
+    const index_t area = count * (layers - count), steps = layers == 1 ? 1 : layers - 1;
+    // In two parts: the product alone may have 91 bits.
+    return slope * (area / steps) + (slope * (area % steps) + steps / 2) / steps;
+  }
 };
 
 }  // namespace refreekv::inline v0::policy
