@@ -44,7 +44,8 @@ class guarded_rows {
   static bool same(const T& a, const T& b) {
     if constexpr (std::is_same_v<T, refreekv::page_plan>) {
       return a.first == b.first && a.last == b.last && a.freed == b.freed &&
-             a.sinks_move == b.sinks_move && a.first_slot == b.first_slot;
+             a.sinks_move == b.sinks_move && a.first_slot == b.first_slot &&
+             a.written_first == b.written_first && a.written_last == b.written_last;
     } else if constexpr (std::is_same_v<T, refreekv::kept_range>) {
       return a == b;
     } else {
@@ -81,7 +82,7 @@ struct page_batch {
         kept(rows, 1, no_range),
         moves(rows, 1, no_range),
         slots(rows, 1, no_range),
-        plans(rows, 1, {-7, -7, -7, false, -7}),
+        plans(rows, 1, {-7, -7, -7, false, -7, -7, -7}),
         ids(rows, width, -7),
         freed_ids(rows, width, -7),
         counts(rows, 1, -7),

@@ -223,10 +223,11 @@ TEMPLATE_TEST_CASE("an engine that releases pages keeps what it should and no pa
         const bool shared = batch.shared.data() != nullptr && is_shared(batch.shared.at(s), page);
         CHECK(is_freed == (page >= p.first && page < p.last && !shared));
         next += is_freed ? 1 : 0;
-        if (shared) {
-          const auto first = slots.begin() + id * page_tokens;
-          CHECK(std::equal(first, first + page_tokens, slots_before.begin() + id * page_tokens));
-        }
+        const auto first = slots.begin() + id * page_tokens;
+        const bool same =
+            std::equal(first, first + page_tokens, slots_before.begin() + id * page_tokens);
+        CHECK(same == !(p.written_first <= page && page < p.written_last));
+        if (shared || is_freed) CHECK(same);
       }
       CHECK(next == freed.size());
     }

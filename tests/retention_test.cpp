@@ -172,6 +172,13 @@ TEST_CASE("a page plan frees whole pages and never loses a kept token", "[retent
             slots[at(move.target + i)] = before[at(move.source + i)];
           }
         }
+        for (index_t page = 0; page < pages; ++page) {
+          bool changed = false;
+          for (index_t slot = page * page_tokens; slot < (page + 1) * page_tokens; ++slot) {
+            changed = changed || slots[at(slot)] != (slot < kept.tokens ? slot : -1);
+          }
+          REQUIRE(changed == (plan.written_first <= page && page < plan.written_last));
+        }
         std::vector<int> table(at(pages)), freed(at(pages), -1);
         std::iota(table.begin(), table.end(), 100);
         const index_t count = remove_pages(plan, table.data(), pages, freed.data(), shared);
@@ -214,4 +221,13 @@ TEST_CASE("a page plan frees whole pages and never loses a kept token", "[retent
       }
     }
   });
+}
+
+TEST_CASE("a page plan names the pages that sinks move to", "[retention]") {
+  const page_plan plan = plan_pages({3, 15, 20}, 4);
+  CHECK(plan.last == 3);
+  CHECK(plan.written_first == 3);  // slots 12 to 14
+  CHECK(plan.written_last == 4);
+  const std::uint8_t shared = 1 << 3;
+  CHECK(plan_pages({3, 15, 20}, 4, &shared).written_last == 0);  // sinks stay
 }

@@ -165,6 +165,11 @@ struct page_plan {
   bool sinks_move = false;  ///< first compact with sinks_up; otherwise sinks stay in their page and
                             ///< tokens between them and the cut must be masked
   index_t first_slot = 0;   ///< of the kept tokens in the new table
+  /// Pages [written_first, written_last) of the table as it was are those that sinks move to; none
+  /// where sinks stay. A cache of prefixes must drop their hashes, or mark them as shared before it
+  /// plans if it is to offer them any longer. What is freed is still what its hash says.
+  index_t written_first = 0;
+  index_t written_last = 0;
 };
 
 namespace detail {
@@ -173,13 +178,13 @@ namespace detail {
 struct page_choice {
   page_plan stay = {};
   page_plan move = {};
-  index_t written = 0;  ///< sinks that move go to pages [move.last, written)
 
   /// Given how many pages nobody shares of those that `stay` and `move` take out, and of those that
-  /// sinks would be written to.
+  /// `move` writes.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr page_plan best(
       index_t stay_private, index_t move_private, index_t written_private) const noexcept {
-    const bool moves = written_private == written - move.last && move_private > stay_private;
+    const bool moves =
+        written_private == move.written_last - move.written_first && move_private > stay_private;
     page_plan plan = moves ? move : stay;
     plan.freed = moves ? move_private : stay_private;
     return plan;
@@ -197,9 +202,11 @@ struct page_choice {
     choice.stay.first_slot = cut < kept.tokens ? cut % page_tokens : 0;
   } else {
     const index_t target = cut - sinks;
-    choice.move = {
-        .last = target / page_tokens, .sinks_move = true, .first_slot = target % page_tokens};
-    choice.written = pages(cut);
+    choice.move = {.last = target / page_tokens,
+                   .sinks_move = true,
+                   .first_slot = target % page_tokens,
+                   .written_first = target / page_tokens,
+                   .written_last = pages(cut)};
   }
   return choice;
 }
@@ -224,7 +231,7 @@ struct page_choice {
     return detail::private_pages(shared, first, last);
   };
   return choice.best(count(choice.stay.first, choice.stay.last), count(0, choice.move.last),
-                     count(choice.move.last, choice.written));
+                     count(choice.move.written_first, choice.move.written_last));
 }
 
 /// Takes the plan's pages out of table [page], whose `pages` entries shift down, and appends those

@@ -141,7 +141,8 @@ struct plan_pages_body {
     };
     const index_t stay = count(choice.stay.first, choice.stay.last);
     const index_t move = count(0, choice.move.last);
-    const page_plan plan = choice.best(stay, move, count(choice.move.last, choice.written));
+    const index_t written = count(choice.move.written_first, choice.move.written_last);
+    const page_plan plan = choice.best(stay, move, written);
     if (block.rank() == 0) {
       to.plans(sequence) = plan;
       to.moves(sequence, 0) = detail::sink_moves(k, plan);
