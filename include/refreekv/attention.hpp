@@ -193,7 +193,8 @@ struct row_normaliser {
   const double sink = double{sink_logit} / std::numbers::ln2;
   row_normaliser n{static_cast<float>(std::rint(sink)), 0};
   for (index_t c = 0; c < chunks; ++c) n.unit = row[c].unit > n.unit ? row[c].unit : n.unit;
-  n.sum = std::exp2(sink - double{n.unit});
+  // The exp2 that compilers put in its place under -funsafe-math-optimizations knows no infinity.
+  n.sum = sink == -HUGE_VAL ? 0 : std::exp2(sink - double{n.unit});
   for (index_t c = 0; c < chunks; ++c) {
     n.sum += double{row[c].sum} * power_of_two(row[c].unit - n.unit);
   }

@@ -2,6 +2,8 @@
 // What CAKE (arXiv 2503.12491) remembers of a model's layers, and how they share one budget.
 #pragma once
 
+#include <cmath>
+
 #include "refreekv/observation.hpp"
 
 namespace refreekv::inline v0 {
@@ -59,7 +61,7 @@ template <observation Seen>
     shared = shared && preferences[l * stride] >= 0;
     sum += preferences[l * stride];
   }
-  shared = shared && sum > 0 && sum - sum == 0;
+  shared = shared && sum > 0 && sum < HUGE_VAL;
   const auto proportional = [&](index_t l) {
     const double share = shared ? preferences[l * stride] / sum : 1 / static_cast<double>(count);
     return static_cast<index_t>(share * static_cast<double>(total));

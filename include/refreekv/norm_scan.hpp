@@ -85,7 +85,7 @@ struct norm_scan {
 
   /// False where nothing can be decided: an empty, NaN or infinite norm keeps every token.
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr bool decidable(double baseline) noexcept {
-    return baseline > 0 && baseline - baseline == 0;  // the difference of an infinity is NaN
+    return baseline > 0 && baseline < HUGE_VAL;
   }
   /// Whether there is anything to decide about a sequence of `tokens` tokens, whose norms [chunk]
   /// at the chunks' starts are given.

@@ -2,8 +2,9 @@
 // The CPU backend on Eigen.
 #pragma once
 
-#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "refreekv decides on NaN and Inf: compile the files that include it without -ffast-math"
+#if (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(_M_FP_FAST)
+#error \
+    "refreekv decides on NaN and Inf: compile the files that include it without -ffast-math (/fp:fast), or with -fno-finite-math-only behind it"
 #endif
 
 #include "refreekv/backend.hpp"

@@ -115,6 +115,20 @@ REFREEKV_ALWAYS_INLINE void keep([[maybe_unused]] Register& x) noexcept {
 #endif
 }
 
+/// x, rounded, and hidden from the compiler: flags that let it reassociate, such as
+/// -funsafe-math-optimizations, would merge what is done before and after, and x87 would not round.
+template <class T>
+[[nodiscard]] REFREEKV_ALWAYS_INLINE T exactly(T x) noexcept {
+#if defined(REFREEKV_VECTOR_LANES) && defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(REFREEKV_VECTOR_LANES) && defined(__aarch64__)
+  asm("" : "+w"(x));
+#elif defined(__GNUC__) || defined(__clang__)
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 /// Fetches the cache line at `address` into the second-level cache.
 REFREEKV_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) noexcept {
 #if defined(__GNUC__)

@@ -200,13 +200,13 @@ class scanner {
     if (first == scan_.window) return 0;
     if (!scan_.one_pass()) {
       const double largest = largest_attention(h, s, buffers_.chunks, first);
-      return largest * (largest * double{s[first * buffers_.chunks].sum_squares});
+      return largest * exactly(largest * double{s[first * buffers_.chunks].sum_squares});
     }
     double energy = 0;
     for (index_t r = first; r < scan_.window; ++r) {
       const chunk_statistics& row = s[r * buffers_.chunks];
       const double attention = attention_at(row.unit, h.rows[r]);
-      energy += attention * (attention * double{row.sum_squares});
+      energy += attention * exactly(attention * double{row.sum_squares});
     }
     return energy;
   }

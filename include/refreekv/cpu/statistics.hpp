@@ -59,7 +59,7 @@ class running_statistics {
     };
     largest_ = fold(fold(x, [](int i) { return i ^ 1; }), [](int i) { return i ^ 2; });
     // Whole numbers, or beyond the limits that `finish` looks at.
-    shifted_unit_ = largest_ * std::numbers::log2e_v<float> + integer_shift;
+    shifted_unit_ = exactly<lanes>(largest_ * std::numbers::log2e_v<float> + integer_shift);
     lowest_ = (shifted_unit_ - integer_shift + lowest_power) * std::numbers::ln2_v<float>;
     pending_ = x;
   }
