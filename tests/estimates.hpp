@@ -8,7 +8,8 @@
 class estimates {
  public:
   template <class Keys>
-  estimates(const Keys& keys, std::vector<position_t> lengths, index_t page_tokens)
+  estimates(const Keys& keys, std::vector<position_t> lengths, index_t page_tokens,
+            bool centred = false)
       : lengths_(std::move(lengths)),
         heads_(keys.kv_heads()),
         capacity_(keys.capacity() + 2),
@@ -17,17 +18,25 @@ class estimates {
         codes_(size(rows() * bytes()), std::uint8_t{0xA5}),
         ranges_(size(rows() * 2), std::numeric_limits<float>::quiet_NaN()),
         bounds_(size(count() * heads_ * pages() * 2 * dims_),
-                std::numeric_limits<float>::quiet_NaN()) {}
+                std::numeric_limits<float>::quiet_NaN()),
+        centres_(size(centred ? count() * heads_ * dims_ : 0),
+                 std::numeric_limits<float>::quiet_NaN()) {}
 
   refreekv::int4_keys<> keys() {
     return {.codes = {codes_.data(), {count(), heads_, capacity_, bytes()}},
             .ranges = {ranges_.data(), {count(), heads_, capacity_, 2}},
             .dims = dims_,
-            .lengths = {lengths_.data(), {count()}}};
+            .lengths = {lengths_.data(), {count()}},
+            .centres = centres()};
   }
   refreekv::page_bounds<> page_bounds() {
     return {.bounds = {bounds_.data(), {count(), heads_, pages(), 2, dims_}},
             .page_tokens = page_tokens_};
+  }
+  /// [sequence, kv_head, head_dim], if there are any.
+  refreekv::view<float, 3> centres() {
+    if (centres_.empty()) return {};
+    return {centres_.data(), {count(), heads_, dims_}};
   }
   int code(index_t s, index_t h, index_t t, index_t d) {
     const int pair = keys().codes(s, h, t, d / 2);
@@ -38,7 +47,8 @@ class estimates {
     std::vector<double> out;
     const auto ranges = keys().ranges;
     for (index_t d = 0; d < dims_; ++d) {
-      out.push_back(double{ranges(s, h, t, 0)} + double{ranges(s, h, t, 1)} * code(s, h, t, d));
+      out.push_back(double{ranges(s, h, t, 0)} + double{ranges(s, h, t, 1)} * code(s, h, t, d) +
+                    (centres_.empty() ? 0 : double{centres()(s, h, d)}));
     }
     return out;
   }
@@ -48,7 +58,8 @@ class estimates {
         return x == y || (std::isnan(x) && std::isnan(y));
       });
     };
-    return codes_ == other.codes_ && same(ranges_, other.ranges_) && same(bounds_, other.bounds_);
+    return codes_ == other.codes_ && same(ranges_, other.ranges_) && same(bounds_, other.bounds_) &&
+           same(centres_, other.centres_);
   }
 
  private:
@@ -60,5 +71,5 @@ class estimates {
   std::vector<position_t> lengths_;
   index_t heads_, capacity_, dims_, page_tokens_;
   std::vector<std::uint8_t> codes_;
-  std::vector<float> ranges_, bounds_;
+  std::vector<float> ranges_, bounds_, centres_;
 };

@@ -25,7 +25,9 @@ template <kv_source Keys>
 
 /// Writes the 4-bit codes of the tokens from from(sequence) on, of all with no `from`: low is the
 /// smallest element of a key, step (largest - low) / 15, and codes are rounded half to even.
-/// (Twilight, arXiv 2502.02770) Neither allocates nor synchronises. O(new tokens * head_dim).
+/// (Twilight, arXiv 2502.02770) With centres, keys less their centre; where a sequence starts at
+/// token 0 that first becomes the mean of the tokens' finite elements, 0 of none, and later calls
+/// leave it (ours). Neither allocates nor synchronises. O(new tokens * head_dim).
 template <backend Backend, kv_source Keys>
   requires std::same_as<typename Keys::memory, typename ops<Backend>::memory>
 [[nodiscard]] status quantise(const Backend& on, const Keys& keys,

@@ -24,13 +24,38 @@ void for_each_key(const Keys& keys, index_t sequence, index_t kv_head, index_t f
   return x < low || std::isnan(x) ? x : low;
 }
 
+/// Writes the mean of the finite elements of one head's keys, to [head_dim].
+template <kv_source Keys>
+void find_centre(const Keys& keys, index_t sequence, index_t kv_head, float* centre) noexcept {
+  constexpr index_t together = 64;  // dimensions that are summed in one read of the keys
+  for (index_t begin = 0; begin < keys.head_dim(); begin += together) {
+    const index_t dims = std::min(together, keys.head_dim() - begin);
+    double sums[together] = {};
+    index_t counts[together] = {};
+    for_each_key(keys, sequence, kv_head, 0, [&](index_t, const auto& key) {
+      for (index_t d = 0; d < dims; ++d) {
+        const float x = key(begin + d);
+        const bool finite = std::isfinite(x);
+        sums[d] += finite ? double{x} : 0;
+        counts[d] += finite ? 1 : 0;
+      }
+    });
+    for (index_t d = 0; d < dims; ++d) {
+      const auto count = static_cast<double>(std::max<index_t>(counts[d], 1));
+      centre[begin + d] = static_cast<float>(sums[d] / count);
+    }
+  }
+}
+
 template <class Executor, kv_source Keys>
 void quantise(const Executor& on, const Keys& keys, const lengths_view<>& from,
               const int4_keys<>& to) noexcept {
   const index_t dims = keys.head_dim();
   for_each_head(on, keys, keys.head_dim(), [&](int, index_t s, index_t h) {
     const index_t first = from.data() == nullptr ? 0 : index_t{from(s)};
-    for_each_key(keys, s, h, first, [&](index_t t, const auto& key) {
+    float* centre = to.centres.at(s, h);
+    if (centre != nullptr && first == 0) find_centre(keys, s, h, centre);
+    const auto write = [&](index_t t, const auto& key) {
       float low = key(0), high = key(0);
       for (index_t d = 1; d < dims; ++d) {
         low = smaller_or_nan(low, key(d));
@@ -46,6 +71,13 @@ void quantise(const Executor& on, const Keys& keys, const lengths_view<>& from,
                                                 : code > 15             ? 15
                                                                         : 0);
         codes[d / 2] = static_cast<std::uint8_t>(d % 2 == 0 ? bits : codes[d / 2] | bits << 4);
+      }
+    };
+    for_each_key(keys, s, h, first, [&](index_t t, const auto& key) {
+      if (centre == nullptr) {
+        write(t, key);
+      } else {
+        write(t, [&](index_t d) { return key(d) - centre[d]; });
       }
     });
   });

@@ -34,6 +34,7 @@ struct unpacked_keys {
 /// Writes keys [begin, end) as floats [token, head_dim].
 inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, token_range tokens,
                    float* rows) noexcept {
+  const float* centre = keys.centres.at(sequence, kv_head);
   for (index_t t = tokens.begin; t < tokens.end; ++t, rows += keys.dims) {
     const std::uint8_t* codes = keys.codes.at(sequence, kv_head, t);
     const float low = keys.ranges(sequence, kv_head, t, 0);
@@ -42,6 +43,7 @@ inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, t
       const int code = d % 2 == 0 ? codes[d / 2] & 15 : codes[d / 2] >> 4;
       rows[d] = static_cast<float>(code) * step + low;
     }
+    for (index_t d = 0; centre != nullptr && d < keys.dims; ++d) rows[d] += centre[d];
   }
 }
 

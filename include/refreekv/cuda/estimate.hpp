@@ -46,6 +46,61 @@ REFREEKV_DEVICE void for_each_key(const Keys& keys, index_t sequence, index_t kv
   }
 }
 
+/// Writes the mean of the finite elements of the keys of each head that starts at token 0, a block
+/// for warp_threads dimensions.
+template <kv_source Keys>
+struct centres_body {
+  using memory = typename Keys::memory;
+  struct shared {
+    double sums[block_warps][warp_threads];
+    index_t counts[block_warps][warp_threads];
+  };
+
+  Keys keys;
+  lengths_view<memory> from;
+  view<float, 3, memory> centres;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
+    return (keys.head_dim() + warp_threads - 1) / warp_threads;
+  }
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return keys.sequences() * keys.kv_heads() * parts();
+  }
+
+  /// item: [sequence, kv_head, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t row = item / parts();
+    const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
+    if (from.data() != nullptr && from(sequence) != 0) return;
+    const index_t lane = lane_of(block), warp = warp_of(block);
+    const index_t d = item % parts() * warp_threads + lane, tokens = keys.tokens(sequence);
+    const index_t share = (tokens + block_warps - 1) / block_warps;  // of a warp
+    const index_t begin = warp * share;
+    const index_t end = begin + share < tokens ? begin + share : tokens;
+    double sum = 0;
+    index_t count = 0;
+    if (d < keys.head_dim()) {
+      for_each_key(keys, sequence, head, begin, end, [&](index_t, const auto* key, index_t stride) {
+        const float x = widen(key[d * stride]);
+        const bool finite = x > -infinity && x < infinity;
+        sum += finite ? double{x} : 0;
+        count += finite ? 1 : 0;
+      });
+    }
+    s.sums[warp][lane] = sum;
+    s.counts[warp][lane] = count;
+    block.sync();
+    if (warp > 0 || d >= keys.head_dim()) return;
+    for (index_t w = 1; w < block_warps; ++w) {
+      sum += s.sums[w][lane];
+      count += s.counts[w][lane];
+    }
+    centres(sequence, head, d) =
+        static_cast<float>(sum / static_cast<double>(larger{}(count, index_t{1})));
+  }
+};
+
 /// Writes codes and ranges, a warp a key.
 template <kv_source Keys>
 struct quantise_body {
@@ -71,21 +126,25 @@ struct quantise_body {
       const index_t end = t + warp_keys < tokens ? t + warp_keys : tokens;
       for_each_key(keys, sequence, head, t, end,
                    [&](index_t token, const auto* key, index_t stride) {
-                     write(block, key, stride, to.codes.at(sequence, head, token),
-                           to.ranges.at(sequence, head, token));
+                     write(block, key, stride, to.centres.at(sequence, head),
+                           to.codes.at(sequence, head, token), to.ranges.at(sequence, head, token));
                    });
     }
   }
 
  private:
   template <thread_block Block, class T>
-  REFREEKV_DEVICE void write(Block& block, const T* key, index_t stride, std::uint8_t* codes,
-                             float* range) const noexcept {
+  REFREEKV_DEVICE void write(Block& block, const T* key, index_t stride, const float* centre,
+                             std::uint8_t* codes, float* range) const noexcept {
     const index_t dims = keys.head_dim(), pairs = (dims + 1) / 2;
+    const auto at = [&](index_t d) {
+      const float x = widen(key[d * stride]);
+      return centre == nullptr ? x : x - centre[d];
+    };
     float low = infinity, high = -infinity;
     for (index_t d = lane_of(block); d < dims; d += warp_threads) {
-      low = smaller_or_nan{}(low, widen(key[d * stride]));
-      high = larger_or_nan{}(high, widen(key[d * stride]));
+      low = smaller_or_nan{}(low, at(d));
+      high = larger_or_nan{}(high, at(d));
     }
     low = block.warp_reduce(low, smaller_or_nan{});
     high = block.warp_reduce(high, larger_or_nan{});
@@ -95,8 +154,8 @@ struct quantise_body {
       range[to.ranges.stride(3)] = step;
     }
     for (index_t pair = lane_of(block); pair < pairs; pair += warp_threads) {
-      unsigned bits = code(widen(key[2 * pair * stride]), low, step);
-      if (2 * pair + 1 < dims) bits |= code(widen(key[(2 * pair + 1) * stride]), low, step) << 4;
+      unsigned bits = code(at(2 * pair), low, step);
+      if (2 * pair + 1 < dims) bits |= code(at(2 * pair + 1), low, step) << 4;
       codes[pair] = static_cast<std::uint8_t>(bits);
     }
   }
@@ -111,6 +170,11 @@ template <class Backend, kv_source Keys>
 [[nodiscard]] status quantise(const Backend& on, const Keys& keys,
                               const lengths_view<typename Keys::memory>& from,
                               const int4_keys<typename Keys::memory>& to) noexcept {
+  if (to.centres.data() != nullptr) {
+    const centres_body<Keys> centres{keys, from, to.centres};
+    const status s = run_blocks(on, centres.items(), centres);
+    if (s != status::ok) return s;
+  }
   using body_type = quantise_body<Keys>;
   const index_t most = (keys.capacity() + body_type::block_keys - 1) / body_type::block_keys;
   const row_parts cut = row_parts::of(keys.sequences() * keys.kv_heads(), most);

@@ -95,12 +95,13 @@ struct key_reader<int4_keys<Memory>> {
   struct address {
     const std::uint8_t* codes;
     float low, step;
+    const float* centre;  ///< or null
   };
 
   [[nodiscard]] static REFREEKV_DEVICE address at(const int4_keys<Memory>& keys, index_t sequence,
                                                   index_t kv_head, index_t token) noexcept {
     return {keys.codes.at(sequence, kv_head, token), keys.ranges(sequence, kv_head, token, 0),
-            keys.ranges(sequence, kv_head, token, 1)};
+            keys.ranges(sequence, kv_head, token, 1), keys.centres.at(sequence, kv_head)};
   }
   [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address&, index_t) noexcept {
     return false;
@@ -114,7 +115,8 @@ struct key_reader<int4_keys<Memory>> {
     for (int i = 0; i < fragment_elements<float> && dim + i < dims; ++i) {
       const unsigned codes = key.codes[(dim + i) / 2];
       const unsigned code = (dim + i) % 2 == 0 ? codes & 15u : codes >> 4;
-      to.words[i] = as_bits(static_cast<float>(code) * key.step + key.low);
+      const float x = static_cast<float>(code) * key.step + key.low;
+      to.words[i] = as_bits(key.centre == nullptr ? x : x + key.centre[dim + i]);
     }
   }
   [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
