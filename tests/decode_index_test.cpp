@@ -348,28 +348,37 @@ TEST_CASE("an index of another shape is refused", "[decode_index]") {
   const plain_rows rows = random_rows(base_seed() + 4), other = random_rows(base_seed() + 4, 8);
   const dense_cache<float> cache(rows), wider(other);
   estimates memory(cache.source(), rows.lengths, 4);
-  CHECK(quantise(divided<1>(), wider.source(), memory.keys()) == status::invalid_argument);
-  CHECK(bound_pages(divided<1>(), wider.source(), memory.page_bounds()) ==
-        status::invalid_argument);
+  const auto no_quantise = [](const auto& source, const int4_keys<>& to) {
+    const char* why = why_invalid(source, to);
+    CHECK((quantise(divided<1>(), source, to) == status::ok) == (why == nullptr));
+    return why == nullptr ? std::string() : std::string(why);
+  };
+  const auto no_bounds = [](const auto& source, const page_bounds<>& to) {
+    const char* why = why_invalid(source, to);
+    CHECK((bound_pages(divided<1>(), source, to) == status::ok) == (why == nullptr));
+    return why == nullptr ? std::string() : std::string(why);
+  };
+  CHECK(no_quantise(wider.source(), memory.keys()) == "keys and index differ in head_dim");
+  CHECK(no_bounds(wider.source(), memory.page_bounds()) == "keys and index differ in head_dim");
   int4_keys<> keys = memory.keys();
   keys.dims = 9;
-  CHECK(quantise(divided<1>(), cache.source(), keys) == status::invalid_argument);
+  CHECK(no_quantise(cache.source(), keys) != "");
   std::vector<float> centres(4 * 2 * 7);
   keys = memory.keys();
   keys.centres = {centres.data(), {4, 2, 6}};
-  CHECK(quantise(divided<1>(), cache.source(), keys) == status::invalid_argument);
+  CHECK(no_quantise(cache.source(), keys) != "");
   keys.centres = {centres.data(), {4, 1, 7}};
-  CHECK(quantise(divided<1>(), cache.source(), keys) == status::invalid_argument);
+  CHECK(no_quantise(cache.source(), keys) != "");
   keys.centres = {centres.data(), {4, 2, 7}, {14, 1, 2}};
-  CHECK(quantise(divided<1>(), cache.source(), keys) == status::invalid_argument);
+  CHECK(no_quantise(cache.source(), keys) != "");
   keys.centres = {nullptr, {4, 2, 7}};
-  CHECK(quantise(divided<1>(), cache.source(), keys) == status::invalid_argument);
+  CHECK(no_quantise(cache.source(), keys) != "");
   page_bounds<> bounds = memory.page_bounds();
   bounds.page_tokens = 0;
-  CHECK(bound_pages(divided<1>(), cache.source(), bounds) == status::invalid_argument);
+  CHECK(no_bounds(cache.source(), bounds) != "");
   bounds.page_tokens = 4;
   bounds.bounds = {bounds.bounds.data(), {4, 2, 7, 2, 7}};  // of 8 pages
-  CHECK(bound_pages(divided<1>(), cache.source(), bounds) == status::invalid_argument);
+  CHECK(no_bounds(cache.source(), bounds) != "");
   const position_t before[] = {-1, 0, 0, 0};
   CHECK(quantise(divided<1>(), cache.source(), memory.keys(), {before, {4}}) ==
         status::invalid_argument);

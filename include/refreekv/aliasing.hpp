@@ -55,8 +55,8 @@ template <class A, class B>
     return -b_size < distance && distance < a_size && steps > -a_dims && steps < b_dims;
   };
   if (stride == 0) return touches(0);
-  const index_t near = -offset / stride;
-  return touches(near - 1) || touches(near) || touches(near + 1);
+  const index_t nearest = -offset / stride;
+  return touches(nearest - 1) || touches(nearest) || touches(nearest + 1);
 }
 
 /// A row that tells where a source's memory is: of the first token, or on a device, where lengths

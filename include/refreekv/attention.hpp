@@ -34,9 +34,10 @@ struct attention_params {
 /// is small beside the cap: there the first two terms of its series are right to 1.4e-13.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline float softly_capped(float x, double cap,
                                                               double exponential) noexcept {
-  const double y = x * (1 / cap), square = y * y;
+  const auto wide = static_cast<double>(x);
+  const double y = wide * (1 / cap), square = y * y;
   // Both, without a branch: compilers vectorise this.
-  const double series = x * (1 - square * (1.0 / 3));
+  const double series = wide * (1 - square * (1.0 / 3));
   const double whole = cap * (1 - 2 / (exponential + 1));
   return static_cast<float>(square >= 1e-6 ? whole : series);
 }
@@ -165,14 +166,15 @@ struct row_normaliser {
 
   /// False where NaN or Inf in what the row sees leaves it without a softmax.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool exists() const noexcept {
-    return sum > 0 && sum - sum == 0;  // the difference of an infinity is NaN
+    return sum > 0 && sum < HUGE_VAL;
   }
 };
 
 /// 2^n for a whole n; 0 where that would be denormal, infinity from n = 1024 on. NaN stays NaN.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double power_of_two(float n) noexcept {
   if (n < -1022) return 0;
-  if (!(n < 1024)) return n * HUGE_VAL;  // no function, which device code could not call
+  if (!(n < 1024))
+    return static_cast<double>(n) * HUGE_VAL;  // no function, which device code could not call
   const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<int>(n) + 1023) << 52;
   double power;
   std::memcpy(&power, &bits, sizeof power);
@@ -190,13 +192,13 @@ struct row_normaliser {
 [[nodiscard]] REFREEKV_HOST_DEVICE inline row_normaliser normalise(const chunk_statistics* row,
                                                                    index_t chunks,
                                                                    float sink_logit) noexcept {
-  const double sink = double{sink_logit} / std::numbers::ln2;
+  const double sink = static_cast<double>(sink_logit) / std::numbers::ln2;
   row_normaliser n{static_cast<float>(std::rint(sink)), 0};
   for (index_t c = 0; c < chunks; ++c) n.unit = row[c].unit > n.unit ? row[c].unit : n.unit;
   // The exp2 that compilers put in its place under -funsafe-math-optimizations knows no infinity.
-  n.sum = sink == -HUGE_VAL ? 0 : std::exp2(sink - double{n.unit});
+  n.sum = sink <= -HUGE_VAL ? 0 : std::exp2(sink - static_cast<double>(n.unit));
   for (index_t c = 0; c < chunks; ++c) {
-    n.sum += double{row[c].sum} * power_of_two(row[c].unit - n.unit);
+    n.sum += static_cast<double>(row[c].sum) * power_of_two(row[c].unit - n.unit);
   }
   return n;
 }

@@ -32,7 +32,9 @@ concept key_source = requires(const S& source, index_t i) {
   { source.invalid() } -> std::same_as<const char*>;
 };
 
-/// Whose rows can be read where they are.
+/// Whose rows can be read where they are: a source is a description of memory, trivially copyable.
+/// One that copies a row into a buffer of its own would be wrong, as many rows are located before
+/// any is read; so caches whose keys are split along head_dim, [head_dim / x][slot][x], are none.
 /// - `run_at(s, h, t)`: the rows from token t on, as many as are evenly spaced, at least one;
 ///   requires 0 <= t < tokens(s).
 template <class S>
@@ -52,6 +54,18 @@ concept sharded_source = key_source<S> && requires(const S& source, index_t i) {
 /// may differ and values may be missing.
 template <class S>
 concept kv_source = row_source<S> && !sharded_source<S>;
+
+namespace detail {
+
+/// Refuses, in words, a source that owns what it describes.
+template <class Source>
+constexpr void check_source() noexcept {
+  static_assert(std::is_trivially_copyable_v<Source>,
+                "a source describes memory that stays where it is: it must be trivially copyable, "
+                "and run_at must not copy rows into a buffer");
+}
+
+}  // namespace detail
 
 /// Lengths [sequence] of a ragged batch; with no pointer every sequence has `capacity` tokens.
 template <class Memory = host_memory>
@@ -80,6 +94,11 @@ class dense {
   /// rows: [sequence, kv_head, token, head_dim], axes in any order in memory.
   constexpr explicit dense(view<T, 4, Memory> rows, lengths_view<Memory> lengths = {}) noexcept
       : rows_(rows), lengths_(lengths) {}
+  template <class Length>
+    requires(!std::is_same_v<std::remove_const_t<Length>, position_t>)
+  constexpr dense(view<T, 4, Memory>, view<Length, 1, Memory>) noexcept {
+    static_assert(sizeof(Length) == 0, "lengths are int32 (position_t): convert those of 64 bits");
+  }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
     return rows_.extent(0);

@@ -8,20 +8,36 @@ namespace refreekv::inline v0 {
 
 namespace detail {
 
-/// Whether an index of [sequence, kv_head, rows, ..] has a place for all of `keys`.
+/// Null, or why an index of [sequence, kv_head, rows, ..] has no place for all of `keys`.
 template <kv_source Keys>
-[[nodiscard]] constexpr bool has_place(const Keys& keys,
-                                       const lengths_view<typename Keys::memory>& from,
-                                       index_t sequences, index_t kv_heads, index_t rows,
-                                       index_t tokens_a_row, index_t head_dim) noexcept {
-  return keys.invalid() == nullptr && keys.head_dim() > 0 && keys.head_dim() == head_dim &&
-         keys.sequences() == sequences && keys.kv_heads() == kv_heads && tokens_a_row > 0 &&
-         tokens_a_row <= max_count && keys.capacity() <= max_count &&
-         (keys.capacity() + tokens_a_row - 1) / tokens_a_row <= rows &&
-         invalid_lengths(from, sequences, keys.capacity()) == nullptr;
+[[nodiscard]] constexpr const char* has_no_place(const Keys& keys,
+                                                 const lengths_view<typename Keys::memory>& from,
+                                                 index_t sequences, index_t kv_heads, index_t rows,
+                                                 index_t tokens_a_row, index_t head_dim) noexcept {
+  if (const char* why = keys.invalid()) return why;
+  if (keys.head_dim() < 1 || keys.head_dim() != head_dim)
+    return "keys and index differ in head_dim";
+  if (keys.sequences() != sequences) return "keys and index differ in sequences";
+  if (keys.kv_heads() != kv_heads) return "keys and index differ in kv_heads";
+  if (tokens_a_row < 1 || tokens_a_row > max_count) return "page_tokens must be in [1, 2^31 - 1]";
+  if (keys.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
+  if ((keys.capacity() + tokens_a_row - 1) / tokens_a_row > rows) {
+    return "the index has no place for the capacity of the keys";
+  }
+  return invalid_lengths(from, sequences, keys.capacity());
 }
 
 }  // namespace detail
+
+/// Null, or why `quantise` would return invalid_argument, in words. O(tables).
+template <kv_source Keys>
+[[nodiscard]] constexpr const char* why_invalid(
+    const Keys& keys, const int4_keys<typename Keys::memory>& to,
+    const lengths_view<typename Keys::memory>& from = {}) noexcept {
+  if (const char* why = to.invalid()) return why;
+  return detail::has_no_place(keys, from, to.sequences(), to.kv_heads(), to.capacity(), 1,
+                              to.head_dim());
+}
 
 /// Writes the 4-bit codes of the tokens from from(sequence) on, of all with no `from`: low is the
 /// smallest element of a key, step (largest - low) / 15, and codes are rounded half to even.
@@ -33,11 +49,21 @@ template <backend Backend, kv_source Keys>
 [[nodiscard]] status quantise(const Backend& on, const Keys& keys,
                               const int4_keys<typename Keys::memory>& to,
                               const lengths_view<typename Keys::memory>& from = {}) noexcept {
-  if (to.invalid() != nullptr || !detail::has_place(keys, from, to.sequences(), to.kv_heads(),
-                                                    to.capacity(), 1, to.head_dim())) {
-    return status::invalid_argument;
-  }
+  if (why_invalid(keys, to, from) != nullptr) return status::invalid_argument;
   return ops<Backend>::quantise(on, keys, from, to);
+}
+
+/// Null, or why `bound_pages` would return invalid_argument, in words. O(tables).
+template <kv_source Keys>
+[[nodiscard]] constexpr const char* why_invalid(
+    const Keys& keys, const page_bounds<typename Keys::memory>& to,
+    const lengths_view<typename Keys::memory>& from = {}) noexcept {
+  const auto& b = to.bounds;
+  if (b.malformed() || b.extent(3) != 2) {
+    return "page bounds must be [sequence, kv_head, page, 2, head_dim]";
+  }
+  return detail::has_no_place(keys, from, b.extent(0), b.extent(1), b.extent(2), to.page_tokens,
+                              b.extent(4));
 }
 
 /// Brings the bounds of the pages from that of token from(sequence) on up to date, of all with no
@@ -48,12 +74,7 @@ template <backend Backend, kv_source Keys>
 [[nodiscard]] status bound_pages(const Backend& on, const Keys& keys,
                                  const page_bounds<typename Keys::memory>& to,
                                  const lengths_view<typename Keys::memory>& from = {}) noexcept {
-  const auto& b = to.bounds;
-  if (b.malformed() || b.extent(3) != 2 ||
-      !detail::has_place(keys, from, b.extent(0), b.extent(1), b.extent(2), to.page_tokens,
-                         b.extent(4))) {
-    return status::invalid_argument;
-  }
+  if (why_invalid(keys, to, from) != nullptr) return status::invalid_argument;
   return ops<Backend>::bound_pages(on, keys, from, to);
 }
 

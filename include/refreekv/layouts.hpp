@@ -17,9 +17,9 @@ keys_and_values(Keys, Values) -> keys_and_values<Keys, Values>;
 
 namespace layouts {
 
-/// What a cache's memory is divided into. `half` tells keys and values apart where one tensor holds
+/// What a cache's memory is divided into. `kv` tells keys and values apart where one tensor holds
 /// both; `page` is a block, or a sequence where each has a tensor's part to itself.
-enum class axis { layer, page, half, kv_head, token, dim };
+enum class axis { layer, page, kv, kv_head, token, dim };
 using enum axis;
 
 /// How large a cache is. Axes that a layout has not are not looked at.
@@ -39,7 +39,7 @@ struct axes {
     return (index_t{Order == which} + ... + 0);
   }
   static_assert(count(page) == 1 && count(kv_head) == 1 && count(token) == 1 && count(dim) == 1 &&
-                    count(layer) <= 1 && count(half) <= 1,
+                    count(layer) <= 1 && count(kv) <= 1,
                 "a layout needs each of page, kv_head, token and dim once");
 
   /// Elements from one index of an axis to the next; 0 where the tensor has no such axis.
@@ -60,7 +60,7 @@ struct axes {
 /// sources are in that one's memory, of the host or a device.
 template <class Keys, class Values = Keys>
 struct layout {
-  /// Two tensors, neither of which has the half axis.
+  /// Two tensors, neither of which has the kv axis.
   template <class K, class V, class Where>
   [[nodiscard]] constexpr auto operator()(K* keys, V* values, const extents& of,
                                           const Where& where) const noexcept {
@@ -69,10 +69,10 @@ struct layout {
 
   /// One tensor.
   template <class T, class Where>
-    requires(Keys::count(half) == 1)
+    requires(Keys::count(kv) == 1)
   [[nodiscard]] constexpr auto operator()(T* pool, const extents& of,
                                           const Where& where) const noexcept {
-    return sources(pool, pool + Keys::stride(half, of, 2), 2, of, where);
+    return sources(pool, pool + Keys::stride(kv, of, 2), 2, of, where);
   }
 
  private:
@@ -104,21 +104,21 @@ struct layout {
 };
 
 /// vLLM up to 2025, (2, blocks, block_size, kv_heads, head_size), in its physical orders.
-inline constexpr layout<axes<half, page, token, kv_head, dim>> vllm_kv_first_nhd;
-inline constexpr layout<axes<half, page, kv_head, token, dim>> vllm_kv_first_hnd;
+inline constexpr layout<axes<kv, page, token, kv_head, dim>> vllm_kv_first_nhd;
+inline constexpr layout<axes<kv, page, kv_head, token, dim>> vllm_kv_first_hnd;
 /// vLLM in 2026, (blocks, 2, block_size, kv_heads, head_size).
-inline constexpr layout<axes<page, half, token, kv_head, dim>> vllm_blocks_first;
+inline constexpr layout<axes<page, kv, token, kv_head, dim>> vllm_blocks_first;
 /// vLLM from June 2026 on, (blocks, kv_heads, block_size, 2 * head_size): a value behind its key.
-inline constexpr layout<axes<page, kv_head, token, half, dim>> vllm_packed;
+inline constexpr layout<axes<page, kv_head, token, kv, dim>> vllm_packed;
 
 /// FlashInfer, as one tensor or as two; its indptr, indices and last_page_len are a
 /// page_table::ragged.
-inline constexpr layout<axes<page, half, token, kv_head, dim>> flashinfer_nhd;
-inline constexpr layout<axes<page, half, kv_head, token, dim>> flashinfer_hnd;
+inline constexpr layout<axes<page, kv, token, kv_head, dim>> flashinfer_nhd;
+inline constexpr layout<axes<page, kv, kv_head, token, dim>> flashinfer_hnd;
 
 /// TensorRT-LLM, [block][layer][2][kv_head][token][head_dim]. With a pointer for each layer there
 /// is one layer.
-inline constexpr layout<axes<page, layer, half, kv_head, token, dim>> tensorrt_llm;
+inline constexpr layout<axes<page, layer, kv, kv_head, token, dim>> tensorrt_llm;
 
 /// SGLang, k_buffer and v_buffer of a layer, [slot][kv_head][head_dim]: a page is one slot, and a
 /// table's rows are those of req_to_token.

@@ -194,10 +194,10 @@ struct query_observation {
       return "head_dim must be in [1, 2^31 - 1]";
     }
     const attention_params<memory>& a = info.attention;
-    if (!(a.scale >= 0) || !(a.scale <= std::numeric_limits<float>::max())) {
+    if (!(a.scale >= 0) || !(a.scale <= (std::numeric_limits<float>::max)())) {
       return "scale must be finite and >= 0";
     }
-    if (!(a.soft_cap >= 0) || !(a.soft_cap <= std::numeric_limits<float>::max())) {
+    if (!(a.soft_cap >= 0) || !(a.soft_cap <= (std::numeric_limits<float>::max)())) {
       return "soft_cap must be finite and >= 0";
     }
     if (a.sliding_window > max_count) return "sliding_window must be >= 0";
@@ -286,6 +286,7 @@ template <class Query, key_source Keys>
 [[nodiscard]] constexpr auto observe(view<Query, 4, typename Keys::memory> queries,
                                      const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
+  detail::check_source<Keys>();
   return query_observation<std::remove_const_t<Query>, Keys>{queries, keys, info};
 }
 
@@ -293,6 +294,7 @@ template <class Query, key_source Keys>
 template <key_source Keys>
 [[nodiscard]] constexpr auto observe(const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
+  detail::check_source<Keys>();
   return cache_observation<Keys>{keys, info};
 }
 

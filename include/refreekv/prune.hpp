@@ -75,6 +75,7 @@ template <class Memory>
 template <backend Backend, class Kept, kv_source... Sources>
 [[nodiscard]] status compact_all(const Backend& on, const Kept& kept, compaction how,
                                  const Sources&... sources) noexcept {
+  (check_source<Sources>(), ...);
   status result = status::ok;
   (void)((result = ops<Backend>::compact(on, sources, kept, how), result == status::ok) && ...);
   return result;

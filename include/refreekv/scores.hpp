@@ -34,10 +34,10 @@ struct pooling {
   float most = scores[t * stride];
   for (index_t i = first; i <= last; ++i) {
     const float score = scores[i * stride];
-    sum += double{score};
+    sum += static_cast<double>(score);
     if (score > most) most = score;
   }
-  if (pool.kind == pool_kind::average || sum != sum) {
+  if (pool.kind == pool_kind::average || std::isnan(sum)) {
     return static_cast<float>(sum / static_cast<double>(pool.width));
   }
   return most;

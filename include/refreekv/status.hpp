@@ -22,8 +22,8 @@ enum class [[nodiscard]] status {
     case status::invalid_argument: return "invalid argument";
     case status::small_workspace: return "workspace too small";
     case status::device_error: return "device error";
+    default: return "unknown status";
   }
-  return "unknown status";
 }
 
 }  // namespace refreekv::inline v0

@@ -55,7 +55,7 @@ class arena {
     bytes = bytes < most ? (bytes + alignment - 1) / alignment * alignment : most;
     taken_ = bytes < most - taken_ ? taken_ + bytes : most;
     if (next_ == nullptr) return nullptr;
-    T* array = reinterpret_cast<T*>(next_);
+    T* array = static_cast<T*>(static_cast<void*>(next_));
     next_ += bytes;
     return array;
   }

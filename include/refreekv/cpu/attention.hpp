@@ -5,7 +5,7 @@
 #include "refreekv/cpu/logits.hpp"
 #include "refreekv/cpu/statistics.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// What one worker writes to.
 struct tile_scratch {
@@ -46,8 +46,8 @@ bool summarise(const head_queries<Product>& queries, const query_window& window,
                            });
     for (index_t i = 0; i < result_registers(n()); ++i) {
       const index_t first = i * rows_a_register;
-      fit &=
-          running[i].finish(std::min(n() - first, rows_a_register), tile.statistics + row + first);
+      fit &= running[i].finish((std::min)(n() - first, rows_a_register),
+                               tile.statistics + row + first);
     }
     at.soon = at.later = at.now;
   });
@@ -107,10 +107,10 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
       const Row* attention = seen.rows.at(block.sequence, seen.window() - window.rows + row,
                                           block.kv_head * heads + i / window.rows);
       const token_range visible = window.visible(row);
-      for (index_t t = std::max(begin, visible.begin); t < std::min(end, visible.end); ++t) {
+      for (index_t t = (std::max)(begin, visible.begin); t < (std::min)(end, visible.end); ++t) {
         float& value = x(static_cast<Eigen::Index>(t - begin));
         value = widen(attention[t * stride]);
-        peak = std::max(peak, value);
+        peak = (std::max)(peak, value);
       }
     }
     chunk_statistics& s = tile.statistics[i];
@@ -124,8 +124,8 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
       s.sum_squares = x.square().sum();
     }
     // Not where there is NaN: it has no peak.
-    if (s.sum == 0) s.unit = -std::numeric_limits<float>::infinity();
+    if (s.sum <= 0 && s.sum >= 0) s.unit = -std::numeric_limits<float>::infinity();
   }
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -17,6 +17,8 @@
 
 namespace refreekv::inline v0 {
 
+inline namespace REFREEKV_TARGET {
+
 /// Where the CPU's work runs: `cpu_backend{}` on the calling thread, `cpu_backend{4}` on four
 /// threads of its own (see thread_pool), `cpu_backend{pool}` on an executor that must outlive it.
 /// Several threads may use one backend at the same time if its executor allows that; those of the
@@ -31,6 +33,8 @@ cpu_backend() -> cpu_backend<>;
 cpu_backend(int) -> cpu_backend<thread_pool>;
 template <class Executor>
 cpu_backend(Executor&&) -> cpu_backend<Executor>;
+
+}  // namespace REFREEKV_TARGET
 
 template <class Executor>
 struct ops<cpu_backend<Executor>> {
@@ -87,14 +91,14 @@ struct ops<cpu_backend<Executor>> {
   static status compact(const backend_type& b, const Source& source, view<const kept_range, 2> kept,
                         compaction how) noexcept {
     const index_t kv_heads = source.kv_heads();
-    const auto move = [&](index_t i) {
+    const auto own_move = [&](index_t i) {
       return move_of(kept(i / kv_heads, kept.extent(1) == 1 ? 0 : i % kv_heads), how);
     };
     const index_t items = source.sequences() * kv_heads;
     index_t tokens = 0;
-    for (index_t i = 0; i < items; ++i) tokens += move(i).tokens;
+    for (index_t i = 0; i < items; ++i) tokens += own_move(i).tokens;
     for_each_item(b.on, items, tokens * source.head_dim(), [&](int, index_t i) {
-      cpu_detail::move_rows(source, i / kv_heads, i % kv_heads, move(i));
+      cpu_detail::move_rows(source, i / kv_heads, i % kv_heads, own_move(i));
     });
     return status::ok;
   }

@@ -7,9 +7,10 @@
 #include <type_traits>
 
 #include "refreekv/cache.hpp"
+#include "refreekv/cpu/target.hpp"
 #include "refreekv/kept_positions.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Whether the neighbour of an element is the same dimension of the next token.
 template <class T>
@@ -69,7 +70,7 @@ void move_rows(const Source& source, index_t sequence, index_t kv_head, token_mo
     for (index_t done = 0; done < move.tokens;) {
       const auto from = run(move.source + done);
       const auto to = run(move.target + done);
-      const index_t count = std::min({move.tokens - done, from.tokens, to.tokens});
+      const index_t count = (std::min)({move.tokens - done, from.tokens, to.tokens});
       copy_rows(to, from, count, source.head_dim());
       done += count;
     }
@@ -97,13 +98,13 @@ void gather_rows(const Source& source, index_t sequence, index_t kv_head,
     for (index_t d = 0; d < head_dim; ++d) {
       auto* row = to.data + d * to.dim_stride;
       const auto* from_row = from.data + d * from.dim_stride;
-      const auto move = [&](index_t i) {
+      const auto copy_one = [&](index_t i) {
         row[i - first] = from_row[position(i) - position(first)];
       };
       if (how == compaction::suffix_down) {
-        for (index_t i = first; i < end; ++i) move(i);
+        for (index_t i = first; i < end; ++i) copy_one(i);
       } else {
-        for (index_t i = end - 1; i >= first; --i) move(i);
+        for (index_t i = end - 1; i >= first; --i) copy_one(i);
       }
     }
   };
@@ -113,7 +114,7 @@ void gather_rows(const Source& source, index_t sequence, index_t kv_head,
       if (stays(i)) continue;
       const auto from = run(position(i)), to = run(target + i);
       if (lies_across(from) && lies_across(to)) {
-        const index_t most = std::min(k.count - i, to.tokens) + i;
+        const index_t most = (std::min)(k.count - i, to.tokens) + i;
         while (end < most && position(end) - position(i) < from.tokens) ++end;
       }
       copy(to, from, i, end);
@@ -128,4 +129,4 @@ void gather_rows(const Source& source, index_t sequence, index_t kv_head,
   }
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

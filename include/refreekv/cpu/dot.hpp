@@ -6,7 +6,7 @@
 
 #include "refreekv/cpu/element.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// How a register of each is multiplied. Queries are packed once, so that a key needs as little
 /// work as possible.
@@ -68,8 +68,8 @@ struct product<Query, Key> {
   }
   REFREEKV_ALWAYS_INLINE static void multiply_add(lanes& sum, const query_lanes& q,
                                                   const key_lanes& k) noexcept {
-    sum += q.even * (lanes)(k << 16);
-    sum += q.odd * (lanes)(k & 0xffff0000u);
+    sum += q.even * std::bit_cast<lanes>(k << 16);
+    sum += q.odd * std::bit_cast<lanes>(k & 0xffff0000u);
   }
 };
 
@@ -95,7 +95,7 @@ template <class Product, class Query>
 void pack(const Query* query, index_t stride, index_t head_dim, index_t row, index_t rows,
           typename Product::packed* packed) noexcept {
   const index_t first = row / tile_rows * tile_rows;
-  const index_t together = std::min(tile_rows, rows - first);
+  const index_t together = (std::min)(tile_rows, rows - first);
   packed += first * packed_dim<Product>(head_dim) + (row - first) * Product::dims;
   for (index_t d = 0; d < packed_dim<Product>(head_dim); ++d) {
     const index_t step = d / Product::dims, i = d % Product::dims;
@@ -139,7 +139,7 @@ template <index_t rows, class Take>
 REFREEKV_ALWAYS_INLINE void reduce_tile(const lanes (&halves)[std::size_t{rows}][2],
                                         const Take& take) noexcept {
   const auto quarters = [&](index_t row) {
-    const auto& of_row = halves[std::min(row, rows - 1)];
+    const auto& of_row = halves[(std::min)(row, rows - 1)];
     return sum_quarters(of_row[0], of_row[1]);
   };
   const auto result = [&](index_t i) {
@@ -254,13 +254,13 @@ void for_each_tile(const typename Product::packed* queries, index_t rows, index_
   static_assert(tile_rows == 4 || tile_rows == 2);
   for (index_t r = 0; r < rows; r += tile_rows) {
     const auto* tile = queries + r * packed_dim<Product>(head_dim);
-    switch (std::min(rows - r, tile_rows)) {
+    switch ((std::min)(rows - r, tile_rows)) {
       case 4: f(std::integral_constant<index_t, tile_rows>(), r, tile); break;
       case 3: f(std::integral_constant<index_t, tile_rows - 1>(), r, tile); break;
       case 2: f(std::integral_constant<index_t, 2>(), r, tile); break;
-      case 1: f(std::integral_constant<index_t, 1>(), r, tile); break;
+      default: f(std::integral_constant<index_t, 1>(), r, tile); break;
     }
   }
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

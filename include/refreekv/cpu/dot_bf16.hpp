@@ -7,7 +7,7 @@
 #if defined(REFREEKV_VECTOR_LANES) && defined(__AVX512BF16__)
 #include <immintrin.h>
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Products of two bfloat16 are exact in float. The instruction takes denormals for zero.
 template <bfloat16_element Query, bfloat16_element Key>
@@ -22,18 +22,18 @@ struct product<Query, Key> {
   static packed pack(Query x) noexcept { return std::bit_cast<std::uint16_t>(x); }
 
   REFREEKV_ALWAYS_INLINE static query_lanes load_query(const packed* query) noexcept {
-    auto q = (__m512bh)_mm512_loadu_si512(query);
+    auto q = std::bit_cast<__m512bh>(_mm512_loadu_si512(query));
     keep(q);
     return q;
   }
   REFREEKV_ALWAYS_INLINE static key_lanes load_key(const Key* key) noexcept {
-    return (__m512bh)_mm512_loadu_si512(key);
+    return std::bit_cast<__m512bh>(_mm512_loadu_si512(key));
   }
   REFREEKV_ALWAYS_INLINE static void multiply_add(lanes& sum, query_lanes q, key_lanes k) noexcept {
-    sum = (lanes)_mm512_dpbf16_ps((__m512)sum, q, k);
+    sum = std::bit_cast<lanes>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sum), q, k));
   }
 };
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET
 
 #endif

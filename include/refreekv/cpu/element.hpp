@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 template <class T>
 concept half_element = std::is_same_v<T, Eigen::half> || std::is_same_v<T, f16_bits>;
@@ -46,11 +46,11 @@ REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {
 #if defined(REFREEKV_VECTOR_LANES) && defined(__F16C__)
   if constexpr (half_element<T>) {
 #if defined(__AVX512F__)
-    return std::bit_cast<lanes>(
-        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data))));
+    return std::bit_cast<lanes>(_mm512_cvtph_ps(
+        _mm256_loadu_si256(static_cast<const __m256i*>(static_cast<const void*>(data)))));
 #else
-    return std::bit_cast<lanes>(
-        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data))));
+    return std::bit_cast<lanes>(_mm256_cvtph_ps(
+        _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(data)))));
 #endif
   }
 #endif
@@ -59,4 +59,4 @@ REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {
   return load(out);
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

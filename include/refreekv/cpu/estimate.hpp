@@ -4,7 +4,7 @@
 
 #include "refreekv/cpu/top_tokens.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Calls f(token, key) for tokens [first, tokens) of one head; key(d) is a float.
 template <kv_source Keys, class F>
@@ -29,14 +29,14 @@ template <kv_source Keys>
 void find_centre(const Keys& keys, index_t sequence, index_t kv_head, float* centre) noexcept {
   constexpr index_t together = 64;  // dimensions that are summed in one read of the keys
   for (index_t begin = 0; begin < keys.head_dim(); begin += together) {
-    const index_t dims = std::min(together, keys.head_dim() - begin);
+    const index_t dims = (std::min)(together, keys.head_dim() - begin);
     double sums[together] = {};
     index_t counts[together] = {};
     for_each_key(keys, sequence, kv_head, 0, [&](index_t, const auto& key) {
       for (index_t d = 0; d < dims; ++d) {
         const float x = key(begin + d);
         const bool finite = std::isfinite(x);
-        sums[d] += finite ? double{x} : 0;
+        sums[d] += finite ? static_cast<double>(x) : 0;
         counts[d] += finite ? 1 : 0;
       }
     });
@@ -61,7 +61,7 @@ void quantise(const Executor& on, const Keys& keys, const lengths_view<>& from,
         low = smaller_or_nan(low, key(d));
         high = -smaller_or_nan(-high, -key(d));
       }
-      const float step = std::max(high - low, 1e-9f) / 15;
+      const float step = (std::max)(high - low, 1e-9f) / 15;
       to.ranges(s, h, t, 0) = low;
       to.ranges(s, h, t, 1) = step;
       std::uint8_t* codes = to.codes.at(s, h, t);
@@ -136,11 +136,11 @@ void select_pages(const Executor& on, const page_bounds<>& pages, index_t tokens
       value_limit limit = limit_of_largest(values, count - first, wanted);
       for (index_t page = first; page < count; ++page) {
         if (limit.takes(found[page])) continue;
-        const index_t end = std::min(tokens, (page + 1) * size);
+        const index_t end = (std::min)(tokens, (page + 1) * size);
         for (index_t t = page * size; t < end; ++t) scores(s, q_head, t) = 0;
       }
     }
   });
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -6,7 +6,7 @@
 
 #include "refreekv/cpu/lanes.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Values below 2^lowest_power units are raised to that, 2e-19: the square of a smaller one would
 /// be denormal, which costs more than it weighs.
@@ -34,4 +34,4 @@ REFREEKV_ALWAYS_INLINE lanes exponential(const lanes& x, const lanes& shifted_un
   return p * power + power;
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -5,7 +5,7 @@
 #include "refreekv/cpu/scan_scratch.hpp"
 #include "refreekv/estimate.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Rows of all query heads of a KV head that are worked on together: their tile stays in the
 /// second-level cache.
@@ -103,7 +103,7 @@ struct attention_scratch {
                                 const Seen& seen) noexcept {
     const index_t heads = seen.q_heads() / seen.kv_heads();
     const index_t most = heads < block_rows ? block_rows / heads : 1;
-    attention_scratch s{nullptr, 0, std::min(window, most), nullptr};
+    attention_scratch s{nullptr, 0, (std::min)(window, most), nullptr};
     arena count;
     (void)take_parts(count, s.rows, seen);
     // Whole lines, and no more than there is an index for: the arena refuses what is that large.
@@ -179,7 +179,7 @@ void attend_block(const Seen& seen, const query_window& window, const key_block&
 
 /// Turns logits [count] into the attention of their row, 0 below 1e-37.
 inline void normalise_logits(float* logits, index_t count, const row_normaliser& row) noexcept {
-  const double log_sum = double{row.unit} * std::numbers::ln2 + std::log(row.sum);
+  const double log_sum = static_cast<double>(row.unit) * std::numbers::ln2 + std::log(row.sum);
   Eigen::Map<Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
   if (std::isnan(log_sum)) {
     x.setConstant(std::numeric_limits<float>::quiet_NaN());
@@ -194,7 +194,7 @@ inline void normalise_values(float* values, index_t count, float unit,
                              const row_normaliser& row) noexcept {
   const auto attention = static_cast<float>(attention_at(unit, row));
   Eigen::Map<Eigen::ArrayXf> x(values, static_cast<Eigen::Index>(count));
-  if (unit == -std::numeric_limits<float>::infinity()) {
+  if (unit <= -std::numeric_limits<float>::infinity()) {
     x.setConstant(attention);  // 0, or NaN where the row has no normaliser
   } else {
     x *= attention;
@@ -229,7 +229,7 @@ index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, 
   const query_window all = window_of(seen, sequence, window);
   index_t left_out = 0;
   for (index_t begin = all.first_row(); begin < window; begin += scratch.rows) {
-    const index_t rows = std::min(scratch.rows, window - begin);
+    const index_t rows = (std::min)(scratch.rows, window - begin);
     const Seen part = only_rows(seen, seen.window() - window + begin, rows);
     const query_window block_window = all.part(begin, rows);
     const token_range hull = block_window.hull();
@@ -309,4 +309,4 @@ index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, 
   return left_out;
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -8,7 +8,9 @@
 #include <cstring>
 #include <utility>
 
-namespace refreekv::inline v0::cpu_detail {
+#include "refreekv/cpu/target.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Floats of a vector register, and the registers there are.
 #if defined(__AVX512F__)
@@ -38,7 +40,8 @@ REFREEKV_ALWAYS_INLINE lanes larger(lanes x, lanes y) noexcept { return x < y ? 
 /// 2^(a - b) where that is a normal number, of whole numbers to which integer_shift was added; else
 /// anything but a trap.
 REFREEKV_ALWAYS_INLINE lanes two_to_the_difference(lanes a, lanes b) noexcept {
-  return (lanes)(((lane_bits)a - (lane_bits)b + 127u) << 23);
+  return std::bit_cast<lanes>((std::bit_cast<lane_bits>(a) - std::bit_cast<lane_bits>(b) + 127u)
+                              << 23);
 }
 
 namespace detail {
@@ -152,4 +155,4 @@ REFREEKV_ALWAYS_INLINE float largest_of(const lanes& x) noexcept {
   return across(x, [](const lanes& a, const lanes& b) { return larger(a, b); });
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

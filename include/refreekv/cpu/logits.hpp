@@ -10,7 +10,7 @@
 #include "refreekv/norm_scan.hpp"
 #include "refreekv/observation.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Tokens of one KV head, at most chunk_tokens, that are worked on together.
 struct key_block {
@@ -40,8 +40,8 @@ class block_addresses {
       : count_(locate(keys, block, chunk_tokens, at_, dim_stride_)) {
     if (count_ == 0) return;
     const index_t key_bytes = keys.head_dim() * static_cast<index_t>(sizeof(Key));
-    soon_ = std::min(fetched_soon / key_bytes, fetched_tokens);
-    later_ = std::min(fetched_later / key_bytes, fetched_tokens);
+    soon_ = (std::min)(fetched_soon / key_bytes, fetched_tokens);
+    later_ = (std::min)(fetched_later / key_bytes, fetched_tokens);
     const index_t tiles = (count_ + tile_tokens - 1) / tile_tokens * tile_tokens;
     std::fill(at_ + count_, at_ + tiles, at_[count_ - 1]);
     index_t unused;
@@ -61,10 +61,10 @@ class block_addresses {
   template <class Keys>
   static index_t locate(const Keys& keys, const key_block& block, index_t most, const Key** at,
                         index_t& dim_stride) noexcept {
-    const index_t count = std::min(most, block.tokens.end - block.tokens.begin);
+    const index_t count = (std::min)(most, block.tokens.end - block.tokens.begin);
     for (index_t done = 0; done < count;) {
       const auto run = keys.run_at(block.sequence, block.kv_head, block.tokens.begin + done);
-      const index_t tokens = std::min(run.tokens, count - done);
+      const index_t tokens = (std::min)(run.tokens, count - done);
       for (index_t t = 0; t < tokens; ++t) at[done + t] = run.data + t * run.token_stride;
       dim_stride = run.dim_stride;
       done += tokens;
@@ -84,6 +84,10 @@ template <class Seen>
 struct product_of_observation;
 template <class Query, class Keys>
 struct product_of_observation<query_observation<Query, Keys>> {
+  static_assert(
+      row_source<Keys>,
+      "on the CPU keys are rows of float, half or bfloat16: 8-bit scaled_keys are read by "
+      "the CUDA backend alone, and 4-bit keys serve policies that score tokens");
   static_assert(element<key_of<Keys>>,
                 "keys are float, half or bfloat16 (Eigen's types, f16_bits or bf16_bits)");
   using type = product<Query, key_of<Keys>>;
@@ -123,7 +127,7 @@ void store_logits(const block_addresses<Key>& keys, const typename Product::pack
         float results[lane_count];
         store(x * scale, results);
         const index_t first = i * rows_a_register;
-        for (index_t r = first; r < std::min(first + rows_a_register, n()); ++r) {
+        for (index_t r = first; r < (std::min)(first + rows_a_register, n()); ++r) {
           std::memcpy(values + (row + r) * tile_stride + start + t,
                       results + (r - first) * tile_tokens, sizeof(float[4]));
         }
@@ -142,12 +146,12 @@ void store_logits(const block_addresses<Key>& keys, const typename Product::pack
   const bool fits = tile_tokens * head_dim <= room;
   Key* copy = fits ? nearby : gathered;
   const index_t together =
-      fits ? std::min(line, room / head_dim / tile_tokens * tile_tokens) : tile_tokens;
+      fits ? (std::min)(line, room / head_dim / tile_tokens * tile_tokens) : tile_tokens;
   const Key* copies[std::size_t{line}];
   for (index_t i = 0; i < together; ++i) copies[i] = copy + i * head_dim;
   for (index_t t = 0; t < keys.count(); t += together) {
     const index_t tiles = (keys.count() - t + tile_tokens - 1) / tile_tokens;
-    const index_t count = std::min(together, tiles * tile_tokens);
+    const index_t count = (std::min)(together, tiles * tile_tokens);
     const Key* const* from = keys.from(t).now;
     for (index_t d = 0; d < head_dim; ++d) {
       constexpr index_t soon = 16;  // dimensions
@@ -174,10 +178,10 @@ void pack_queries(const query_observation<Query, Keys>& seen, index_t sequence, 
 
 /// x becomes cap * tanh(x / cap).
 inline void cap_softly(float* logits, index_t count, double cap) noexcept {
-  using doubles = Eigen::Array<double, Eigen::Dynamic, 1, 0, chunk_tokens, 1>;
-  const Eigen::Map<const Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
-  const doubles exponentials = (x.cast<double>() * (2 / cap)).exp();
-  const double* e = exponentials.data();
+  const auto size = static_cast<Eigen::Index>(count);
+  double e[static_cast<std::size_t>(chunk_tokens)];
+  Eigen::Map<Eigen::ArrayXd>(e, size) =
+      (Eigen::Map<const Eigen::ArrayXf>(logits, size).cast<double>() * (2 / cap)).exp();
   for (index_t t = 0; t < count; ++t) logits[t] = softly_capped(logits[t], cap, e[t]);
 }
 
@@ -185,14 +189,15 @@ inline void cap_softly(float* logits, index_t count, double cap) noexcept {
 inline void finish_logits(const attention_params<>& params, const query_window& window,
                           index_t q_head, index_t row, token_range range, float* logits) noexcept {
   const index_t count = range.end - range.begin;
-  if (params.soft_cap > 0) cap_softly(logits, count, double{params.soft_cap});
+  if (params.soft_cap > 0) cap_softly(logits, count, static_cast<double>(params.soft_cap));
   const token_range visible = window.visible(row);
   if (params.alibi_slopes.data() != nullptr) {
-    const double slope = params.alibi_slopes(q_head);
+    const auto slope = static_cast<double>(params.alibi_slopes(q_head));
     const index_t position = window.position + row;
     for (index_t t = range.begin; t < range.end; ++t) {
       float& logit = logits[t - range.begin];
-      logit = static_cast<float>(logit + slope * static_cast<double>(t - position));
+      logit = static_cast<float>(static_cast<double>(logit) +
+                                 slope * static_cast<double>(t - position));
     }
   }
   const float hidden = -std::numeric_limits<float>::infinity();
@@ -202,4 +207,4 @@ inline void finish_logits(const attention_params<>& params, const query_window& 
   std::fill(logits + last, logits + count, hidden);
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

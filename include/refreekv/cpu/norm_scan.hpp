@@ -5,7 +5,7 @@
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/scanner.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// The chunks of a sequence that are read: all, or a shard's own.
 template <class Seen>
@@ -139,4 +139,4 @@ void crossing_curve(const Executor& on, const norm_scan& scan, const Seen& seen,
   });
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -4,7 +4,7 @@
 
 #include "refreekv/cpu/top_tokens.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 template <class Executor, class Seen>
 void rank_tokens(const Executor& on, index_t recent, const Seen& seen, const scores_view<>& scores,
@@ -24,7 +24,7 @@ void rank_tokens(const Executor& on, index_t recent, const Seen& seen, const sco
     for (index_t t = 0; t < candidates(s); ++t) row[t] = static_cast<position_t>(t);
     std::sort(row, row + candidates(s), [&](position_t a, position_t b) {
       const float x = score[a * stride], y = score[b * stride];
-      return x != y ? x < y : a > b;
+      return x < y || (!(y < x) && a > b);
     });
   });
   for_each_item(on, seen.sequences(), seen.sequences() * seen.q_heads() * capacity,
@@ -40,7 +40,7 @@ void rank_tokens(const Executor& on, index_t recent, const Seen& seen, const sco
                     }
                     double energy = 0;
                     for (index_t i = candidates(s) - 1; i >= 0; --i) {
-                      const double weight = weights(s, h, row[i]);
+                      const auto weight = static_cast<double>(weights(s, h, row[i]));
                       energy += weight * weight;
                       norm[i] += std::sqrt(energy);
                     }
@@ -69,4 +69,4 @@ void stop_ranked(const Executor& on, double threshold, index_t recent, const See
   });
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -5,10 +5,11 @@
 #include <algorithm>
 
 #include "refreekv/cpu/executor.hpp"
+#include "refreekv/cpu/target.hpp"
 #include "refreekv/kept_positions.hpp"
 #include "refreekv/page_lists.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Calls f(sequence, group) for each row of a mask.
 template <class Executor, class T, class F>
@@ -65,4 +66,4 @@ void release_pages(const Executor& on, const view<const page_plan, 1>& plans,
   });
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -4,7 +4,7 @@
 
 #include "refreekv/cpu/attention.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Whether an observation has keys and queries, not ready rows.
 template <class Seen>
@@ -46,4 +46,4 @@ struct scan_scratch {
   }
 };
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -4,7 +4,7 @@
 
 #include "refreekv/cpu/scan_scratch.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// One chunk of one KV head of one sequence.
 struct chunk_index {
@@ -96,21 +96,21 @@ class scanner {
         const chunk_statistics* row = h.statistics + r * buffers_.chunks;
         double mass = 0;
         for (index_t c = scan_.first_chunk(); c < at.chunk; ++c) {
-          mass += attention_at(row[c].unit, h.rows[r]) * double{row[c].sum};
+          mass += attention_at(row[c].unit, h.rows[r]) * static_cast<double>(row[c].sum);
         }
         const index_t i = g * scan_.window + r;
         const double attention = attention_at(tile.statistics[i].unit, h.rows[r]);
         for (index_t t = 0; t < tokens; ++t) {
           sums[t] = mass;
-          mass += attention * double{tile.values[i * tile_stride + t]};
+          mass += attention * static_cast<double>(tile.values[i * tile_stride + t]);
         }
-        most = most.max(sum.cast<float>());
+        most = (most.max)(sum.cast<float>());
       }
       double suffix = outside_cut(h, at.sequence);
       for (index_t c = chunks.count() - 1; c > at.chunk; --c) suffix += energy(h, at.sequence, c);
       const auto energies = token_energies(tile, h, at, g);
       for (Eigen::Index t = tokens - 1; t >= 0; --t) {
-        suffix += energies.unit * double{energies.tokens[t]};
+        suffix += energies.unit * static_cast<double>(energies.tokens[t]);
         sums[t] = suffix;
       }
       norm += sum.sqrt();
@@ -187,7 +187,7 @@ class scanner {
   [[nodiscard]] double outside_cut(const head_view& h, index_t sequence) const noexcept {
     double energies = 0;
     if (scan_.norm == norm_scope::full_row) {
-      const index_t tokens = std::min(seen_.tokens(sequence), scan_.sinks);
+      const index_t tokens = (std::min)(seen_.tokens(sequence), scan_.sinks);
       for (index_t c = 0; c < chunking::of_sinks(tokens); ++c) energies += energy(h, sequence, c);
     }
     return energies;
@@ -200,13 +200,14 @@ class scanner {
     if (first == scan_.window) return 0;
     if (!scan_.one_pass()) {
       const double largest = largest_attention(h, s, buffers_.chunks, first);
-      return largest * exactly(largest * double{s[first * buffers_.chunks].sum_squares});
+      return largest *
+             exactly(largest * static_cast<double>(s[first * buffers_.chunks].sum_squares));
     }
     double energy = 0;
     for (index_t r = first; r < scan_.window; ++r) {
       const chunk_statistics& row = s[r * buffers_.chunks];
       const double attention = attention_at(row.unit, h.rows[r]);
-      energy += attention * exactly(attention * double{row.sum_squares});
+      energy += attention * exactly(attention * static_cast<double>(row.sum_squares));
     }
     return energy;
   }
@@ -236,8 +237,8 @@ class scanner {
     };
     auto energies = values_of(0);
     const double largest = largest_attention(h, statistics, 1, window.first_row());
-    if (largest == 0 || window.first_row() > 0) energies.setZero();
-    if (largest == 0) return {0, energies};
+    if (largest <= 0 || window.first_row() > 0) energies.setZero();
+    if (largest <= 0) return {0, energies};
     for (index_t r = window.first_row(); r < window.rows; ++r) {
       const auto weight = static_cast<float>(attention_at(statistics[r].unit, h.rows[r]) / largest);
       auto values = values_of(r);
@@ -263,4 +264,4 @@ class scanner {
   index_t heads_;  // query heads of a KV head
 };
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

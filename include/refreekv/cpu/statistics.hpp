@@ -11,7 +11,7 @@
 #include "refreekv/cpu/dot.hpp"
 #include "refreekv/cpu/exp.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Makes the logits [count] of one row whole registers, of which the last are -inf, and returns the
 /// unit of their values: the power of two that is nearest to the largest. O(count).
@@ -100,4 +100,4 @@ class running_statistics {
   lanes sum_ = splat(0), sum_squares_ = splat(0);
 };
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

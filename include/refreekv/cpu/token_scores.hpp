@@ -5,7 +5,7 @@
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/head_attention.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Calls f(worker, sequence, kv_head) for all there are; `work` is what a token costs, in elements.
 template <class Executor, class Seen, class F>
@@ -13,7 +13,7 @@ void for_each_head(const Executor& on, const Seen& seen, index_t work, const F& 
   const index_t kv_heads = seen.kv_heads(), items = seen.sequences() * kv_heads;
   const double elements =
       static_cast<double>(items) * static_cast<double>(seen.capacity()) * static_cast<double>(work);
-  for_each_item(on, items, static_cast<index_t>(std::min(elements, 1e18)),
+  for_each_item(on, items, static_cast<index_t>((std::min)(elements, 1e18)),
                 [&](int worker, index_t i) { f(worker, i / kv_heads, i % kv_heads); });
 }
 
@@ -22,9 +22,9 @@ template <class Seen>
 [[nodiscard]] index_t attention_work(const Seen& seen, index_t rows) noexcept {
   const index_t group = seen.q_heads() / seen.kv_heads();
   if constexpr (has_queries<Seen>) {
-    return std::min(rows, seen.capacity()) * group * seen.head_dim() / 8;
+    return (std::min)(rows, seen.capacity()) * group * seen.head_dim() / 8;
   } else {
-    return std::min(rows, seen.capacity()) * group;
+    return (std::min)(rows, seen.capacity()) * group;
   }
 }
 
@@ -47,7 +47,8 @@ void attention_sums(const Executor& on, const score_rows& what, const Seen& seen
             scratch, work, [&](index_t rows, token_range range, const float* values) {
               const auto count = static_cast<Eigen::Index>(range.end - range.begin);
               for (index_t g = 0; g < group; ++g) {
-                Eigen::Array<float, Eigen::Dynamic, 1, 0, chunk_tokens, 1> sum(count);
+                float sum_of_rows[static_cast<std::size_t>(chunk_tokens)];
+                Eigen::Map<Eigen::ArrayXf> sum(sum_of_rows, count);
                 sum.setZero();
                 for (index_t r = 0; r < rows; ++r) {
                   sum += Eigen::Map<const Eigen::ArrayXf>(values + (g * rows + r) * tile_stride,
@@ -94,7 +95,7 @@ void attention_spread(const Executor& on, index_t window, index_t recent, double
             seen, s, kv_head, window, bad_rows::left_out, scratch, work,
             [&](index_t rows, token_range range, const float* values) {
               const auto count =
-                  static_cast<Eigen::Index>(std::min(range.end, scored) - range.begin);
+                  static_cast<Eigen::Index>((std::min)(range.end, scored) - range.begin);
               if (count <= 0) return;
               for (index_t i = 0; i < group * rows; ++i) {
                 const Eigen::Map<const Eigen::ArrayXf> a(values + i * tile_stride, count);
@@ -102,7 +103,7 @@ void attention_spread(const Executor& on, index_t window, index_t recent, double
                 const auto exact = a.template cast<double>();
                 Eigen::Map<Eigen::ArrayXd>(work.sums + at, count) += exact;
                 Eigen::Map<Eigen::ArrayXd>(squares + at, count) += exact.square();
-                entropy -= double{(a * (a + 1e-10f).log()).sum()};
+                entropy -= static_cast<double>((a * (a + 1e-10f).log()).sum());
               }
             });
         counts(s, kv_head).undecided = left_out > 0 || (tokens > 0 && there.count() == 0);
@@ -142,4 +143,4 @@ void pool(const Executor& on, const pooling& how, const token_quota* quotas, con
   });
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

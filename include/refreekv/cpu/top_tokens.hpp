@@ -4,12 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 #include "refreekv/cpu/token_scores.hpp"
 #include "refreekv/kept_positions.hpp"
 
-namespace refreekv::inline v0::cpu_detail {
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// For each worker two copies of a row of scores and a mark for each token.
 struct selection_scratch {
@@ -74,14 +73,14 @@ struct value_limit {
 
   /// Whether the next value, in order, is one of them.
   [[nodiscard]] bool takes(float value) noexcept {
-    return value > least || (value == least && equals-- > 0);
+    return value > least || (value >= least && equals-- > 0);
   }
 };
 
 /// Of `count` values, the limit of the k largest. Requires 0 < k <= count and no NaN; reorders
 /// values. O(count) expected.
 inline value_limit limit_of_largest(float* values, index_t count, index_t k) noexcept {
-  std::nth_element(values, values + k - 1, values + count, std::greater<>());
+  std::nth_element(values, values + k - 1, values + count, [](float a, float b) { return a > b; });
   const float least = values[k - 1];
   return {least, k - std::count_if(values, values + k, [&](float v) { return v > least; })};
 }
@@ -95,21 +94,21 @@ inline value_limit limit_of_sum(float* values, index_t count, double needed) noe
   while (first != last) {
     float* middle = first + (last - first) / 2;
     const float pivot =
-        std::max(std::min(*first, *middle), std::min(std::max(*first, *middle), last[-1]));
+        (std::max)((std::min)(*first, *middle), (std::min)((std::max)(*first, *middle), last[-1]));
     float* equal = std::partition(first, last, [&](float v) { return v > pivot; });
-    float* less = std::partition(equal, last, [&](float v) { return v == pivot; });
+    float* less = std::partition(equal, last, [&](float v) { return v >= pivot; });
     double above = 0;
-    for (const float* v = first; v != equal; ++v) above += double{*v};
+    for (const float* v = first; v != equal; ++v) above += static_cast<double>(*v);
     if (above >= needed && first != equal) {
       last = equal;
       continue;
     }
     const auto equals = static_cast<double>(less - equal);
-    if (above + equals * double{pivot} >= needed) {
-      const double wanted = std::ceil((needed - above) / double{pivot});
+    if (above + equals * static_cast<double>(pivot) >= needed) {
+      const double wanted = std::ceil((needed - above) / static_cast<double>(pivot));
       return {pivot, static_cast<index_t>(std::clamp(wanted, 1.0, equals))};
     }
-    needed -= above + equals * double{pivot};
+    needed -= above + equals * static_cast<double>(pivot);
     first = less;
   }
   return limit;
@@ -132,7 +131,7 @@ inline value_limit limit_of_bisection(const float* values, index_t count, float 
     if (above >= share) {
       low = middle;
     } else {
-      high = std::min(middle, previous);
+      high = (std::min)(middle, previous);
     }
     if (!(previous - next > precision)) break;
   }
@@ -197,7 +196,7 @@ void top_mass(const Executor& on, double share, bool sink_start, const Seen& see
       const float* row = scores.at(s, h * group + g);
       const index_t stride = scores.stride(2);
       double sum = 0;
-      for (index_t t = 0; t < tokens; ++t) sum += double{row[t * stride]};
+      for (index_t t = 0; t < tokens; ++t) sum += static_cast<double>(row[t * stride]);
       if (!norm_scan::decidable(sum)) return keep_all(kept, s, h, tokens, true);
       const auto part = static_cast<float>(1 / sum);
       const auto value = [&](index_t t) {
@@ -218,4 +217,4 @@ void top_mass(const Executor& on, double share, bool sink_start, const Seen& see
   });
 }
 
-}  // namespace refreekv::inline v0::cpu_detail
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

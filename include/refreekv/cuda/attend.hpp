@@ -218,7 +218,7 @@ struct normalise_body {
       float sum = 0;
       for (index_t c = lane_of(block); checked && c < count; c += warp_threads) sum += of[c].sum;
       sum = block.warp_reduce(sum, plus{});
-      return {0, sum - sum == 0 ? 1.0 : 0.0};
+      return {0, sum < infinity ? 1.0 : 0.0};
     }
   }
 };

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instruction set that a file is compiled for, as a name: REFREEKV_TARGET.
+//
+// What depends on it is in an inline namespace of that name, so that objects of one program that
+// are compiled for different ones each have their own, where a linker would take the first for all.
+#pragma once
+
+#if defined(__AVX512F__)
+#define REFREEKV_TARGET_VECTORS avx512
+#elif defined(__AVX2__)
+#define REFREEKV_TARGET_VECTORS avx2
+#elif defined(__AVX__)
+#define REFREEKV_TARGET_VECTORS avx
+#elif defined(__SSE4_2__)
+#define REFREEKV_TARGET_VECTORS sse4
+#elif defined(__aarch64__)
+#define REFREEKV_TARGET_VECTORS neon
+#else
+#define REFREEKV_TARGET_VECTORS base
+#endif
+
+#if defined(__FMA__)
+#define REFREEKV_TARGET_FMA _fma
+#else
+#define REFREEKV_TARGET_FMA
+#endif
+#if defined(__F16C__) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+#define REFREEKV_TARGET_FP16 _fp16
+#else
+#define REFREEKV_TARGET_FP16
+#endif
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define REFREEKV_TARGET_BF16 _bf16
+#else
+#define REFREEKV_TARGET_BF16
+#endif
+#if defined(REFREEKV_EIGEN_LANES)
+#define REFREEKV_TARGET_LANES _eigen
+#else
+#define REFREEKV_TARGET_LANES
+#endif
+
+#define REFREEKV_JOIN_NAMES(a, b, c, d, e) a##b##c##d##e
+#define REFREEKV_JOIN(a, b, c, d, e) REFREEKV_JOIN_NAMES(a, b, c, d, e)
+#define REFREEKV_TARGET                                                             \
+  REFREEKV_JOIN(REFREEKV_TARGET_VECTORS, REFREEKV_TARGET_FMA, REFREEKV_TARGET_FP16, \
+                REFREEKV_TARGET_BF16, REFREEKV_TARGET_LANES)
