@@ -451,9 +451,9 @@ TEST_CASE("each rank compacts what it keeps of its own", "[shard]") {
   std::vector<kept_range> kept(6);
   const auto refused = [&](view<const kept_range, 2> all, view<kept_range, 2> own) {
     const auto keys = one.of(cache.source(), 1300);
-    const bool refused = own_ranges(divided<1>(), keys, all, own) == status::invalid_argument;
-    CHECK((why_invalid(keys, all, own) != nullptr) == refused);
-    return refused;
+    const bool is_refused = own_ranges(divided<1>(), keys, all, own) == status::invalid_argument;
+    CHECK((why_invalid(keys, all, own) != nullptr) == is_refused);
+    return is_refused;
   };
   CHECK(refused({kept.data(), {3, 2}}, {kept.data(), {3, 1}}));
   CHECK(refused({kept.data(), {2, 1}}, {kept.data(), {2, 1}}));

@@ -109,7 +109,7 @@ template <kv_source Source, class Written>
       if (rows_overlap(last_head, dims, row, dims)) {
         return "KV heads share rows (a stride of 0?), which would move twice: pass one of them";
       }
-      if (range.end - range.begin > 1 && row.tokens > 1 && row.token_stride == 0) {
+      if (dims > 0 && range.end - range.begin > 1 && row.tokens > 1 && row.token_stride == 0) {
         return "tokens share a row (a stride of 0?)";
       }
       // Sequences may share pages that nobody writes.

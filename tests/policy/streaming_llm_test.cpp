@@ -20,7 +20,8 @@ std::vector<position_t> kept(const policy::streaming_llm& rule, index_t tokens) 
   return out;
 }
 
-/// The published rule on a list of slots.
+/// The published rule on a list of slots, but that the newest one stays where it leaves none
+/// (ours).
 std::vector<position_t> published(index_t tokens, index_t sinks, index_t recent, index_t room) {
   std::vector<position_t> slots(static_cast<std::size_t>(tokens));
   std::iota(slots.begin(), slots.end(), 0);
@@ -29,6 +30,7 @@ std::vector<position_t> published(index_t tokens, index_t sinks, index_t recent,
   for (const position_t t : slots) {
     if (t < sinks || t >= std::max(sinks, tokens - recent + room)) out.push_back(t);
   }
+  if (out.empty() && tokens > 0) out.push_back(slots.back());
   return out;
 }
 

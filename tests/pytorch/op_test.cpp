@@ -165,7 +165,8 @@ TEST_CASE("what is wrong is said in the library's words") {
   refused("sinks must be >= 0", {.sinks = -1});
   refused("sinks must be >= 0", {.sinks = (int64_t{1} << 32) + 4});
   refused("full_layers must be >= 0", {.full_layers = -2});
-  refused("layer must be >= 0", {.layer = -1});
+  refused("layer is not set", {.layer = -1});
+  refused("layer must be >= 0", {.layer = -2});
   refused("scale must be finite", {.scale = -1});
   refused("average must be mean or frobenius, not median", {.average = "median"});
   refused("norm must be candidates or full_row, not l1", {.norm = "l1"});

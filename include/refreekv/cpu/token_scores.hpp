@@ -4,6 +4,7 @@
 
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/head_attention.hpp"
+#include "refreekv/kept_positions.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
