@@ -44,11 +44,11 @@ template <class A, class B>
   // From a's first byte to b's; pointers into different arrays may not be subtracted.
   const auto offset = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(b.data) -
                                            reinterpret_cast<std::uintptr_t>(a.data));
-  const index_t stride = a_dims == 1 ? b_stride : a_stride;
-  if (a_dims > 1 && b_dims > 1 && a_stride != b_stride) {
-    const bool contiguous = a_stride == a_size && b_stride == b_size;
-    return contiguous && offset < a_dims * a_size && -offset < b_dims * b_size;
+  if (a_stride == a_size && b_stride == b_size) {
+    return offset < a_dims * a_size && -offset < b_dims * b_size;
   }
+  if (a_dims > 1 && b_dims > 1 && a_stride != b_stride) return false;
+  const index_t stride = a_dims == 1 ? b_stride : a_stride;
   // Some i of a and k of b with -b_size < offset + (k - i) * stride < a_size.
   const auto touches = [&](index_t steps) {
     const index_t distance = offset + steps * stride;

@@ -26,23 +26,25 @@ void copy_rows(const token_run<T>& to, const token_run<T>& from, index_t count,
   static_assert(std::is_trivially_copyable_v<T> && !std::is_const_v<T>,
                 "compaction needs a cache that can be written");
   const auto bytes = [](index_t n) { return static_cast<std::size_t>(n) * sizeof(T); };
-  if (lies_across(to) && lies_across(from)) {
+  if (to.dim_stride == 1 && from.dim_stride == 1) {
+    if (to.token_stride == head_dim && from.token_stride == head_dim) {
+      std::memmove(to.data, from.data, bytes(count * head_dim));
+      return;
+    }
+    for (index_t t = 0; t < count; ++t) {
+      std::memmove(to.data + t * to.token_stride, from.data + t * from.token_stride,
+                   bytes(head_dim));
+    }
+  } else if (lies_across(to) && lies_across(from)) {
     for (index_t d = 0; d < head_dim; ++d) {
       std::memmove(to.data + d * to.dim_stride, from.data + d * from.dim_stride, bytes(count));
     }
-  } else if (to.dim_stride != 1 || from.dim_stride != 1) {
+  } else {
     for (index_t t = 0; t < count; ++t) {
       for (index_t d = 0; d < head_dim; ++d) {
         to.data[t * to.token_stride + d * to.dim_stride] =
             from.data[t * from.token_stride + d * from.dim_stride];
       }
-    }
-  } else if (to.token_stride == head_dim && from.token_stride == head_dim) {
-    std::memmove(to.data, from.data, bytes(count * head_dim));
-  } else {
-    for (index_t t = 0; t < count; ++t) {
-      std::memmove(to.data + t * to.token_stride, from.data + t * from.token_stride,
-                   bytes(head_dim));
     }
   }
 }
@@ -83,16 +85,11 @@ void move_rows(const Source& source, index_t sequence, index_t kv_head, token_mo
   }
 }
 
-/// Gathers the kept rows of one (sequence, kv_head) within its cache.
-template <kv_source Source>
-void gather_rows(const Source& source, index_t sequence, index_t kv_head,
-                 const kept_positions<>& kept, compaction how) noexcept {
-  const kept_count& k = kept.counts(sequence, kv_head);
-  const index_t target = first_slot(k, how), head_dim = source.head_dim();
-  const auto run = [&](index_t token) { return source.run_at(sequence, kv_head, token); };
-  const auto position = [&](index_t i) { return index_t{kept.positions(sequence, kv_head, i)}; };
-  const auto stays = [&](index_t i) { return position(i) == target + i; };
-  // Never over a row that is still to move.
+/// Gathers rows of one (sequence, kv_head) that lie across: dimension by dimension, as many rows
+/// together as two runs hold. run(token), position(i): of the i-th kept row.
+template <class Run, class Position>
+void gather_across(const Run& run, const Position& position, index_t count, index_t target,
+                   index_t head_dim, compaction how) noexcept {
   const auto copy = [&](const auto& to, const auto& from, index_t first, index_t end) {
     if (end - first == 1) return copy_rows(to, from, 1, head_dim);
     for (index_t d = 0; d < head_dim; ++d) {
@@ -108,24 +105,44 @@ void gather_rows(const Source& source, index_t sequence, index_t kv_head,
       }
     }
   };
+  const auto stays = [&](index_t i) { return position(i) == target + i; };
   if (how == compaction::suffix_down) {
-    for (index_t i = 0, end; i < k.count; i = end) {
+    for (index_t i = 0, end; i < count; i = end) {
       end = i + 1;
       if (stays(i)) continue;
       const auto from = run(position(i)), to = run(target + i);
       if (lies_across(from) && lies_across(to)) {
-        const index_t most = (std::min)(k.count - i, to.tokens) + i;
+        const index_t most = (std::min)(count - i, to.tokens) + i;
         while (end < most && position(end) - position(i) < from.tokens) ++end;
       }
       copy(to, from, i, end);
     }
   } else {
-    for (index_t first, end = k.count; end > 0; end = first) {
+    for (index_t first, end = count; end > 0; end = first) {
       first = end - 1;
       if (stays(first)) continue;
       first = first_of_last(run, end, position, target);
       copy(run(target + first), run(position(first)), first, end);
     }
+  }
+}
+
+/// Gathers the kept rows of one (sequence, kv_head) within its cache.
+template <kv_source Source>
+void gather_rows(const Source& source, index_t sequence, index_t kv_head,
+                 const kept_positions<>& kept, compaction how) noexcept {
+  const kept_count& k = kept.counts(sequence, kv_head);
+  const index_t first = first_slot(k, how), head_dim = source.head_dim();
+  const auto run = [&](index_t token) { return source.run_at(sequence, kv_head, token); };
+  const auto position = [&](index_t i) { return index_t{kept.positions(sequence, kv_head, i)}; };
+  if (k.count > 0 && lies_across(run(position(0)))) {
+    return gather_across(run, position, k.count, first, head_dim, how);
+  }
+  const bool down = how == compaction::suffix_down;
+  for (index_t n = 0; n < k.count; ++n) {
+    const index_t i = down ? n : k.count - 1 - n;  // never over a row that is still to move
+    const index_t from = position(i), to = first + i;
+    if (from != to) copy_rows(run(to), run(from), 1, head_dim);
   }
 }
 

@@ -40,7 +40,7 @@ class scanner {
   /// Normalisers of the rows of one query head. Ready rows are normalised.
   void normalise_rows(index_t sequence, index_t q_head) const noexcept {
     const head_view h = head(sequence, q_head);
-    for (index_t r = window_of(sequence).first_row(); r < scan_.window; ++r) {
+    for (index_t r = h.first_row; r < scan_.window; ++r) {
       if constexpr (has_queries<Seen>) {
         const auto& sinks = seen_.info.attention.sink_logits;
         h.rows[r] = normalise(
@@ -73,7 +73,7 @@ class scanner {
     const head_view h = head(sequence, q_head);
     double suffix = outside_cut(h, sequence);
     for (index_t c = chunks_of(sequence).count() - 1; c >= scan_.first_chunk(); --c) {
-      suffix += energy(h, sequence, c);
+      suffix += energy(h, c);
       norms[c] += std::sqrt(suffix);
     }
   }
@@ -92,7 +92,7 @@ class scanner {
     Eigen::Map<Eigen::ArrayXf> most(masses, tokens);
     for (index_t g = 0; g < heads_; ++g) {
       const head_view h = head(at.sequence, at.kv_head * heads_ + g);
-      for (index_t r = window_of(at.sequence).first_row(); r < scan_.window; ++r) {
+      for (index_t r = h.first_row; r < scan_.window; ++r) {
         const chunk_statistics* row = h.statistics + r * buffers_.chunks;
         double mass = 0;
         for (index_t c = scan_.first_chunk(); c < at.chunk; ++c) {
@@ -107,7 +107,7 @@ class scanner {
         most = (most.max)(sum.cast<float>());
       }
       double suffix = outside_cut(h, at.sequence);
-      for (index_t c = chunks.count() - 1; c > at.chunk; --c) suffix += energy(h, at.sequence, c);
+      for (index_t c = chunks.count() - 1; c > at.chunk; --c) suffix += energy(h, c);
       const auto energies = token_energies(tile, h, at, g);
       for (Eigen::Index t = tokens - 1; t >= 0; --t) {
         suffix += energies.unit * static_cast<double>(energies.tokens[t]);
@@ -126,6 +126,7 @@ class scanner {
   struct head_view {
     chunk_statistics* statistics;  ///< [window, chunk]
     row_normaliser* rows;          ///< [window]
+    index_t first_row;             ///< of the window that exists
   };
   /// Energies of a chunk's tokens, in units of `unit`.
   struct energy_view {
@@ -141,7 +142,8 @@ class scanner {
 
   [[nodiscard]] head_view head(index_t sequence, index_t q_head) const noexcept {
     const index_t i = (sequence * seen_.q_heads() + q_head) * scan_.window;
-    return {buffers_.statistics + i * buffers_.chunks, buffers_.rows + i};
+    return {buffers_.statistics + i * buffers_.chunks, buffers_.rows + i,
+            window_of(sequence).first_row()};
   }
 
   /// The packed queries of a KV head.
@@ -156,9 +158,10 @@ class scanner {
   }
 
   void store_statistics(const tile_scratch& tile, const chunk_index& at) const noexcept {
+    // Rows of a KV head's query heads follow each other: [q_head, window].
+    const index_t first = (at.sequence * seen_.kv_heads() + at.kv_head) * heads_ * scan_.window;
     for (index_t i = 0; i < heads_ * scan_.window; ++i) {
-      head(at.sequence, at.kv_head * heads_ + i / scan_.window)
-          .statistics[i % scan_.window * buffers_.chunks + at.chunk] = tile.statistics[i];
+      buffers_.statistics[(first + i) * buffers_.chunks + at.chunk] = tile.statistics[i];
     }
   }
 
@@ -188,15 +191,15 @@ class scanner {
     double energies = 0;
     if (scan_.norm == norm_scope::full_row) {
       const index_t tokens = (std::min)(seen_.tokens(sequence), scan_.sinks);
-      for (index_t c = 0; c < chunking::of_sinks(tokens); ++c) energies += energy(h, sequence, c);
+      for (index_t c = 0; c < chunking::of_sinks(tokens); ++c) energies += energy(h, c);
     }
     return energies;
   }
 
   /// The energy of a chunk.
-  [[nodiscard]] double energy(const head_view& h, index_t sequence, index_t chunk) const noexcept {
+  [[nodiscard]] double energy(const head_view& h, index_t chunk) const noexcept {
     const chunk_statistics* s = h.statistics + chunk;
-    const index_t first = window_of(sequence).first_row();
+    const index_t first = h.first_row;
     if (first == scan_.window) return 0;
     if (!scan_.one_pass()) {
       const double largest = largest_attention(h, s, buffers_.chunks, first);
@@ -246,7 +249,9 @@ class scanner {
       if (scan_.average == row_average::frobenius) values = values.square();
       if (r > 0) energies += values;
     }
-    if (scan_.average == row_average::mean) {
+    if (scan_.average == row_average::mean && window.all_see(range)) {
+      energies = (energies / static_cast<float>(window.rows)).square();
+    } else if (scan_.average == row_average::mean) {
       for (index_t t = range.begin; t < range.end; ++t) {
         const index_t rows = window.rows_seeing(t);
         float& mean = energies(static_cast<Eigen::Index>(t - range.begin));
