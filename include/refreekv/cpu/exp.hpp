@@ -20,10 +20,10 @@ inline constexpr float unit_limit = 0x1p21f;
 /// for |unit| up to 1000. Ours: x = n ln 2 + r, and on |r| <= ln 2 / 2 the polynomial of degree 6
 /// that starts with 1 + r and has the smallest relative error, 3.1e-9.
 REFREEKV_ALWAYS_INLINE lanes exponential(const lanes& x, const lanes& shifted_unit) noexcept {
-  const lanes shifted = exactly<lanes>(x * std::numbers::log2e_v<float> + integer_shift);
+  const auto shifted = exactly<lanes>(x * std::numbers::log2e_v<float> + integer_shift);
   const lanes n = shifted - integer_shift;
   // ln 2 in two parts: a multiple of the first by a whole number up to 2^14 is exact.
-  lanes r = exactly<lanes>(x - n * 0.693359375f);
+  auto r = exactly<lanes>(x - n * 0.693359375f);
   r = r + n * 2.12194440e-4f;
   lanes p = r * 1.381456968e-3f + 8.368730545e-3f;
   p = p * r + 4.166838899e-2f;
