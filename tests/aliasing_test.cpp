@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory that is named twice moves once, or the call is refused: all ways in which engines name it.
+#include <utility>
+
 #include "layouts.hpp"
-#include "random_problem.hpp"
 #include "reference.hpp"
 #include "selection.hpp"
 
@@ -9,7 +10,7 @@ using namespace refreekv;
 
 namespace {
 
-const auto host_only = [](const char* why) { return std::string(why == nullptr ? "" : why); };
+std::string words(const char* why) { return why == nullptr ? "" : why; }
 
 /// Six slots 0 1 2 3 4 5 of which `kept` stay, in one compaction.
 struct six_slots {
@@ -25,7 +26,7 @@ struct six_slots {
   template <class... Sources>
   std::string refusal(view<const kept_range, 2> kept, const Sources&... sources) {
     const std::vector<float> before = memory;
-    const std::string why = host_only(why_invalid(kept, how, sources...));
+    const std::string why = words(why_invalid(kept, how, sources...));
     const status s = compact(divided<2>(), kept, how, sources...);
     CHECK((s == status::ok) == why.empty());
     if (!why.empty()) CHECK(memory == before);
@@ -93,7 +94,7 @@ TEST_CASE("positions of shared memory are refused as ranges are", "[aliasing]") 
     const kept_positions<> two{{positions.data(), {1, 2, 6}}, {counts.data(), {1, 2}}};
     const dense rows(slots.rows()), heads(slots.rows(1, 2));
     const auto refused = [&](const kept_positions<>& kept, const auto&... sources) {
-      const std::string why = host_only(why_invalid(kept, slots.how, sources...));
+      const std::string why = words(why_invalid(kept, slots.how, sources...));
       CHECK((compact(divided<2>(), kept, slots.how, sources...) == status::ok) == why.empty());
       return why;
     };
@@ -121,7 +122,7 @@ TEST_CASE("a page that is written is in the tables once", "[aliasing]") {
                          {lengths.data(), {sequences}}));
     const std::vector<float> before = pool;
     const view<const kept_range, 2> ranges(kept.data(), {sequences, 1});
-    const std::string why = host_only(why_invalid(ranges, how, keys));
+    const std::string why = words(why_invalid(ranges, how, keys));
     CHECK((compact(divided<1>(), ranges, how, keys) == status::ok) == why.empty());
     if (!why.empty()) CHECK(pool == before);
     std::copy(before.begin(), before.end(), pool.begin());
@@ -140,6 +141,56 @@ TEST_CASE("a page that is written is in the tables once", "[aliasing]") {
   CHECK(refusal({3, 4, 5, 3, 40000, 8}, {6, 6}, {range, range}, down) == "a page");
   CHECK(refusal({3, 4, 5, 3, 40000, 8}, {6, 6}, {range, {1, 1, 6}}, down) == "a page");
   CHECK(refusal({3, 4, 5, 9, 3, 8}, {6, 2}, {range, {1, 1, 2}}, down) == "");  // past its length
+}
+
+TEST_CASE("more pages than are sorted are told apart, too", "[aliasing]") {
+  const index_t pool_pages = 600000;
+  std::vector<float> pool(size(pool_pages));
+  std::vector<std::int32_t> ids(3000);
+  for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int32_t>(599999 - 199 * i);
+  const position_t tokens = 3000;
+  const kept_range range{4, 1500, tokens};
+  const view<const kept_range, 2> kept(&range, {1, 1});
+  const auto refused = [&] {
+    const paged keys(view(pool.data(), {pool_pages, 1, 1, 1}),
+                     page_table<std::int32_t>::padded(
+                         view<const std::int32_t, 2>(ids.data(), {1, 3000}), {&tokens, {1}}));
+    return why_invalid(kept, compaction::suffix_down, keys) != nullptr;
+  };
+  CHECK_FALSE(refused());
+  for (const auto& [from, to] : {std::pair{100, 200}, {100, 2500}, {2500, 2600}, {0, 2}}) {
+    const std::int32_t before = ids[size(to)];
+    ids[size(to)] = ids[size(from)];
+    CHECK(refused() == (from >= 4 && from < 1504));  // slots 4 to 1503 are written
+    ids[size(to)] = before;
+  }
+}
+
+TEST_CASE("prefixes and null blocks that nobody writes are no fault in any source", "[aliasing]") {
+  std::vector<float> memory{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+  const view<float, 4> cells(memory.data(), {2, 1, 12, 1}, {0, 0, 1, 1});
+  const segment parts[] = {{0, 4}, {4, 4}, {0, 4}, {8, 4}};
+  const segmented ring(cells, view<const segment, 2>(parts, {2, 2}));
+  const kept_range both[] = {{1, 6, 8}, {1, 6, 8}};  // sinks go to slot 5: cells 5 and 9
+  const view<const kept_range, 2> kept(both, {2, 1});
+  REQUIRE(compact(divided<1>(), kept, compaction::sinks_up, ring) == status::ok);
+  CHECK(memory == std::vector<float>{0, 1, 2, 3, 4, 0, 6, 7, 8, 0, 10, 11});
+  CHECK(compact(divided<1>(), kept, compaction::suffix_down, ring) == status::invalid_argument);
+
+  // Block 0 of one pool, in front of two layers, or of keys and values.
+  const std::int32_t tables[2][3] = {{0, 1, 2}, {0, 3, 4}};
+  const position_t length = 6;
+  const auto source = [&](int i) {
+    return paged(view(memory.data(), {6, 1, 2, 1}),
+                 page_table<std::int32_t>::padded(view<const std::int32_t, 2>(tables[i], {1, 3}),
+                                                  {&length, {1}}));
+  };
+  const paged<float> sources[] = {source(0), source(1)};
+  const layered layers(view<const paged<float>, 1>(sources, {2}), sources[0]);
+  const kept_range ranges[] = {{1, 4, 6}, {1, 4, 6}};
+  const view<const kept_range, 2> of_one(ranges, {1, 1}), of_two(ranges, {2, 1});
+  CHECK(why_invalid(of_two, compaction::sinks_up, layers) == nullptr);
+  CHECK(why_invalid(of_one, compaction::sinks_up, sources[0], sources[1]) == nullptr);
 }
 
 TEST_CASE("null blocks behind a sliding window are no fault where nobody writes to them",
@@ -170,7 +221,7 @@ TEST_CASE("null blocks behind a sliding window are no fault where nobody writes 
     REQUIRE(s.at(0).cut > 17);
     REQUIRE(s.at(0).cut < 39);
     const view<const kept_range, 2> kept(s.kept.data(), {1, 1});
-    CHECK(host_only(why_invalid(kept, compaction::suffix_down, keys)).find("a page") == 0);
+    CHECK(words(why_invalid(kept, compaction::suffix_down, keys)).find("a page") == 0);
     CHECK(compact(divided<2>(), kept, compaction::suffix_down, keys) == status::invalid_argument);
     CHECK(compact(divided<2>(), kept, compaction::sinks_up, keys) == status::ok);
     for (index_t h = 0; h < heads; ++h) {
@@ -178,6 +229,13 @@ TEST_CASE("null blocks behind a sliding window are no fault where nobody writes 
         CHECK(*keys.run_at(0, h, t).data == p.keys.at(0, h, t, 0));
       }
     }
+    // Whoever marks it as shared does not get it back.
+    const std::uint8_t null_blocks[] = {0b00001111, 0};
+    const page_plan plan = plan_pages(s.at(0), page_tokens, null_blocks);
+    std::vector<std::int32_t> table = ids, freed(ids.size(), -1);
+    const index_t count = remove_pages(plan, table.data(), 10, freed.data(), null_blocks);
+    CHECK(count == plan.freed);
+    CHECK(std::find(freed.begin(), freed.begin() + count, 0) == freed.begin() + count);
   }
 }
 
@@ -188,7 +246,7 @@ TEST_CASE("what a host sees of device memory is refused", "[aliasing]") {
       expanded(memory, {1, 2, 6, 2}, {0, 0, 2, 1});
   const view<const kept_range, 2, device_memory> kept(nullptr, {1, 0});
   const auto why = [&](const auto&... sources) {
-    return host_only(detail::aliased(kept, compaction::sinks_up, sources...));
+    return words(detail::aliased(kept, compaction::sinks_up, sources...));
   };
   CHECK(why(dense(rows)) == "");
   CHECK(why(dense(rows), dense(part)).find("two sources") == 0);

@@ -564,6 +564,10 @@ class cascade {
       const reference::cake_layer& oracle = layers_[size(l)].oracle[size(s)];
       const double ours = preference(s, l);
       if (index_t{prompts_[size(s)]} <= rule_.window) continue;  // of no tokens
+      if (oracle.undecided && !(oracle.entropy > 0 && oracle.variance > 0)) {
+        CHECK(!(ours > 0));  // unknown, or what it was
+        continue;
+      }
       const double rows = static_cast<double>(q_heads * rule_.window);
       const auto bound = [&](double sign) {
         return (1 + sign * 1e-4) * reference::cake_preference(oracle.entropy + sign * 2e-7 * rows,

@@ -409,7 +409,9 @@ inline std::vector<index_t> cake_adjust(const std::vector<double>& raw, index_t 
 /// Real shares of `total`: by preference, or the same for all where preferences do not say.
 inline std::vector<double> cake_shares(const std::vector<double>& preferences, index_t total) {
   const double sum = std::accumulate(preferences.begin(), preferences.end(), 0.0);
-  const bool uniform = !(sum > 0) || std::isinf(sum);
+  const bool negative = std::any_of(preferences.begin(), preferences.end(),
+                                    [](double p) { return p < 0; });  // not known yet
+  const bool uniform = negative || !(sum > 0) || std::isinf(sum);
   std::vector<double> raw;
   for (const double p : preferences) {
     raw.push_back((uniform ? 1 / static_cast<double>(preferences.size()) : p / sum) *

@@ -2,10 +2,20 @@
 // Whether a decision fits the caches that it is about: null, or what is wrong, in words.
 #pragma once
 
+#include <initializer_list>
+
 #include "refreekv/cache.hpp"
 #include "refreekv/kept_positions.hpp"
 
 namespace refreekv::inline v0::detail {
+
+/// The first of several reasons, or null.
+[[nodiscard]] constexpr const char* first_of(std::initializer_list<const char*> reasons) noexcept {
+  for (const char* why : reasons) {
+    if (why != nullptr) return why;
+  }
+  return nullptr;
+}
 
 /// The shape alone, which is also known of a device's.
 template <class Memory>

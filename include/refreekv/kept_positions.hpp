@@ -11,7 +11,8 @@ namespace refreekv::inline v0 {
 struct kept_count {
   position_t count = 0;
   position_t tokens = 0;
-  /// There was nothing to decide on: NaN or Inf in a query or a key, or no row. All tokens stay.
+  /// There was nothing to decide on: NaN or Inf in a query or a key, or no row. All tokens stay, as
+  /// they may have done anyway.
   bool undecided = false;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t length() const noexcept { return count; }

@@ -2,6 +2,7 @@
 // The keys or the values of one layer in pages, found through a page table.
 #pragma once
 
+#include "refreekv/aliasing.hpp"
 #include "refreekv/cache.hpp"
 
 namespace refreekv::inline v0 {
@@ -150,42 +151,16 @@ class paged {
   }
   /// Where the tensor begins: known without lengths or tables, which a device may have.
   [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
-    return {page_.data(), 0, page_.stride(1), page_.stride(2)};
+    T* first = pointers_.data() == nullptr ? page_.data() : nullptr;
+    return {first, 0, page_.stride(1), page_.stride(2)};
   }
   [[nodiscard]] constexpr bool repeats_heads() const noexcept {
     return kv_heads() > 1 && page_.stride(0) == 0;
   }
-  /// Null, or that a page which is written is also another one: of its own sequence, or of any that
-  /// is in the batch. written(s, h): slots. O(pages in use), times one for each 32,768 pages
-  /// between the first and the last id that is written.
+  /// Null, or that a page which is written is in the tables once more: see page_written_twice.
   template <class Written>
   [[nodiscard]] constexpr const char* written_twice(const Written& written) const noexcept {
-    index_t low = pages_, high = 0;
-    for_each_page(written, [&](index_t id, bool is_written) {
-      if (!is_written) return;
-      low = id < low ? id : low;
-      high = id + 1 > high ? id + 1 : high;
-    });
-    constexpr index_t span = 32768;
-    for (index_t base = low; base < high; base += span) {
-      std::uint8_t marks[span / 8] = {};
-      bool twice = false;
-      for (const bool pass : {true, false}) {
-        for_each_page(written, [&](index_t id, bool is_written) {
-          if (is_written != pass || id < base || id >= base + span) return;
-          std::uint8_t& mark = marks[(id - base) / 8];
-          const auto bit = static_cast<std::uint8_t>(1u << (id - base) % 8);
-          twice = twice || (mark & bit) != 0;
-          if (is_written) mark = static_cast<std::uint8_t>(mark | bit);
-        });
-      }
-      if (twice) {
-        return "a page that is written is in the tables twice: let a decision that keeps "
-               "everything "
-               "leave all but one of its sequences out, or move sinks up";
-      }
-    }
-    return nullptr;
+    return detail::page_written_twice([&](const auto& f) { for_each_page(written, f); });
   }
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {

@@ -109,7 +109,8 @@ template <observation Seen>
 
 /// The most rows that a window of `window` takes of any sequence.
 template <attention_observation Seen>
-[[nodiscard]] constexpr index_t most_rows(const Seen& seen, count_t window) noexcept {
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t most_rows(const Seen& seen,
+                                                               count_t window) noexcept {
   return seen.window() < window ? seen.window() : index_t{window};
 }
 

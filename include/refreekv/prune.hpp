@@ -20,7 +20,8 @@ template <class Policy, observation Seen>
   return detail::misshapen(kept, seen.sequences(), groups_of(rule, seen), seen.capacity());
 }
 
-/// Bytes that `select` needs. Depends on extents and options, not on lengths or tables: a workspace
+/// Bytes that `select` needs. Depends on extents and options, and on whether rows have ends, not on
+/// lengths or tables: a workspace
 /// for the largest batch and capacity serves all. 0 where `rule` or `seen` is invalid(), the
 /// largest size there is where no memory could hold it. O(tables).
 template <class Policy, backend Backend, observation Seen>
@@ -89,16 +90,14 @@ template <kv_source Source, kv_source... Others>
 [[nodiscard]] constexpr const char* why_invalid(
     view<const kept_range, 2, typename Source::memory> kept, compaction how, const Source& source,
     const Others&... others) noexcept {
-  const char* why = detail::unfit(kept, source);
-  (void)(why == nullptr && ((why = detail::unfit(kept, others), why == nullptr) && ...));
+  const char* why = detail::first_of({detail::unfit(kept, source), detail::unfit(kept, others)...});
   return why != nullptr ? why : detail::aliased(kept, how, source, others...);
 }
 template <kv_source Source, kv_source... Others>
 [[nodiscard]] constexpr const char* why_invalid(const kept_positions<typename Source::memory>& kept,
                                                 compaction how, const Source& source,
                                                 const Others&... others) noexcept {
-  const char* why = detail::unfit(kept, source);
-  (void)(why == nullptr && ((why = detail::unfit(kept, others), why == nullptr) && ...));
+  const char* why = detail::first_of({detail::unfit(kept, source), detail::unfit(kept, others)...});
   return why != nullptr ? why : detail::aliased(kept, how, source, others...);
 }
 
@@ -145,8 +144,8 @@ template <class Policy, observation Seen, kv_source Value, kv_source... Values>
     const Policy& rule, const Seen& seen, const decision_of<Policy, typename Seen::memory>& kept,
     const Value& value, const Values&... values) noexcept {
   if (const char* why = why_invalid(rule, seen, kept)) return why;
-  const char* why = detail::differ(value, seen.keys);
-  (void)(why == nullptr && ((why = detail::differ(values, seen.keys), why == nullptr) && ...));
+  const char* why =
+      detail::first_of({detail::differ(value, seen.keys), detail::differ(values, seen.keys)...});
   return why != nullptr ? why : detail::share_memory(seen.keys, value, values...);
 }
 
@@ -154,7 +153,7 @@ template <class Policy, observation Seen, kv_source Value, kv_source... Values>
 /// hold the same sequences, and other memory than the keys). Ranks that share heads call the two
 /// themselves, to pass a reduction. Where a decision would write memory twice, a page that is in
 /// two tables, say, the result is invalid_argument as ever, but `kept` has been written; the cache
-/// has not.
+/// has not. Then why_invalid(kept, how, keys, values...) says why.
 template <class Policy, backend Backend, observation Seen, kv_source... Values>
   requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) {
     requires kv_source<std::remove_cvref_t<decltype(seen.keys)>>;

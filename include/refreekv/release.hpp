@@ -202,7 +202,7 @@ template <class Index, class Memory>
 /// Takes the plans' pages out of the sequences' tables, whose ids shift down and whose counts
 /// shrink, and lists those that nobody shares in `freed`: they are the caller's to reuse. A row of
 /// `freed` is as long as one of the table; past its count it keeps what it had, and so does the
-/// table.
+/// table. A null block in place of pages that a sliding window has left behind is marked as shared.
 /// plans, shared: as plan_pages wrote the one and saw the other; what it put into `moves` has been
 /// compacted. Neither allocates nor synchronises. O(pages).
 template <backend Backend, class Index>

@@ -69,7 +69,8 @@ using scores_view = view<float, 3, Memory>;
 /// Which rows give a score.
 struct score_rows {
   index_t rows;  ///< the last ones of the observation; of a shorter sequence those that exist
-  /// Tokens keep what they had, but the last `rows`: they are new.
+  /// Tokens keep what they had, but those whose own row exists: they are new, unless rows have
+  /// ends.
   bool carried = false;
 };
 

@@ -9,7 +9,8 @@ namespace refreekv::inline v0 {
 enum class [[nodiscard]] status {
   ok,
   /// An option or a view is outside its range: `why_invalid` names it, given the verb's arguments
-  /// without the backend, the workspace and the reduction.
+  /// without the backend, the workspace and the reduction, and of `prune` without the compaction:
+  /// what is wrong with that, the verb `compact` would say.
   invalid_argument,
   small_workspace,  ///< fewer bytes than `workspace_size` asks for
   device_error,     ///< the device refused a launch

@@ -15,7 +15,9 @@ namespace refreekv::inline v0::policy {
 
 /// To be observed with_layers(...). With the queries of a layer that was just prefilled it scores
 /// the layer's tokens and notes its preference; then, and for earlier layers, it keeps what the
-/// layer's budget holds. Selecting all layers again after each one is the cascade.
+/// layer's budget holds. Selecting all layers again after each one is the cascade. A sequence
+/// without a row keeps its scores and its preference; one whose rows are all NaN has scores of 0
+/// and no preference, so budgets are the same for all layers.
 struct cake {
   template <class Memory>
   using decision = kept_positions<Memory>;
@@ -87,8 +89,7 @@ struct cake {
       if (s == status::ok) {
         s = run::for_each_sequence(
             on, seen.sequences(),
-            assign_preference<cake, Seen>{*this, seen.layers, seen.info.layer, work.totals,
-                                          work.quotas});
+            assign_preference<cake, Seen>{*this, seen, kept.counts, work.totals, work.quotas});
       }
       if (s == status::ok) s = run::pool(on, pool, work.quotas, what, raw, seen.layers.scores);
     }
@@ -116,14 +117,22 @@ struct cake {
   template <class Rule, class Seen>
   struct assign_preference {
     Rule rule;
-    cake_layers<typename Seen::memory> to;
-    index_t layer;
+    Seen seen;
+    view<kept_count, 2, typename Seen::memory> counts;
     const double* totals;  // [sequence, 2]
     token_quota* quotas;   // what is not pooled, until there are budgets
     REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
-      quotas[s] = {0, rule.window};
-      to.preferences(s, layer) =
+      // A sequence that shows no row keeps the scores and the preference that it has.
+      const bool looks = window_of(seen, s, detail::most_rows(seen, rule.window)).count() > 0;
+      quotas[s] = {0, looks ? index_t{rule.window} : index_t{max_count}};
+      if (!looks) return;
+      const double preference =
           std::pow(totals[2 * s], 1 / rule.tau1) * std::pow(totals[2 * s + 1], 1 / rule.tau2);
+      bool undecided = false;
+      for (index_t h = 0; h < seen.kv_heads(); ++h) undecided |= counts(s, h).undecided;
+      // Of rows that are all left out nothing is known.
+      seen.layers.preferences(s, seen.info.layer) =
+          undecided && !(preference > 0) ? static_cast<double>(NAN) : preference;
     }
   };
   template <class Rule, class Seen>

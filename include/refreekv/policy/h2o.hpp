@@ -12,9 +12,10 @@ namespace refreekv::inline v0::policy {
 
 /// To decode, observe with_scores(observe(queries, keys), scores): what all rows of the observation
 /// give is added to scores [sequence, kv_head, capacity] in place. The rows' own tokens are new and
-/// start at 0; all older ones need a score, so a prompt's scores are 0 before its last rows alone
-/// are passed. Compact them with the cache, as a source of head_dim 1. Sliding windows and ALiBi
-/// need an unpruned cache (see attention_params).
+/// start at 0 (where info.rows.ends says what rows see, the caller sets new tokens to 0); all older
+/// ones need a score, so a prompt's scores are 0 before its last rows alone are passed. Compact
+/// them with the cache, as a source of head_dim 1. Sliding windows and ALiBi need an unpruned cache
+/// (see attention_params).
 struct h2o {
   template <class Memory>
   using decision = kept_positions<Memory>;
