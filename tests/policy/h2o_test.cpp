@@ -21,6 +21,7 @@ class decoder {
   /// Appends a token with a random query, or one with NaN, and returns what is kept of each KV
   /// head.
   ranked_selection step(const policy::h2o& rule, bool bad) {
+    REQUIRE(length_ < capacity);
     write_key(length_++);
     std::vector<float> query(size(2 * kv_heads * dim));
     for (float& q : query) q = random_.normal(2);
