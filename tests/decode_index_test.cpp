@@ -127,6 +127,21 @@ TEST_CASE("NaN in a key stays in its codes and bounds", "[decode_index]") {
   }
 }
 
+namespace {
+
+/// twilight keeps of the estimates what it keeps of the keys, and not everything.
+void check_same_choice(const problem& p, const dense_cache<float>& cache, estimates& memory) {
+  const policy::twilight rule{.p = 0.9};
+  const auto exact = observe(p.query_view(), cache.source(), p.info());
+  const auto estimate = observe(p.query_view(), memory.keys(), p.info());
+  const ranked_selection expected = run_ranked(rule, divided<1>(), exact);
+  REQUIRE(expected.status == status::ok);
+  CHECK(expected.counts[0].dropped() > 0);
+  CHECK(run_ranked(rule, divided<1>(), estimate) == expected);
+}
+
+}  // namespace
+
 TEST_CASE("twilight keeps the same tokens of keys that 4 bits can hold", "[decode_index]") {
   random_source random(base_seed() + 3);
   problem p(2, 3, 16, 1, {200, 40});
@@ -141,13 +156,7 @@ TEST_CASE("twilight keeps the same tokens of keys that 4 bits can hold", "[decod
   const dense_cache<float> cache(p.keys);
   estimates memory(cache.source(), p.lengths, 4);
   REQUIRE(quantise(divided<1>(), cache.source(), memory.keys()) == status::ok);
-  const policy::twilight rule{.p = 0.9};
-  const auto exact = observe(p.query_view(), cache.source(), p.info());
-  const auto estimate = observe(p.query_view(), memory.keys(), p.info());
-  const ranked_selection expected = run_ranked(rule, divided<1>(), exact);
-  REQUIRE(expected.status == status::ok);
-  CHECK(expected.counts[0].dropped() > 0);
-  CHECK(run_ranked(rule, divided<1>(), estimate) == expected);
+  check_same_choice(p, cache, memory);
 }
 
 namespace {
@@ -269,13 +278,7 @@ TEST_CASE("logits of centred keys are right under soft caps and learned sinks", 
   const dense_cache<float> cache(p.keys);
   estimates memory(cache.source(), p.lengths, 4, true);
   REQUIRE(quantise(divided<1>(), cache.source(), memory.keys()) == status::ok);
-  const policy::twilight rule{.p = 0.9};
-  const auto exact = observe(p.query_view(), cache.source(), p.info());
-  const auto estimate = observe(p.query_view(), memory.keys(), p.info());
-  const ranked_selection expected = run_ranked(rule, divided<1>(), exact);
-  REQUIRE(expected.status == status::ok);
-  CHECK(expected.counts[0].dropped() > 0);
-  CHECK(run_ranked(rule, divided<1>(), estimate) == expected);
+  check_same_choice(p, cache, memory);
 }
 
 TEST_CASE("centres keep the attention of keys with a large shared component", "[decode_index]") {

@@ -131,10 +131,16 @@ struct query_window {
     return last < first ? 0 : last - first + 1;
   }
 
-  /// The first token whose own query is a row of the window; `tokens` where none is.
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_own_token() const noexcept {
+  /// Whether there are tokens, and no row that looks at them.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_blind() const noexcept {
+    return tokens > 0 && count() == 0;
+  }
+
+  /// The first token whose own query is a row of the window; `tokens` where none is, and with
+  /// `ends`, whose rows may be of other tokens.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_new_token() const noexcept {
     const index_t own = position + first_row();
-    return own < 0 ? 0 : own < tokens ? own : tokens;
+    return ends != nullptr || own > tokens ? tokens : own < 0 ? 0 : own;
   }
 
   /// The window of rows [first, first + count) alone.

@@ -66,6 +66,12 @@ struct token_quota {
 template <class Memory = host_memory>
 using scores_view = view<float, 3, Memory>;
 
+/// What becomes of a row without a softmax.
+enum class bad_rows {
+  stay,      ///< its attention is NaN
+  left_out,  ///< it is 0, in all query heads of the KV head
+};
+
 /// Which rows give a score.
 struct score_rows {
   index_t rows;  ///< the last ones of the observation; of a shorter sequence those that exist

@@ -211,12 +211,6 @@ template <class Row>
   return finite;
 }
 
-/// What becomes of a row without a softmax.
-enum class bad_rows {
-  stay,      ///< its attention is NaN
-  left_out,  ///< it is 0, in all query heads of the KV head
-};
-
 /// Calls f(rows, tokens, values) for all blocks of the last `window` rows of one KV head
 /// of one sequence: values [q_head of the KV head, rows] with tile_stride between rows are the
 /// attention to the tokens. Tokens that no row of a block sees are left out. The keys are read

@@ -202,7 +202,7 @@ class scanner {
     const index_t first = h.first_row;
     if (first == scan_.window) return 0;
     if (!scan_.one_pass()) {
-      const double largest = largest_attention(h, s, buffers_.chunks, first);
+      const double largest = largest_attention(h, s, buffers_.chunks);
       return largest *
              exactly(largest * static_cast<double>(s[first * buffers_.chunks].sum_squares));
     }
@@ -215,12 +215,12 @@ class scanner {
     return energy;
   }
 
-  /// Of the rows from `first` on, the most that a value of 1 in their chunk stands for. NaN once
-  /// any row's is. statistics: [window] with a stride.
+  /// Of the rows that exist, the most that a value of 1 in their chunk stands for. NaN once any
+  /// row's is. statistics: [window] with a stride.
   [[nodiscard]] double largest_attention(const head_view& h, const chunk_statistics* statistics,
-                                         index_t stride, index_t first) const noexcept {
+                                         index_t stride) const noexcept {
     double largest = 0;
-    for (index_t r = first; r < scan_.window; ++r) {
+    for (index_t r = h.first_row; r < scan_.window; ++r) {
       const double attention = attention_at(statistics[r * stride].unit, h.rows[r]);
       if (!(attention <= largest)) largest = attention;
       if (std::isnan(largest)) break;
@@ -239,7 +239,7 @@ class scanner {
                                         static_cast<Eigen::Index>(size(range)));
     };
     auto energies = values_of(0);
-    const double largest = largest_attention(h, statistics, 1, window.first_row());
+    const double largest = largest_attention(h, statistics, 1);
     if (largest <= 0 || window.first_row() > 0) energies.setZero();
     if (largest <= 0) return {0, energies};
     for (index_t r = window.first_row(); r < window.rows; ++r) {

@@ -59,10 +59,8 @@ void attention_sums(const Executor& on, const score_rows& what, const Seen& seen
                 Eigen::Map<Eigen::ArrayXd>(sums, count) += sum.template cast<double>();
               }
             });
-        counts(s, kv_head).undecided =
-            left_out > 0 || (!what.carried && tokens > 0 && window.count() == 0);
-        // Tokens from here on are new. Rows with ends may be of other tokens.
-        const index_t fresh = window.ends == nullptr ? window.first_own_token() : tokens;
+        counts(s, kv_head).undecided = left_out > 0 || (!what.carried && window.is_blind());
+        const index_t fresh = window.first_new_token();  // tokens from here on are new
         const double share = heads == 1 ? 1 / static_cast<double>(group) : 1;
         for (index_t h = 0; h < heads; ++h) {
           for (index_t t = 0; t < tokens; ++t) {
@@ -107,7 +105,7 @@ void attention_spread(const Executor& on, index_t window, index_t recent, double
                 entropy -= static_cast<double>((a * (a + 1e-10f).log()).sum());
               }
             });
-        counts(s, kv_head).undecided = left_out > 0 || (tokens > 0 && there.count() == 0);
+        counts(s, kv_head).undecided = left_out > 0 || there.is_blind();
         const auto n = static_cast<double>(std::max<index_t>(1, there.count() - left_out));
         for (index_t t = 0; t < scored; ++t) {
           double score = 0;

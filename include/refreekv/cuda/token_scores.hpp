@@ -37,17 +37,6 @@ struct attention_scratch {
   }
 };
 
-/// What becomes of a row without a softmax.
-enum class bad_rows {
-  stay,      ///< its attention is NaN
-  left_out,  ///< it is 0, in all query heads of the KV head
-};
-
-/// Whether a sequence has tokens, and no row that looks at them.
-[[nodiscard]] REFREEKV_DEVICE bool has_no_row(const query_window& window) noexcept {
-  return window.tokens > 0 && window.count() == 0;
-}
-
 /// Leaves rows out that have no softmax: their normalisers become 0 in all heads of the KV head,
 /// which is undecided then, or if there is no row.
 template <class Seen>
@@ -78,8 +67,7 @@ struct leave_out_body {
     }
     all = block.sync_and(all);
     if (block.rank() != 0) return;
-    counts(sequence, item % seen.kv_heads()).undecided =
-        !all || (row_is_needed && has_no_row(rows));
+    counts(sequence, item % seen.kv_heads()).undecided = !all || (row_is_needed && rows.is_blind());
   }
 };
 
@@ -176,7 +164,7 @@ struct attention_sums_body {
     const index_t kv_head = head * q_heads / (seen.q_heads() / seen.kv_heads());
     if (!carried && chunk == 0 && block.rank() == 0 &&
         head * q_heads % (seen.q_heads() / seen.kv_heads()) == 0) {
-      counts(sequence, kv_head).undecided = has_no_row(rows);
+      counts(sequence, kv_head).undecided = rows.is_blind();
     }
     const tile_place at{sequence,
                         kv_head,
@@ -189,8 +177,7 @@ struct attention_sums_body {
                        [&](float attention) { sum += double{attention}; });
     if (block.rank() >= at.size()) return;
     const index_t token = at.tokens.begin + block.rank();
-    // Rows with ends may be of other tokens.
-    const bool fresh = rows.ends == nullptr && token >= rows.first_own_token();
+    const bool fresh = token >= rows.first_new_token();
     float& score = scores(sequence, head, token);
     const auto mean = static_cast<float>(sum / static_cast<double>(q_heads));
     score = carried && !fresh ? score + mean : mean;
