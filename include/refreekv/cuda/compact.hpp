@@ -180,8 +180,9 @@ struct compact_body {
     for (int i = 0; i < piece_elements; ++i) {
       const int d = i * row_threads + place;
       if (d >= columns) break;
-      const element_type element = from[d * r.from_stride];
-      std::memcpy(reinterpret_cast<char*>(&to) + i * element_bytes, &element, sizeof element);
+      const void* element = from + d * r.from_stride;
+      std::memcpy(reinterpret_cast<char*>(&to) + i * element_bytes,
+                  __builtin_assume_aligned(element, alignof(element_type)), sizeof(element_type));
     }
   }
 
@@ -198,10 +199,10 @@ struct compact_body {
     for (int i = 0; i < piece_elements; ++i) {
       const int d = i * row_threads + place;
       if (d >= columns) break;
-      element_type element;
-      std::memcpy(&element, reinterpret_cast<const char*>(&from) + i * element_bytes,
-                  sizeof element);
-      to[d * r.to_stride] = element;
+      // Bits, as an engine's element type may have no constructor that device code can call.
+      void* element = to + d * r.to_stride;
+      std::memcpy(__builtin_assume_aligned(element, alignof(element_type)),
+                  reinterpret_cast<const char*>(&from) + i * element_bytes, sizeof(element_type));
     }
   }
 };
