@@ -71,6 +71,21 @@ constexpr void check_source() noexcept {
 template <class Memory = host_memory>
 using lengths_view = view<const position_t, 1, Memory>;
 
+/// A number of tokens, in [0, capacity]. Nobody can look at a device's lengths before they are
+/// used: those that an engine did not bring up to date must not lead past the cache.
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t at_most(index_t capacity,
+                                                             index_t tokens) noexcept {
+  return tokens < 0 ? 0 : tokens < capacity ? tokens : capacity;
+}
+
+/// A sequence's length.
+template <class Memory>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t length_of(const lengths_view<Memory>& lengths,
+                                                               index_t sequence,
+                                                               index_t capacity) noexcept {
+  return lengths.data() == nullptr ? capacity : at_most(capacity, lengths(sequence));
+}
+
 template <class Memory>
 [[nodiscard]] constexpr const char* invalid_lengths(const lengths_view<Memory>& lengths,
                                                     index_t sequences, index_t capacity) noexcept {
@@ -114,7 +129,7 @@ class dense {
   }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return lengths_.data() == nullptr ? rows_.extent(2) : index_t{lengths_(sequence)};
+    return length_of(lengths_, sequence, capacity());
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<T> run_at(index_t sequence,
                                                                    index_t kv_head,
@@ -173,7 +188,7 @@ class segmented {
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     index_t tokens = 0;
     for (index_t i = 0; i < segments_.extent(1); ++i) tokens += segments_(sequence, i).tokens;
-    return tokens;
+    return at_most(capacity(), tokens);
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<T> run_at(index_t sequence,
                                                                    index_t kv_head,

@@ -37,7 +37,7 @@ struct int4_keys {
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept { return dims; }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return lengths.data() == nullptr ? codes.extent(2) : index_t{lengths(sequence)};
+    return length_of(lengths, sequence, capacity());
   }
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (codes.malformed() || ranges.malformed()) {

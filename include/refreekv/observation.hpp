@@ -240,7 +240,7 @@ struct row_observation {
     return rows.extent(1);
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return lengths.data() == nullptr ? rows.extent(3) : index_t{lengths(sequence)};
+    return length_of(lengths, sequence, capacity());
   }
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {

@@ -135,7 +135,7 @@ class paged {
   }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return table_.tokens(sequence, page_.extent(1));
+    return at_most(capacity(), table_.tokens(sequence, page_.extent(1)));
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<T> run_at(index_t sequence,
                                                                    index_t kv_head,

@@ -70,7 +70,7 @@ class shard {
   }
   /// On all ranks.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return totals_.data() == nullptr ? capacity_ : index_t{totals_(sequence)};
+    return length_of(totals_, sequence, capacity_);
   }
   /// This rank's.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr const Source& source() const noexcept {
