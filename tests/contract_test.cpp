@@ -213,20 +213,50 @@ TEST_CASE("a budget that holds all is the identity", "[contract]") {
   });
 }
 
+/// One sequence of a problem.
+problem alone(const problem& p, index_t s) {
+  problem own(p.keys.kv_heads, p.group, p.head_dim, p.window, {p.lengths[size(s)]});
+  own.keys.values[0] = p.keys.values[size(s)];
+  const auto begin = p.queries.begin() + s * static_cast<index_t>(own.queries.size());
+  std::copy(begin, begin + static_cast<index_t>(own.queries.size()), own.queries.begin());
+  return own;
+}
+
 TEST_CASE("sequences do not influence each other", "[contract]") {
   const problem p = random_problem(base_seed() + 1);
   const dense_cache<float> keys(p.keys);
   for_each_case([&](const auto& rule, const auto& on) {
     const outcome together = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
     for (index_t s = 0; s < p.sequences(); ++s) {
-      problem alone(p.keys.kv_heads, p.group, p.head_dim, p.window, {p.lengths[size(s)]});
-      alone.keys.values[0] = p.keys.values[size(s)];
-      const auto begin = p.queries.begin() + s * static_cast<index_t>(alone.queries.size());
-      std::copy(begin, begin + static_cast<index_t>(alone.queries.size()), alone.queries.begin());
-      const dense_cache<float> own(alone.keys);
-      const outcome single = ok(run(rule, on, observe(alone.query_view(), own.source(), p.info())));
+      const problem own = alone(p, s);
+      const dense_cache<float> own_keys(own.keys);
+      const outcome single =
+          ok(run(rule, on, observe(own.query_view(), own_keys.source(), p.info())));
       for (index_t g = 0; g < together.groups; ++g) CHECK(single.at(0, g) == together.at(s, g));
     }
+  });
+}
+
+TEST_CASE("a long sequence is decided beside many short ones as it is alone", "[contract]") {
+  // So many rows and chunks that no device has a block for each: blocks step over chunks.
+  constexpr index_t sequences = 33, longest = 11;
+  random_source random(base_seed() + 20);
+  std::vector<position_t> lengths;
+  for (index_t s = 0; s < sequences; ++s) {
+    lengths.push_back(static_cast<position_t>(s == longest ? 9000 : random.between(0, 12)));
+  }
+  problem p(2, 1, 4, 3, lengths);
+  fill(p, random);
+  const dense_cache<float> keys(p.keys);
+  const problem own = alone(p, longest);
+  const dense_cache<float> own_keys(own.keys);
+  for_each_policy([&](const char* policy, const auto& rule) {
+    INFO(policy);
+    const outcome together =
+        ok(run(rule, divided<1>(), observe(p.query_view(), keys.source(), p.info())));
+    const outcome single =
+        ok(run(rule, divided<1>(), observe(own.query_view(), own_keys.source(), p.info())));
+    for (index_t g = 0; g < together.groups; ++g) CHECK(single.at(0, g) == together.at(longest, g));
   });
 }
 

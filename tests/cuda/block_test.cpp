@@ -316,15 +316,15 @@ TEST_CASE("asynchronous copies are there after the wait for them, not before", "
           }
         };
         for (vector16& v : to) v = {};
-        b.copy_async(&to[0], &from[rank * 4]);
-        b.copy_async(&to[1], &from[rank * 4 + 1]);
+        b.template copy_async<16>(&to[0], &from[rank * 4]);
+        b.template copy_async<16>(&to[1], &from[rank * 4 + 1]);
         b.commit();
-        b.copy_async(&to[2], &from[rank * 4 + 2]);
+        b.template copy_async<16>(&to[2], &from[rank * 4 + 2]);
         b.commit();
         expect({false, false, false});  // what was there is lost, too
         b.wait<2>();
         expect({false, false, false});
-        b.copy_async(&to[3], &from[rank * 4 + 3]);  // in no group yet
+        b.template copy_async<16>(&to[3], &from[rank * 4 + 3]);  // in no group yet
         b.wait<1>();
         expect({true, true, false, false});
         b.commit();
@@ -346,7 +346,7 @@ TEST_CASE("copies that a device refuses are reported", "[cuda]") {
   const auto error = [](std::ptrdiff_t to_byte, std::ptrdiff_t from_byte) {
     return error_of<shared>([=](block& b, shared& s, index_t) {
       std::byte* const to = s.bytes;
-      if (b.rank() == 3) b.copy_async(reinterpret_cast<vector16*>(to + to_byte), from + from_byte);
+      if (b.rank() == 3) b.template copy_async<16>(to + to_byte, from + from_byte);
       b.sync();
     });
   };

@@ -139,14 +139,19 @@ class block {
     return barrier(&call, b);
   }
 
-  void copy_async(vector16* to, const void* from) noexcept {
-    const auto* first = reinterpret_cast<const std::byte*>(to);
+  template <int bytes>
+  void copy_async(void* to, const void* from) noexcept {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+    const auto* first = static_cast<const std::byte*>(to);
+    const auto misaligned = [](const void* p) {
+      return reinterpret_cast<std::uintptr_t>(p) % bytes != 0;
+    };
     if (misaligned(to) || misaligned(from)) fail("copy_async between unaligned addresses");
-    if (first < state_->shared_begin || state_->shared_end - first < std::ptrdiff_t{sizeof *to}) {
+    if (first < state_->shared_begin || state_->shared_end - first < bytes) {
       fail("copy_async to an address outside shared memory");
     }
-    std::memset(static_cast<void*>(to), garbage, sizeof *to);
-    copies_.push_back({to, from});
+    std::memset(to, garbage, bytes);
+    copies_.push_back({to, from, bytes});
   }
   void commit() noexcept {
     groups_.push_back(copies_.size() - grouped_);
@@ -160,7 +165,7 @@ class block {
     const auto count =
         static_cast<std::ptrdiff_t>(std::accumulate(groups_.begin(), end, std::size_t{0}));
     for (auto c = copies_.begin(); c != copies_.begin() + count; ++c) {
-      std::memcpy(static_cast<void*>(c->to), c->from, sizeof *c->to);
+      std::memcpy(c->to, c->from, c->bytes);
     }
     copies_.erase(copies_.begin(), copies_.begin() + count);
     groups_.erase(groups_.begin(), end);
@@ -244,13 +249,10 @@ class block {
 
  private:
   struct copy {
-    vector16* to;
+    void* to;
     const void* from;
+    std::size_t bytes;
   };
-
-  static bool misaligned(const void* p) noexcept {
-    return reinterpret_cast<std::uintptr_t>(p) % alignof(vector16) != 0;
-  }
 
   /// Ends the run. A body is noexcept, so the engine throws.
   void fail(const char* error) noexcept {

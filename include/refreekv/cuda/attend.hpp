@@ -3,21 +3,15 @@
 #pragma once
 
 #include "refreekv/cuda/logits.hpp"
+#include "refreekv/cuda/row_parts.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
 /// Registers of a thread that a row of its tile takes: those of its part of a query.
 template <class Seen>
 inline constexpr int row_registers = 8;
-template <class Query, kv_source Keys>
-inline constexpr int row_registers<query_observation<Query, Keys>> =
-    fragment_elements<typename key_reader<Keys>::staged>;
-template <class Query, class Rows, class Scales>
-inline constexpr int row_registers<query_observation<Query, scaled_keys<Rows, Scales>>> =
-    row_registers<query_observation<Query, Rows>>;
-template <class Query, class Source>
-inline constexpr int row_registers<query_observation<Query, shard<Source>>> =
-    row_registers<query_observation<Query, Source>>;
+template <class Query, class Keys>
+inline constexpr int row_registers<query_observation<Query, Keys>> = key_reader<Keys>::width;
 
 /// The most rows of a tile that registers have room for, and those in a body that goes on working
 /// with values.
@@ -93,10 +87,14 @@ REFREEKV_DEVICE void attend(Block& block, tile<Seen, Rows>& s, const Seen& seen,
   block.sync();
 }
 
-/// Sets a tile's units to f(i), in a thread each. The block's threads are in step afterwards.
+/// Sets a tile's units to f(i), which a warp each finds. The block's threads are in step
+/// afterwards.
 template <int Rows, thread_block Block, class F>
 REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noexcept {
-  if (block.rank() < Rows) s.units[block.rank()] = f(block.rank());
+  for (int i = warp_of(block); i < Rows; i += block_warps) {
+    const float unit = f(i);
+    if (lane_of(block) == 0) s.units[i] = unit;
+  }
   block.sync();
 }
 
@@ -105,6 +103,12 @@ REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noe
                                                 token_range tokens) noexcept {
   const token_range hull = window.part(span.row, span.rows).hull();
   return tokens.begin >= hull.end || tokens.end <= hull.begin;
+}
+
+/// How many tiles hold all rows of a KV head.
+template <int Rows>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tiles_of(index_t rows) noexcept {
+  return (rows + Rows - 1) / Rows;
 }
 
 /// Leaves statistics [sequence, q_head, rows, chunk] of some rows of the window; of a shard zeros
@@ -124,42 +128,52 @@ struct statistics_body {
   index_t row, rows;  ///< [row, row + rows) of them are read
   index_t sinks;      ///< which have chunks of their own
   index_t chunks;     ///< of the longest sequence
+  row_parts cut;      ///< of the chunks of a tile
   chunk_statistics* statistics;
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tiles() const noexcept {
-    return (seen.q_heads() / seen.kv_heads() * rows + Rows - 1) / Rows;
-  }
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * chunks * seen.kv_heads() * tiles();
-  }
-
-  /// item: [sequence, chunk, kv_head, tile], so that tiles of one chunk find its keys in the cache.
+  /// item: [sequence, part, kv_head, tile], so that tiles of one chunk find its keys in the cache.
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t tile = item % tiles(), kv_heads = seen.kv_heads();
-    item /= tiles();
-    const index_t kv_head = item % kv_heads, chunk = item / kv_heads % chunks;
-    const index_t sequence = item / kv_heads / chunks;
-    const query_window rows_seen = window_of(seen, sequence, window);
-    const chunking chunks_there{rows_seen.tokens, sinks};
-    const bool is_there = chunk < chunks_there.count();
-    if (!is_there && !sharded<Seen>) return;
-    const auto group = static_cast<int>(seen.q_heads() / kv_heads);
-    const tile_place at{sequence,
-                        kv_head,
-                        {kv_head * group, group, row, static_cast<int>(rows)},
-                        static_cast<int>(tile) * Rows,
-                        chunks_there[chunk]};
-    const bool elsewhere = !is_there || !has_chunk_at(seen, sequence, at.tokens.begin);
-    const bool hidden = elsewhere || sees_nothing(rows_seen, at.span, at.tokens);
-    if (!hidden) attend<leaves::statistics, Lanes>(block, s.tile, seen, window, at);
-    const int i = block.rank(), of = at.first + i;
-    if (i >= Rows || of >= at.span.count()) return;
-    const index_t to =
-        (sequence * seen.q_heads() + at.span.q_head_of(of)) * rows + at.span.row_of(of) - row;
-    statistics[to * chunks + chunk] = elsewhere ? chunk_statistics{}
-                                      : hidden  ? chunk_statistics{-infinity, 0, 0}
-                                                : s.tile.statistics[i];
+    const index_t kv_heads = seen.kv_heads();
+    const int group = narrow(seen.q_heads() / kv_heads), rows_of_head = narrow(rows);
+    const index_t tiles = tiles_of<Rows>(group * rows);
+    const int tile = narrow(item % tiles);
+    item /= tiles;
+    const int kv_head = narrow(item % kv_heads), part = narrow(item / kv_heads % cut.parts);
+    const int sequence = narrow(item / kv_heads / cut.parts);
+    for (int chunk = part;; chunk += narrow(cut.parts)) {
+      // Read again for each chunk: a register more would be one too many.
+      const chunking there{seen.tokens(sequence), sinks};
+      const bool is_there = chunk < there.count();
+      if (!is_there && (!sharded<Seen> || chunk >= chunks)) return;
+      const tile_place at{sequence,
+                          kv_head,
+                          {kv_head * group, group, narrow(row), rows_of_head},
+                          tile * Rows,
+                          there[chunk]};
+      read(block, s, at, chunk, is_there);
+    }
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE void read(Block& block, shared& s, const tile_place& at, index_t chunk,
+                            bool is_there) const noexcept {
+    const auto leave = [&](const auto& statistics_of) {
+      const int i = block.rank(), of = at.first + i;
+      if (i >= Rows || of >= at.span.count()) return;
+      const index_t to =
+          (at.sequence * seen.q_heads() + at.span.q_head_of(of)) * rows + at.span.row_of(of) - row;
+      statistics[to * chunks + chunk] = statistics_of(i);
+    };
+    if (!is_there || !has_chunk_at(seen, at.sequence, at.tokens.begin)) {
+      return leave([](int) { return chunk_statistics{}; });
+    }
+    if (sees_nothing(window_of(seen, at.sequence, window), at.span, at.tokens)) {
+      return leave([](int) { return chunk_statistics{-infinity, 0, 0}; });
+    }
+    attend<leaves::statistics, Lanes>(block, s.tile, seen, window, at);
+    leave([&](int i) { return s.tile.statistics[i]; });
   }
 };
 
@@ -236,7 +250,7 @@ inline constexpr int any_lanes = 16;
 /// Calls f with how many lanes share a key, as a constant: no more than it has vectors, if 8 do.
 template <class Query, class Keys, class F>
 [[nodiscard]] status with_lanes(const query_observation<Query, Keys>& seen, const F& f) noexcept {
-  if (seen.head_dim() <= 8 * fragment_elements<typename key_reader<Keys>::staged>) {
+  if (seen.head_dim() <= 8 * key_reader<Keys>::width) {
     return f(std::integral_constant<int, 8>{});
   }
   return f(std::integral_constant<int, any_lanes>{});
@@ -251,14 +265,16 @@ template <class Backend, class Seen>
 [[nodiscard]] status read_chunks(const Backend& on, const Seen& seen, index_t window, index_t row,
                                  index_t rows, index_t sinks, index_t chunks,
                                  chunk_statistics* statistics) noexcept {
+  const index_t wanted = seen.q_heads() / seen.kv_heads() * rows;
   const auto run = [&](auto tile) {
     return with_lanes(seen, [&](auto lanes) {
-      const statistics_body<Seen, tile(), lanes()> body{seen,  window, row,       rows,
-                                                        sinks, chunks, statistics};
-      return run_blocks(on, body.items(), body);
+      const row_parts cut = row_parts::of_chunks(
+          seen.sequences() * seen.kv_heads() * tiles_of<tile()>(wanted), chunks);
+      const statistics_body<Seen, tile(), lanes()> body{scaled(seen), window, row, rows,
+                                                        sinks,        chunks, cut, statistics};
+      return run_blocks(on, cut.items(), body);
     });
   };
-  const index_t wanted = seen.q_heads() / seen.kv_heads() * rows;
   return wanted <= few_rows<Seen> ? with_tile<few_rows<Seen>>(wanted, run)
                                   : with_tile<most_rows<Seen>>(wanted, run);
 }

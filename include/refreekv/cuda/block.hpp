@@ -12,6 +12,10 @@
 #include "refreekv/config.hpp"
 #include "refreekv/status.hpp"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "refreekv's kernels copy to shared memory while they compute: compile for sm_80 or later"
+#endif
+
 /// Marks what runs inside a kernel. It is inlined: arrays that are passed on stay in registers.
 #if defined(__CUDACC__)
 #define REFREEKV_DEVICE __device__ __forceinline__
@@ -38,6 +42,17 @@ struct alignas(16) vector16 {
   std::uint32_t words[4];
 };
 
+/// The same pointer, which is known to point to global memory: of one that has been in shared
+/// memory the compiler does not know, and would have each access look.
+template <class T>
+[[nodiscard]] REFREEKV_DEVICE T* in_global(T* p) noexcept {
+#if defined(__CUDA_ARCH__)
+  return static_cast<T*>(__cvta_global_to_generic(reinterpret_cast<std::size_t>(p)));
+#else
+  return p;
+#endif
+}
+
 struct plus {
   template <class T>
   REFREEKV_DEVICE T operator()(T a, T b) const noexcept {
@@ -52,15 +67,29 @@ struct larger {
   }
 };
 
+/// NaN where either is.
+struct smaller_or_nan {
+  template <class T>
+  REFREEKV_DEVICE T operator()(T low, T x) const noexcept {
+    return x < low || x != x ? x : low;
+  }
+};
+struct larger_or_nan {
+  template <class T>
+  REFREEKV_DEVICE T operator()(T high, T x) const noexcept {
+    return x > high || x != x ? x : high;
+  }
+};
+
 /// One of block_threads threads that run the same body, with memory that they share. All threads of
 /// a block, or of a warp where the name says so, make the same calls in the same order.
 /// - `rank()`: of the thread, from 0.
 /// - `sync()`: what any thread of the block wrote before, to shared or global memory, all see
 ///   after. Nothing else orders memory between threads.
 /// - `sync_and(b)`: the same, and whether b holds for all threads.
-/// - `copy_async(to, from)`: 16 aligned bytes from global to shared memory; `commit()` closes a
-///   group of a thread's copies, `wait<n>()` returns when all but its n latest groups are there,
-///   for that thread to read.
+/// - `copy_async<n>(to, from)`: 4, 8 or 16 bytes, aligned so, from global to shared memory;
+///   `commit()` closes a group of a thread's copies, `wait<n>()` returns when all but its n latest
+///   groups are there, for that thread to read.
 /// - `tile_reduce_scatter<lanes>(x, op)`: of N values in each of `lanes` neighbouring threads, lane
 ///   p of them gets the reduction of x[p / (lanes / N)]. lanes and N are powers of two, N <= lanes.
 ///   x is used up.
@@ -71,11 +100,11 @@ struct larger {
 /// - `add(to, x)`: to += x in shared memory, whole and in any order; of unsigned.
 template <class B>
 concept thread_block = requires(B& block, bool all, float x, double y, unsigned& counter,
-                                float (&some)[4], vector16* to, const void* from) {
+                                float (&some)[4], void* to, const void* from) {
   { block.rank() } -> std::same_as<int>;
   block.sync();
   { block.sync_and(all) } -> std::same_as<bool>;
-  block.copy_async(to, from);
+  block.template copy_async<16>(to, from);
   block.commit();
   block.template wait<1>();
   { block.template tile_reduce_scatter<16>(some, plus{}) } -> std::same_as<float>;

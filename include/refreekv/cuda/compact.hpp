@@ -60,17 +60,6 @@ struct position_moves {
   }
 }
 
-/// The same pointer, which is known to point to global memory: of one that has been in shared
-/// memory the compiler does not know, and would have each access look.
-template <class T>
-[[nodiscard]] REFREEKV_DEVICE T* in_global(T* p) noexcept {
-#if defined(__CUDA_ARCH__)
-  return static_cast<T*>(__cvta_global_to_generic(reinterpret_cast<std::size_t>(p)));
-#else
-  return p;
-#endif
-}
-
 /// An item is a slice of the columns of one (sequence, kv_head). Kept is a view of kept_range, or
 /// kept_positions.
 template <kv_source Source, class Kept>

@@ -53,13 +53,12 @@ struct crossing_body {
       for_each_energy(
           block, s.tile, seen, scan, buffers, chunk, at,
           [&](const scanned_head& head, float energy) {
-            double after = 0;
-            REFREEKV_NO_UNROLL
-            for (index_t c = chunk + 1 + t; c < chunks.count(); c += block_threads) {
-              after += head.energy(c);
+            double after = head.outside_cut(block);
+            if (chunk + 1 < chunks.count()) {
+              const double next = scratch.head_curves[head.number * buffers.chunks + chunk + 1];
+              after = next * next;
             }
-            after = block_reduce(block, s.sums, after, plus{}) + head.outside_cut(block);
-            const double largest = head.largest_attention(chunk);
+            const double largest = head.largest_attention(block, chunk);
             const double own = t < at.size() ? largest * largest * double{energy} : 0;
             const double from_here = after + block_suffix_sum(block, s.sums, own).own;
             if (t < at.size()) norm += std::sqrt(from_here);
@@ -182,7 +181,7 @@ template <class Backend, class Seen>
                                     const norm_scan_buffers& buffers,
                                     const scan_scratch& scratch) noexcept {
   const status s = with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
-    const crossing_body<Seen, rows()> body{scan, seen, buffers, scratch};
+    const crossing_body<Seen, rows()> body{scan, scaled(seen), buffers, scratch};
     return run_blocks(on, body.items(), body);
   });
   if (s != status::ok) return s;

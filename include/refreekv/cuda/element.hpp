@@ -95,6 +95,12 @@ template <element T>
   }
 }
 
+/// x - zero, for whole numbers of few bits: 2^23 + x has x in its last ones. No conversion, of
+/// which devices do few.
+[[nodiscard]] REFREEKV_DEVICE float small_float(std::uint32_t x, float zero) noexcept {
+  return as_float(0x4b000000u | x) - (0x1p23f + zero);
+}
+
 /// 16 bytes of elements as floats.
 template <element T>
 REFREEKV_DEVICE void unpack(const vector16& from,
@@ -119,12 +125,9 @@ REFREEKV_DEVICE void unpack(const vector16& from,
       to[4 * i + 2] = widen_fp8(even >> 16);
       to[4 * i + 3] = widen_fp8(odd >> 16);
     } else {
-      // 2^23 + 128 + x has x + 128 in its last 8 bits: no conversion, of which devices do few.
       const std::uint32_t shifted = word ^ 0x80808080u;
       REFREEKV_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        to[4 * i + k] = as_float(0x4b000000u | (shifted >> 8 * k & 0xffu)) - 8388736.0f;
-      }
+      for (int k = 0; k < 4; ++k) to[4 * i + k] = small_float(shifted >> 8 * k & 0xffu, 128);
     }
   }
 }

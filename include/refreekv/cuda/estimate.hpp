@@ -2,37 +2,11 @@
 // 4-bit keys and Quest's pages on a device.
 #pragma once
 
+#include "refreekv/cuda/row_parts.hpp"
 #include "refreekv/cuda/top_tokens.hpp"
 #include "refreekv/estimate.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
-
-/// Rows of work that are cut in equal parts, a block each: parts for a whole device, however few
-/// rows there are, and no more than that, as each one costs the same where there is little to do.
-struct row_parts {
-  index_t rows;
-  index_t parts;  ///< of a row
-
-  /// `most`: parts that a row can be cut into.
-  [[nodiscard]] static constexpr row_parts of(index_t rows, index_t most) noexcept {
-    constexpr index_t device_blocks = 2048;
-    const index_t parts = rows < device_blocks ? device_blocks / (rows > 0 ? rows : 1) : 1;
-    return {rows, parts < most ? parts : most};
-  }
-  [[nodiscard]] constexpr index_t items() const noexcept { return rows * parts; }
-};
-
-/// The smaller one; NaN where either is.
-struct smaller_or_nan {
-  REFREEKV_DEVICE float operator()(float low, float x) const noexcept {
-    return x < low || x != x ? x : low;
-  }
-};
-struct larger_or_nan {
-  REFREEKV_DEVICE float operator()(float high, float x) const noexcept {
-    return x > high || x != x ? x : high;
-  }
-};
 
 /// Calls f(token, key, dim_stride) for tokens [begin, end) of one head.
 template <kv_source Keys, class F>

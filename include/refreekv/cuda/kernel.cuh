@@ -6,6 +6,14 @@
 
 #include "refreekv/cuda/block.hpp"
 
+/// Kernels, and what launches them: of two shared libraries that are compiled for different devices
+/// each has its own, which the dynamic linker must not make one.
+#if defined(_WIN32)
+#define REFREEKV_HIDDEN
+#else
+#define REFREEKV_HIDDEN __attribute__((visibility("hidden")))
+#endif
+
 namespace refreekv::inline v0::cuda_detail {
 
 /// thread_block on the device: threads exchange values by shuffles.
@@ -14,9 +22,15 @@ struct cuda_block {
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   __device__ __forceinline__ bool sync_and(bool all) const { return __syncthreads_and(all) != 0; }
 
-  __device__ __forceinline__ void copy_async(vector16* to, const void* from) const {
+  template <int Bytes>
+  __device__ __forceinline__ void copy_async(void* to, const void* from) const {
     const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+    if constexpr (Bytes == 16) {  // past the first-level cache
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(Bytes)
+                   : "memory");
+    }
   }
   __device__ __forceinline__ void commit() const {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -90,7 +104,7 @@ template <class Body>
 inline constexpr int resident_blocks<Body> = Body::resident_blocks;
 
 template <kernel_body Body>
-__global__ void __launch_bounds__(block_threads, resident_blocks<Body>)
+REFREEKV_HIDDEN __global__ void __launch_bounds__(block_threads, resident_blocks<Body>)
     run_body(const __grid_constant__ Body body, const index_t items) {
   __shared__ typename Body::shared shared;
   cuda_block block;

@@ -9,16 +9,30 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// How a key of a source is found and read, in `staged` elements.
+/// The largest power of two, up to 16, that divides an address and a number of bytes.
+[[nodiscard]] REFREEKV_DEVICE int common_alignment(const void* address, unsigned bytes) noexcept {
+  const auto bits = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(address)) | bytes | 16u;
+  return static_cast<int>(bits & (0u - bits));
+}
+
+/// How a key of a source is found, brought to shared memory and read.
 /// - `at(keys, sequence, kv_head, token)`: its address.
-/// - `is_vector(address, dims)`: whether it can be copied as it is, 16 bytes at a time.
-/// - `vector(address, dim)`: those from dim on.
-/// - `gather(address, dim, dims, to)`: the same, element by element, with zeros past the end.
-/// - `product(address, x)`: q.k, given the sum x of products with staged elements.
+/// - `slot`: what a lane brings of a key at a time, `width` elements.
+/// - `alignment(address, dims)`: of the bytes of a key; 1 where they do not lie side by side.
+/// - `bytes(dims)`: how many that are, and `data(address, dim)`: where those from dim on begin.
+/// - `gather(address, dim, dims, to)`: a slot, element by element, with zeros past the end; a word
+///   at a time, as there are no registers for more loads at once.
+/// - `unpack(slot, address, to)`: a slot's elements, up to what all keys of a head have in common.
+/// - `has_common`: whether that is anything; `common(address, dim, dims, query)`: the product of it
+///   and a part of a query.
+/// - `product(address, x)`: q.k, given the sum x of products with a slot's elements.
 template <class Keys>
 struct key_reader {
   using element_type = std::remove_const_t<typename Keys::element_type>;
   using staged = stored<element_type>;
+  using slot = vector16;
+  static constexpr int width = fragment_elements<staged>;
+  static constexpr bool has_common = false;
   struct address {
     const element_type* data;
     index_t dim_stride;
@@ -29,32 +43,43 @@ struct key_reader {
     const auto run = keys.run_at(sequence, kv_head, token);
     return {run.data, run.dim_stride};
   }
-  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address& key, index_t dims) noexcept {
-    return key.dim_stride == 1 && dims % fragment_elements<staged> == 0 &&
-           reinterpret_cast<std::uintptr_t>(key.data) % sizeof(vector16) == 0;
+  [[nodiscard]] static REFREEKV_DEVICE int alignment(const address& key, unsigned dims) noexcept {
+    return key.dim_stride == 1 ? common_alignment(key.data, bytes(dims)) : 1;
   }
-  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address& key,
-                                                          index_t dim) noexcept {
-    return key.data + dim;
+  [[nodiscard]] static REFREEKV_DEVICE unsigned bytes(unsigned dims) noexcept {
+    return dims * unsigned{sizeof(staged)};
   }
-  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
-                                     vector16& to) noexcept {
-    to = {};
+  [[nodiscard]] static REFREEKV_DEVICE const char* data(const address& key, unsigned dim) noexcept {
+    return reinterpret_cast<const char*>(key.data + dim);
+  }
+  static REFREEKV_DEVICE void gather(const address& key, unsigned dim, unsigned dims,
+                                     slot& to) noexcept {
+    const element_type* from = key.data + dim * key.dim_stride;
     REFREEKV_NO_UNROLL
-    for (int i = 0; i < fragment_elements<staged> && dim + i < dims; ++i) {
-      std::memcpy(reinterpret_cast<char*>(&to) + i * int{sizeof(staged)},
-                  key.data + (dim + i) * key.dim_stride, sizeof(staged));
+    for (std::uint32_t& word : to.words) {
+      std::uint32_t bits = 0;
+      REFREEKV_UNROLL
+      for (unsigned byte = 0; byte < sizeof bits; byte += sizeof(staged)) {
+        if (dim++ < dims) {
+          std::memcpy(reinterpret_cast<char*>(&bits) + byte,
+                      __builtin_assume_aligned(from, alignof(element_type)), sizeof(staged));
+        }
+        from += key.dim_stride;
+      }
+      word = bits;
     }
+  }
+  static REFREEKV_DEVICE void unpack(const slot& from, const address&,
+                                     float (&to)[std::size_t{width}]) noexcept {
+    cuda_detail::unpack<staged>(from, to);
   }
   [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
 };
 
 template <class Rows, class Scales>
-struct key_reader<scaled_keys<Rows, Scales>> {
+struct key_reader<scaled_keys<Rows, Scales>> : key_reader<Rows> {
   using rows = key_reader<Rows>;
-  using staged = typename rows::staged;
-  struct address {
-    typename rows::address row;
+  struct address : rows::address {
     float scale;
   };
 
@@ -63,17 +88,6 @@ struct key_reader<scaled_keys<Rows, Scales>> {
                                                   index_t token) noexcept {
     return {rows::at(keys.rows, sequence, kv_head, token),
             *keys.scales.run_at(sequence, kv_head, token).data};
-  }
-  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address& key, index_t dims) noexcept {
-    return rows::is_vector(key.row, dims);
-  }
-  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address& key,
-                                                          index_t dim) noexcept {
-    return rows::vector(key.row, dim);
-  }
-  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
-                                     vector16& to) noexcept {
-    rows::gather(key.row, dim, dims, to);
   }
   [[nodiscard]] static REFREEKV_DEVICE float product(const address& key, float x) noexcept {
     return x * key.scale;
@@ -89,9 +103,14 @@ struct key_reader<shard<Source>> : key_reader<Source> {
   }
 };
 
+/// 16 codes a lane: of 128 dimensions, as most heads have, 8 lanes share a key.
 template <class Memory>
 struct key_reader<int4_keys<Memory>> {
-  using staged = float;
+  struct alignas(8) slot {
+    std::uint32_t words[2];
+  };
+  static constexpr int width = 16;
+  static constexpr bool has_common = true;
   struct address {
     const std::uint8_t* codes;
     float low, step;
@@ -103,21 +122,50 @@ struct key_reader<int4_keys<Memory>> {
     return {keys.codes.at(sequence, kv_head, token), keys.ranges(sequence, kv_head, token, 0),
             keys.ranges(sequence, kv_head, token, 1), keys.centres.at(sequence, kv_head)};
   }
-  [[nodiscard]] static REFREEKV_DEVICE bool is_vector(const address&, index_t) noexcept {
-    return false;
+  [[nodiscard]] static REFREEKV_DEVICE int alignment(const address& key, unsigned dims) noexcept {
+    return common_alignment(key.codes, bytes(dims));
   }
-  [[nodiscard]] static REFREEKV_DEVICE const void* vector(const address&, index_t) noexcept {
-    return nullptr;
+  [[nodiscard]] static REFREEKV_DEVICE unsigned bytes(unsigned dims) noexcept {
+    return (dims + 1) / 2;
   }
-  static REFREEKV_DEVICE void gather(const address& key, index_t dim, index_t dims,
-                                     vector16& to) noexcept {
-    to = {};
-    for (int i = 0; i < fragment_elements<float> && dim + i < dims; ++i) {
-      const unsigned codes = key.codes[(dim + i) / 2];
-      const unsigned code = (dim + i) % 2 == 0 ? codes & 15u : codes >> 4;
-      const float x = static_cast<float>(code) * key.step + key.low;
-      to.words[i] = as_bits(key.centre == nullptr ? x : x + key.centre[dim + i]);
+  [[nodiscard]] static REFREEKV_DEVICE const char* data(const address& key, unsigned dim) noexcept {
+    return reinterpret_cast<const char*>(key.codes + dim / 2);
+  }
+  static REFREEKV_DEVICE void gather(const address& key, unsigned dim, unsigned dims,
+                                     slot& to) noexcept {
+    const std::uint8_t* from = key.codes + dim / 2;
+    int left = static_cast<int>(bytes(dims) - dim / 2);
+    REFREEKV_NO_UNROLL
+    for (std::uint32_t& word : to.words) {
+      std::uint32_t bits = 0;
+      REFREEKV_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (i < left) bits |= std::uint32_t{from[i]} << 8 * i;
+      }
+      word = bits;
+      from += 4;
+      left -= 4;
     }
+  }
+  static REFREEKV_DEVICE void unpack(const slot& from, const address& key,
+                                     float (&to)[std::size_t{width}]) noexcept {
+    REFREEKV_UNROLL
+    for (int i = 0; i < width; ++i) {
+      to[i] = small_float(from.words[i / 8] >> 4 * (i % 8) & 15u, 0) * key.step + key.low;
+    }
+  }
+  [[nodiscard]] static REFREEKV_DEVICE float common(
+      const address& key, unsigned dim, unsigned dims,
+      const float (&query)[std::size_t{width}]) noexcept {
+    float product = 0;
+    if (key.centre == nullptr) return product;
+    const float* centre = key.centre + dim;
+    const int left = static_cast<int>(dims - dim);
+    REFREEKV_UNROLL
+    for (int i = 0; i < width; ++i) {
+      if (i < left) product += query[i] * centre[i];
+    }
+    return product;
   }
   [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
 };

@@ -20,18 +20,23 @@ static_assert(chunk_tokens == block_threads);
 /// The vectors that a thread has on their way in each of the two rounds.
 inline constexpr int reads_ahead = 4;
 
+/// A number that no valid description makes larger: int, as two registers hold an index_t.
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr int narrow(index_t n) noexcept {
+  return static_cast<int>(n);
+}
+
 /// Rows [row, row + rows) of `heads` query heads, numbered [q_head, row].
 struct row_span {
-  index_t q_head;  ///< the first
+  int q_head;  ///< the first
   int heads;
-  index_t row;  ///< the first, of the window
+  int row;  ///< the first, of the window
   int rows;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int count() const noexcept { return heads * rows; }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_head_of(int i) const noexcept {
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int q_head_of(int i) const noexcept {
     return q_head + (rows == 1 ? i : i / rows);
   }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t row_of(int i) const noexcept {
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int row_of(int i) const noexcept {
     return row + (rows == 1 ? 0 : i % rows);
   }
 };
@@ -39,8 +44,8 @@ struct row_span {
 /// Which rows of which tokens a block works on: those of a span from `first` on, as many as its
 /// tile has; past the span's end there is nothing.
 struct tile_place {
-  index_t sequence;
-  index_t kv_head;
+  int sequence;
+  int kv_head;
   row_span span;
   int first;
   token_range tokens;  ///< chunk_tokens at most
@@ -53,7 +58,8 @@ struct tile_place {
 /// What a block shares to fill a tile of `Rows` rows.
 template <int Rows>
 struct tile_rows {
-  float values[std::size_t{Rows}][block_threads];
+  /// A row ends 4 floats before the next: rows that a warp stores side by side meet in no bank.
+  float values[std::size_t{Rows}][block_threads + 4];
   chunk_statistics statistics[std::size_t{Rows}];
   float units[std::size_t{Rows}];  ///< what a value of 1 stands for, see set_units
 };
@@ -61,7 +67,7 @@ template <class Seen, int Rows>
 struct tile : tile_rows<Rows> {};
 template <class Query, class Keys, int Rows>
 struct tile<query_observation<Query, Keys>, Rows> : tile_rows<Rows> {
-  vector16 staging[2][reads_ahead][block_threads];
+  typename key_reader<Keys>::slot staging[2][reads_ahead][block_threads];
   typename key_reader<Keys>::address keys[block_threads];
 };
 
@@ -90,6 +96,15 @@ REFREEKV_DEVICE void load_query(const Query* query, index_t stride, index_t dim,
   }
 }
 
+/// Copies the words of a slot that there are.
+template <thread_block Block, class Slot>
+REFREEKV_DEVICE void copy_words(Block& block, Slot& to, const char* from, unsigned bytes) noexcept {
+  REFREEKV_UNROLL
+  for (unsigned i = 0; i < sizeof(Slot); i += 4) {
+    if (i < bytes) block.template copy_async<4>(reinterpret_cast<char*>(&to) + i, from + i);
+  }
+}
+
 /// Leaves q.k in the tile's values [row, token], each by the thread that is told to: nobody may
 /// read them before a sync.
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
@@ -97,44 +112,51 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
                               const query_observation<Query, Keys>& seen, index_t rows,
                               const tile_place& at) noexcept {
   using reader = key_reader<Keys>;
-  using staged = typename reader::staged;
-  constexpr int width = fragment_elements<staged>;
+  using slot = typename reader::slot;
+  constexpr int width = reader::width;
   constexpr int tokens_at_once = block_threads / Lanes;
   constexpr int round = tokens_at_once * reads_ahead;
   constexpr int lanes_of_row = Lanes / Rows;  // that end up with the same one
   const int count = at.size(), rank = block.rank();
   const int lane = rank % Lanes, own = rank / Lanes;
-  const index_t dims = seen.head_dim();
+  const auto dims = static_cast<unsigned>(seen.head_dim());  // no address is made of it
 
-  bool is_vector = true;
+  int alignment = int{sizeof(slot)};
   if (rank < count) {
     s.keys[rank] = reader::at(seen.keys, at.sequence, at.kv_head, at.tokens.begin + rank);
-    is_vector = reader::is_vector(s.keys[rank], dims);
+    alignment = reader::alignment(s.keys[rank], dims);
   }
-  is_vector = block.sync_and(is_vector);
+  const bool in_slots = block.sync_and(alignment >= int{sizeof(slot)});
+  const bool in_words = in_slots || block.sync_and(alignment >= 4);
 
-  for (index_t slice = 0; slice < dims; slice += Lanes * width) {
-    const index_t dim = slice + lane * width;
+  for (unsigned slice = 0; slice < dims; slice += unsigned{Lanes * width}) {
+    const unsigned dim = slice + static_cast<unsigned>(lane * width);
     const bool has_dims = dim < dims;
     const auto fetch = [&](int base, int buffer) {
-      if (is_vector) {
+      if (in_slots) {
         REFREEKV_UNROLL
         for (int u = 0; u < reads_ahead; ++u) {
           const int token = base + u * tokens_at_once + own;
           if (token >= count || !has_dims) continue;
-          block.copy_async(&s.staging[buffer][u][rank], reader::vector(s.keys[token], dim));
+          block.template copy_async<int{sizeof(slot)}>(&s.staging[buffer][u][rank],
+                                                       reader::data(s.keys[token], dim));
         }
       } else {
         REFREEKV_NO_UNROLL
         for (int u = 0; u < reads_ahead; ++u) {
           const int token = base + u * tokens_at_once + own;
           if (token >= count || !has_dims) continue;
-          reader::gather(s.keys[token], dim, dims, s.staging[buffer][u][rank]);
+          if (in_words) {
+            copy_words(block, s.staging[buffer][u][rank], reader::data(s.keys[token], dim),
+                       reader::bytes(dims) - reader::bytes(dim));
+          } else {
+            reader::gather(s.keys[token], dim, dims, s.staging[buffer][u][rank]);
+          }
         }
       }
       block.commit();
     };
-    if (!has_dims) {
+    if (dim + width > dims) {  // what is past the end nobody brings
       for (int u = 0; u < 2 * reads_ahead; ++u)
         s.staging[u / reads_ahead][u % reads_ahead][rank] = {};
     }
@@ -148,6 +170,15 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
           of < at.span.count() ? seen.queries.at(at.sequence, row, at.span.q_head_of(of)) : nullptr,
           seen.queries.stride(3), dim, dims, query[i]);
     }
+    [[maybe_unused]] float common = 0;  // of the row that the thread ends up with
+    if constexpr (reader::has_common) {
+      float products[std::size_t{Rows}];
+      REFREEKV_UNROLL
+      for (int i = 0; i < Rows; ++i) {
+        products[i] = reader::common(s.keys[0], dim, dims, query[i]);
+      }
+      common = block.template tile_reduce_scatter<Lanes>(products, plus{});
+    }
     int buffer = 0;
     for (int base = 0; base < count; base += round, buffer ^= 1) {
       fetch(base + round, buffer ^ 1);
@@ -156,14 +187,15 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
       for (int u = 0; u < reads_ahead; ++u) {
         const int token = base + u * tokens_at_once + own;
         float key[std::size_t{width}], dots[std::size_t{Rows}];
-        unpack<staged>(s.staging[buffer][u][rank], key);
+        reader::unpack(s.staging[buffer][u][rank], s.keys[token], key);
         REFREEKV_UNROLL
         for (int i = 0; i < Rows; ++i) {
           dots[i] = 0;
           REFREEKV_UNROLL
           for (int d = 0; d < width; ++d) dots[i] += query[i][d] * key[d];
         }
-        const float dot = block.template tile_reduce_scatter<Lanes>(dots, plus{});
+        float dot = block.template tile_reduce_scatter<Lanes>(dots, plus{});
+        if constexpr (reader::has_common) dot += common;
         if (lane % lanes_of_row == 0 && token < count) {
           float& value = s.values[lane / lanes_of_row][token];
           value = slice == 0 ? dot : value + dot;
@@ -174,18 +206,31 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
   }
 }
 
+/// An observation whose scale is worked out: a root and a division that no thread has to do.
+template <class Query, class Keys>
+[[nodiscard]] query_observation<Query, Keys> scaled(query_observation<Query, Keys> seen) noexcept {
+  seen.info.attention.scale = seen.scale();
+  return seen;
+}
+template <class Row, class Memory>
+[[nodiscard]] const row_observation<Row, Memory>& scaled(
+    const row_observation<Row, Memory>& seen) noexcept {
+  return seen;
+}
+
 /// What a model makes of q.k: scale, soft cap, ALiBi; -inf where the row does not see the token.
+/// Requires a `scaled` observation, and cap_steepness: 2 / soft_cap.
 template <class Query, class Keys>
 [[nodiscard]] REFREEKV_DEVICE float logit(const query_observation<Query, Keys>& seen,
-                                          const query_window& window, index_t row, index_t q_head,
-                                          index_t token, float product) noexcept {
+                                          const query_window& window, double cap_steepness,
+                                          index_t row, index_t q_head, index_t token,
+                                          float product) noexcept {
   const auto& params = seen.info.attention;
   const token_range visible = window.visible(row);
   if (token < visible.begin || token >= visible.end) return -infinity;
-  float x = product * seen.scale();
+  float x = product * params.scale;
   if (params.soft_cap > 0) {
-    const double cap = params.soft_cap;
-    x = softly_capped(x, cap, std::exp(x * (2 / cap)));
+    x = softly_capped(x, double{params.soft_cap}, std::exp(x * cap_steepness));
   }
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
@@ -204,6 +249,9 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
   block.sync();
   // Not before: while keys are read there is no register for it.
   const query_window window = window_of(seen, at.sequence, rows);
+  // Outside of the loop and behind a branch: else compilers divide where there is no cap, too.
+  double cap_steepness = 0;
+  if (const float cap = seen.info.attention.soft_cap; cap > 0) cap_steepness = 2 / double{cap};
   const int t = block.rank();
   if (t < at.size()) {
     REFREEKV_NO_UNROLL
@@ -211,9 +259,10 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
       const int of = at.first + i;
       const index_t row = at.span.row_of(of);
       const bool exists = of < at.span.count() && row >= window.first_row();
-      s.values[i][t] = exists ? logit(seen, window, row, at.span.q_head_of(of), at.tokens.begin + t,
-                                      key_reader<Keys>::product(s.keys[t], s.values[i][t]))
-                              : -infinity;
+      s.values[i][t] =
+          exists ? logit(seen, window, cap_steepness, row, at.span.q_head_of(of),
+                         at.tokens.begin + t, key_reader<Keys>::product(s.keys[t], s.values[i][t]))
+                 : -infinity;
     }
   }
   block.sync();

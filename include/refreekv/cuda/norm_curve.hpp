@@ -38,22 +38,28 @@ struct energies_body {
   norm_scan scan;
   Seen seen;
   norm_scan_buffers buffers;
+  row_parts cut;  ///< of the chunks of a KV head
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * buffers.chunks * seen.kv_heads();
-  }
-
-  /// item: [sequence, chunk, kv_head]
+  /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t kv_head = item % seen.kv_heads();
-    const index_t chunk = item / seen.kv_heads() % buffers.chunks;
-    const index_t sequence = item / seen.kv_heads() / buffers.chunks;
-    const query_window window = window_of(seen, sequence, scan.window);
-    const chunking chunks{window.tokens, scan.sinks};
-    if (chunk >= chunks.count() || window.first_row() == scan.window) return;
-    const tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
-    if (!has_chunk_at(seen, sequence, at.tokens.begin)) return clear(block, at, chunk);
+    const index_t part = item / seen.kv_heads() % cut.parts;
+    const index_t sequence = item / seen.kv_heads() / cut.parts;
+    for (index_t chunk = part;; chunk += cut.parts) {
+      const chunking there{seen.tokens(sequence), scan.sinks};
+      if (chunk >= there.count()) return;
+      sum(block, s, kv_head_place(seen, scan, sequence, kv_head, there[chunk]), chunk);
+    }
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE void sum(Block& block, shared& s, const tile_place& at,
+                           index_t chunk) const noexcept {
+    const query_window window = window_of(seen, at.sequence, scan.window);
+    if (window.first_row() == scan.window) return;
+    if (!has_chunk_at(seen, at.sequence, at.tokens.begin)) return clear(block, at, chunk);
     for_each_energy(
         block, s.tile, seen, scan, buffers, chunk, at,
         [&](const scanned_head& head, float energy) {
@@ -65,7 +71,6 @@ struct energies_body {
         [](const tile_place&) {});
   }
 
- private:
   /// Leaves zeros for the rank whose chunk it is.
   template <thread_block Block>
   REFREEKV_DEVICE void clear(Block& block, const tile_place& at, index_t chunk) const noexcept {
@@ -155,8 +160,9 @@ template <class Backend, class Seen>
   const status s = run_blocks(on, body.items(), body);
   if (s != status::ok || scan.one_pass()) return s;
   return with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
-    const energies_body<Seen, rows()> energies{scan, seen, buffers};
-    return run_blocks(on, energies.items(), energies);
+    const row_parts cut = row_parts::of_chunks(seen.sequences() * seen.kv_heads(), buffers.chunks);
+    const energies_body<Seen, rows()> energies{scan, scaled(seen), buffers, cut};
+    return run_blocks(on, cut.items(), energies);
   });
 }
 

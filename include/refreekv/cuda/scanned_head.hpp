@@ -10,6 +10,7 @@ namespace refreekv::inline v0::cuda_detail {
 struct scanned_head {
   norm_scan scan;
   query_window window;
+  index_t number;                ///< [sequence, q_head]
   index_t chunks;                ///< of the longest sequence
   chunk_statistics* statistics;  ///< [window, chunk]
   const row_normaliser* rows;    ///< [window]
@@ -18,9 +19,9 @@ struct scanned_head {
   [[nodiscard]] static REFREEKV_DEVICE scanned_head of(const norm_scan& scan, const Seen& seen,
                                                        const norm_scan_buffers& buffers,
                                                        index_t sequence, index_t q_head) noexcept {
-    const index_t row = (sequence * seen.q_heads() + q_head) * scan.window;
-    return {scan, window_of(seen, sequence, scan.window), buffers.chunks,
-            buffers.statistics + row * buffers.chunks, buffers.rows + row};
+    const index_t number = sequence * seen.q_heads() + q_head, row = number * scan.window;
+    return {scan,           window_of(seen, sequence, scan.window),    number,
+            buffers.chunks, buffers.statistics + row * buffers.chunks, buffers.rows + row};
   }
 
   [[nodiscard]] REFREEKV_DEVICE chunk_statistics& statistics_of(index_t row,
@@ -28,16 +29,30 @@ struct scanned_head {
     return statistics[row * chunks + chunk];
   }
 
-  /// The most that a value of 1 in a chunk stands for in any row. NaN once any row's is.
+  /// What a value of 1 in a chunk stands for in a row.
+  [[nodiscard]] REFREEKV_DEVICE double attention(index_t row, index_t chunk) const noexcept {
+    return attention_at(statistics_of(row, chunk).unit, rows[row]);
+  }
+
+  /// The most that it stands for in any row; NaN where any row's is. For a thread alone.
   [[nodiscard]] REFREEKV_DEVICE double largest_attention(index_t chunk) const noexcept {
     double largest = 0;
     REFREEKV_NO_UNROLL
     for (index_t r = window.first_row(); r < scan.window; ++r) {
-      const double attention = attention_at(statistics_of(r, chunk).unit, rows[r]);
-      if (!(attention <= largest)) largest = attention;
-      if (largest != largest) break;
+      largest = larger_or_nan{}(largest, attention(r, chunk));
     }
     return largest;
+  }
+  /// The same for a warp together.
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE double largest_attention(Block& block,
+                                                         index_t chunk) const noexcept {
+    double largest = 0;
+    REFREEKV_NO_UNROLL
+    for (index_t r = window.first_row() + lane_of(block); r < scan.window; r += warp_threads) {
+      largest = larger_or_nan{}(largest, attention(r, chunk));
+    }
+    return block.warp_reduce(largest, larger_or_nan{});
   }
 
   /// The energy of a chunk.
@@ -51,9 +66,8 @@ struct scanned_head {
     double energy = 0;
     REFREEKV_NO_UNROLL
     for (index_t r = first; r < scan.window; ++r) {
-      const chunk_statistics& row = statistics_of(r, chunk);
-      const double attention = attention_at(row.unit, rows[r]);
-      energy += attention * (attention * double{row.sum_squares});
+      const double unit = attention(r, chunk);
+      energy += unit * (unit * double{statistics_of(r, chunk).sum_squares});
     }
     return energy;
   }
@@ -77,8 +91,8 @@ template <class Seen>
 [[nodiscard]] REFREEKV_DEVICE tile_place kv_head_place(const Seen& seen, const norm_scan& scan,
                                                        index_t sequence, index_t kv_head,
                                                        token_range tokens) noexcept {
-  const auto group = static_cast<int>(seen.q_heads() / seen.kv_heads());
-  return {sequence, kv_head, {kv_head * group, group, 0, static_cast<int>(scan.window)}, 0, tokens};
+  const int group = narrow(seen.q_heads() / seen.kv_heads()), of = narrow(kv_head);
+  return {narrow(sequence), of, {of * group, group, 0, narrow(scan.window)}, 0, tokens};
 }
 
 /// How many rows that are.
@@ -109,7 +123,7 @@ REFREEKV_DEVICE void for_each_energy(Block& block, tile<Seen, Rows>& s, const Se
       const int of = at.first + i;
       if (of >= at.span.count() || at.span.row_of(of) < window.first_row()) return 0.0f;
       const scanned_head head = head_of(of);
-      const double largest = head.largest_attention(chunk);
+      const double largest = head.largest_attention(block, chunk);
       const double attention = attention_at(s.statistics[i].unit, head.rows[at.span.row_of(of)]);
       return largest == 0 ? 0.0f : static_cast<float>(attention / largest);
     });

@@ -94,28 +94,31 @@ template <class Backend, class Seen>
   return s;
 }
 
-/// Reads a chunk again and calls f(attention) for each row of a span that sees the thread's token
-/// and is not left out. The block is in step between tiles. normalisers: [q_head of the span,
-/// window]
+/// Reads a chunk again and calls f(attention) for each row of a span of the last `rows` that sees
+/// the thread's token and is not left out. The block is in step between tiles. normalisers:
+/// [q_head of the span, window]
 template <int Rows, thread_block Block, class Seen, class F>
 REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const Seen& seen,
-                                        const query_window& window, tile_place at, bad_rows bad,
+                                        index_t rows, tile_place at, bad_rows bad,
                                         const row_normaliser* normalisers, const F& f) noexcept {
   constexpr float is_left_out = -1;
   for (at.first = 0; at.first < at.span.count(); at.first += Rows) {
     const int last = at.first + Rows < at.span.count() ? at.first + Rows : at.span.count();
-    const index_t head = at.span.q_head_of(at.first);
+    const int head = at.span.q_head_of(at.first);
     if (head == at.span.q_head_of(last - 1)) {
-      const index_t row = at.span.row_of(at.first);
-      if (sees_nothing(window, {head, 1, row, last - at.first}, at.tokens)) continue;
+      const int row = at.span.row_of(at.first);
+      const row_span span{head, 1, row, last - at.first};
+      if (sees_nothing(window_of(seen, at.sequence, rows), span, at.tokens)) continue;
     }
-    attend<leaves::values, any_lanes>(block, s, seen, window.rows, at);
+    attend<leaves::values, any_lanes>(block, s, seen, rows, at);
+    // Not before: while keys are read there is no register for it.
+    const query_window window = window_of(seen, at.sequence, rows);
     set_units(block, s, [&](int i) {
       const int of = at.first + i;
       const index_t row = at.span.row_of(of);
       if (of >= last || row < window.first_row()) return 0.0f;
       const index_t q_head = at.span.q_head_of(of) - at.span.q_head;
-      const row_normaliser& normaliser = normalisers[q_head * window.rows + row];
+      const row_normaliser& normaliser = normalisers[q_head * rows + row];
       if (bad == bad_rows::left_out && !normaliser.exists()) return is_left_out;
       return static_cast<float>(attention_at(s.statistics[i].unit, normaliser));
     });
@@ -145,39 +148,44 @@ struct attention_sums_body {
   bool carried;
   scores_view<typename Seen::memory> scores;  ///< [sequence, head, token]
   view<kept_count, 2, typename Seen::memory> counts;
-  index_t chunks;
+  row_parts cut;  ///< of the chunks of a head
   const row_normaliser* normalisers;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * chunks * scores.extent(1);
-  }
-
-  /// item: [sequence, chunk, head]
+  /// item: [sequence, part, head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t heads = scores.extent(1), head = item % heads;
-    const index_t chunk = item / heads % chunks, sequence = item / heads / chunks;
-    const query_window rows = window_of(seen, sequence, window);
-    const chunking there{rows.tokens, 0};
-    if (chunk >= there.count()) return;
-    const index_t q_heads = seen.q_heads() / heads;  // of a score
-    const index_t kv_head = head * q_heads / (seen.q_heads() / seen.kv_heads());
-    if (!carried && chunk == 0 && block.rank() == 0 &&
-        head * q_heads % (seen.q_heads() / seen.kv_heads()) == 0) {
-      counts(sequence, kv_head).undecided = rows.is_blind();
+    const index_t part = item / heads % cut.parts, sequence = item / heads / cut.parts;
+    for (index_t chunk = part;; chunk += cut.parts) {
+      const chunking there{seen.tokens(sequence), 0};
+      if (chunk >= there.count()) return;
+      sum(block, s, sequence, head, there[chunk]);
     }
-    const tile_place at{sequence,
-                        kv_head,
-                        {head * q_heads, static_cast<int>(q_heads), 0, static_cast<int>(window)},
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE void sum(Block& block, shared& s, index_t sequence, index_t head,
+                           token_range tokens) const noexcept {
+    const index_t q_heads = seen.q_heads() / scores.extent(1);  // of a score
+    const index_t kv_head = head * q_heads / (seen.q_heads() / seen.kv_heads());
+    if (!carried && tokens.begin == 0 && block.rank() == 0 &&
+        head * q_heads % (seen.q_heads() / seen.kv_heads()) == 0) {
+      counts(sequence, kv_head).undecided = window_of(seen, sequence, window).is_blind();
+    }
+    const tile_place at{narrow(sequence),
+                        narrow(kv_head),
+                        {narrow(head * q_heads), narrow(q_heads), 0, narrow(window)},
                         0,
-                        there[chunk]};
+                        tokens};
     double sum = 0;
-    for_each_attention(block, s.tile, seen, rows, at, carried ? bad_rows::left_out : bad_rows::stay,
+    for_each_attention(block, s.tile, seen, window, at,
+                       carried ? bad_rows::left_out : bad_rows::stay,
                        normalisers + (sequence * seen.q_heads() + head * q_heads) * window,
                        [&](float attention) { sum += double{attention}; });
     if (block.rank() >= at.size()) return;
     const index_t token = at.tokens.begin + block.rank();
-    const bool fresh = token >= rows.first_new_token();
+    const bool fresh = token >= window_of(seen, sequence, window).first_new_token();
     float& score = scores(sequence, head, token);
     const auto mean = static_cast<float>(sum / static_cast<double>(q_heads));
     score = carried && !fresh ? score + mean : mean;
@@ -197,10 +205,11 @@ template <class Backend, class Seen>
     s = run_blocks(on, body.items(), body);
   }
   if (s != status::ok) return s;
+  const row_parts cut = row_parts::of_chunks(seen.sequences() * scores.extent(1), scratch.chunks);
   return with_tile<few_rows<Seen>>(seen.q_heads() / scores.extent(1) * window, [&](auto tile) {
-    const attention_sums_body<Seen, tile()> body{seen,   window,         rows.carried,       scores,
-                                                 counts, scratch.chunks, scratch.normalisers};
-    return run_blocks(on, body.items(), body);
+    const attention_sums_body<Seen, tile()> body{scaled(seen), window, rows.carried,       scores,
+                                                 counts,       cut,    scratch.normalisers};
+    return run_blocks(on, cut.items(), body);
   });
 }
 
@@ -219,21 +228,27 @@ struct attention_spread_body {
   index_t recent;
   double gain;
   scores_view<typename Seen::memory> scores;  ///< [sequence, kv_head, token]
+  row_parts cut;                              ///< of the chunks of a KV head
   attention_scratch scratch;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * scratch.chunks * seen.kv_heads();
-  }
-
-  /// item: [sequence, chunk, kv_head]
+  /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
-    const index_t chunk = item / kv_heads % scratch.chunks;
-    const index_t sequence = item / kv_heads / scratch.chunks;
+    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
+    for (index_t chunk = part;; chunk += cut.parts) {
+      const chunking there{seen.tokens(sequence), 0};
+      if (chunk >= there.count()) return;
+      spread(block, s, sequence, kv_head, chunk, there[chunk]);
+    }
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE void spread(Block& block, shared& s, index_t sequence, index_t kv_head,
+                              index_t chunk, token_range range) const noexcept {
+    const index_t kv_heads = seen.kv_heads();
     const query_window rows = window_of(seen, sequence, window);
-    const chunking chunks{rows.tokens, 0};
-    const token_range range = chunk < chunks.count() ? chunks[chunk] : token_range{0, 0};
     const index_t before_recent = rows.tokens > recent ? rows.tokens - recent : 0;
     const index_t scored = range.end < before_recent ? range.end : before_recent;
     double entropy = 0, variance = 0;
@@ -248,9 +263,10 @@ struct attention_spread_body {
       n = n > 1 ? n : 1;
       double score = 0;
       for (index_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-        const tile_place at{sequence, kv_head, {h, 1, 0, static_cast<int>(window)}, 0, range};
+        const tile_place at{
+            narrow(sequence), narrow(kv_head), {narrow(h), 1, 0, narrow(window)}, 0, range};
         double sum = 0, squares = 0;
-        for_each_attention(block, s.tile, seen, rows, at, bad_rows::left_out,
+        for_each_attention(block, s.tile, seen, window, at, bad_rows::left_out,
                            scratch.normalisers + (sequence * seen.q_heads() + h) * window,
                            [&](float attention) {
                              if (token >= scored) return;
@@ -281,23 +297,25 @@ struct attention_spread_body {
 };
 
 /// Sums totals [sequence, kv_head, chunk, 2] to [sequence, 2]. A thread a KV head.
-template <class Memory>
+template <class Seen>
 struct totals_body {
   struct shared {
     warp_values<double> sums;
   };
-  index_t kv_heads, chunks;
+  Seen seen;
+  index_t chunks;  ///< of the longest sequence
   const double* parts;
   double* totals;
 
   /// item: sequence
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t count = chunking{seen.tokens(item), 0}.count();
     double entropy = 0, variance = 0;
-    for (index_t h = block.rank(); h < kv_heads; h += block_threads) {
+    for (index_t h = block.rank(); h < seen.kv_heads(); h += block_threads) {
       double of_head = 0;
-      for (index_t c = 0; c < chunks; ++c) {
-        const double* part = parts + 2 * ((item * kv_heads + h) * chunks + c);
+      for (index_t c = 0; c < count; ++c) {
+        const double* part = parts + 2 * ((item * seen.kv_heads() + h) * chunks + c);
         of_head += part[0];
         variance += part[1];
       }
@@ -325,13 +343,14 @@ template <class Backend, class Seen>
     s = run_blocks(on, body.items(), body);
   }
   if (s != status::ok) return s;
+  const row_parts cut = row_parts::of_chunks(seen.sequences() * seen.kv_heads(), scratch.chunks);
   s = with_tile<few_rows<Seen>>(window, [&](auto tile) {
-    const attention_spread_body<Seen, tile()> body{seen, window, recent, gain, scores, scratch};
-    return run_blocks(on, body.items(), body);
+    const attention_spread_body<Seen, tile()> body{scaled(seen), window, recent, gain,
+                                                   scores,       cut,    scratch};
+    return run_blocks(on, cut.items(), body);
   });
   if (s != status::ok) return s;
-  const totals_body<typename Seen::memory> body{seen.kv_heads(), scratch.chunks, scratch.totals,
-                                                totals};
+  const totals_body<Seen> body{seen, scratch.chunks, scratch.totals, totals};
   return run_blocks(on, seen.sequences(), body);
 }
 
@@ -343,20 +362,18 @@ struct pool_body {
   const token_quota* quotas;
   Seen seen;
   scores_view<typename Seen::memory> scores, pooled;
+  row_parts cut;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads() * blocks_for(seen.capacity());
-  }
-
-  /// item: [sequence, kv_head, block of tokens]
+  /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t blocks = blocks_for(seen.capacity());
-    const index_t t = item % blocks * block_threads + block.rank();
-    const index_t h = item / blocks % seen.kv_heads(), s = item / blocks / seen.kv_heads();
+    const index_t row = item / cut.parts, part = item % cut.parts;
+    const index_t s = row / seen.kv_heads(), h = row % seen.kv_heads();
     const index_t count = seen.tokens(s) - quotas[s].recent;
-    if (t >= count) return;
-    pooled(s, h, t) = pooled_score(how, count, scores.at(s, h), scores.stride(2), t);
+    for (index_t t = part * block_threads + block.rank(); t < count;
+         t += cut.parts * block_threads) {
+      pooled(s, h, t) = pooled_score(how, count, scores.at(s, h), scores.stride(2), t);
+    }
   }
 };
 
@@ -364,8 +381,9 @@ template <class Backend, class Seen>
 [[nodiscard]] status pool(const Backend& on, const pooling& how, const token_quota* quotas,
                           const Seen& seen, const scores_view<typename Seen::memory>& scores,
                           const scores_view<typename Seen::memory>& pooled) noexcept {
-  const pool_body<Seen> body{how, quotas, seen, scores, pooled};
-  return run_blocks(on, body.items(), body);
+  const row_parts cut =
+      row_parts::of(seen.sequences() * seen.kv_heads(), blocks_for(seen.capacity()));
+  return run_blocks(on, cut.items(), pool_body<Seen>{how, quotas, seen, scores, pooled, cut});
 }
 
 }  // namespace refreekv::inline v0::cuda_detail
