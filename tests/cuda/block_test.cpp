@@ -431,18 +431,44 @@ TEST_CASE("for_each_body covers each index once", "[cuda]") {
   CHECK(calls == once);
 }
 
-TEST_CASE("segments are sorted up to their lengths", "[cuda]") {
-  const emulation::emulated_backend on;
-  std::vector<std::uint64_t> keys{5, 3, 4, 9, 2, 1, 8, 7};
-  std::vector<std::uint64_t> sorted(keys.size(), 77);
+TEST_CASE("segments are sorted up to their lengths, and equals keep their order", "[cuda]") {
+  using refreekv::cuda_detail::key_segments;
+  constexpr index_t capacity = 4;
   const std::vector<index_t> lengths{3, 0, 2};
-  keys.resize(12, 6);
-  sorted.resize(12, 77);
-  std::vector<std::byte> temporary(sort_bytes(on, 3, 4));
-  REQUIRE(!temporary.empty());
-  CHECK(sort_segments(on, keys.data(), sorted.data(), 3, 4, lengths.data(), temporary.data(),
-                      temporary.size()) == refreekv::status::ok);
-  CHECK(sorted == std::vector<std::uint64_t>{3, 4, 5, 77, 77, 77, 77, 77, 6, 6, 77, 77});
-  CHECK(sort_segments(on, keys.data(), sorted.data(), 3, 4, lengths.data(), nullptr, 0) ==
-        refreekv::status::device_error);
+  for (const unsigned seed : {0u, 1u}) {  // segment by segment, and together
+    const emulation::emulated_backend on{seed};
+    const key_segments segments = key_segments::of(on, 3, capacity);
+    REQUIRE(segments.together == (seed == 1));
+    // Scores of tokens from the last one back, as they are ranked, and slots that nobody has.
+    const std::vector<std::uint32_t> scores{7, 5, 7, key_segments::no_score,
+                                            1, 1, 1, key_segments::no_score,
+                                            9, 2, 1, key_segments::no_score};
+    std::vector<std::uint64_t> keys, spare(scores.size(), 77);
+    for (std::size_t i = 0; i < scores.size(); ++i) {
+      const auto segment = static_cast<index_t>(i) / capacity,
+                 slot = static_cast<index_t>(i) % capacity;
+      const bool is_there = slot < lengths[static_cast<std::size_t>(segment)];
+      keys.push_back(
+          segments.key(segment, is_there ? scores[i] : key_segments::no_score,
+                       is_there ? lengths[static_cast<std::size_t>(segment)] - 1 - slot : 0));
+      CHECK(segments.score_of(keys.back()) == (is_there ? scores[i] : key_segments::no_score));
+    }
+    std::vector<std::byte> temporary(sort_bytes(on, segments));
+    REQUIRE(!temporary.empty());
+    std::uint64_t *sorted = keys.data(), *other = spare.data();
+    REQUIRE(sort_segments(on, segments, sorted, other, lengths.data(), temporary.data(),
+                          temporary.size()) == refreekv::status::ok);
+    CHECK(sorted != other);
+    const auto tokens_of = [&](index_t segment, index_t count) {
+      std::vector<refreekv::position_t> tokens;
+      for (index_t i = 0; i < count; ++i) {
+        tokens.push_back(segments.token_of(sorted[segment * capacity + i]));
+      }
+      return tokens;
+    };
+    CHECK(tokens_of(0, 3) == std::vector<refreekv::position_t>{1, 2, 0});
+    CHECK(tokens_of(2, 2) == std::vector<refreekv::position_t>{0, 1});
+    CHECK(sort_segments(on, segments, sorted, other, lengths.data(), nullptr, 0) ==
+          refreekv::status::device_error);
+  }
 }

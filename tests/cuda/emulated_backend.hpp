@@ -32,26 +32,38 @@ refreekv::status run_blocks(const emulated_backend& on, index_t items, const Bod
 
 // In CUB's place.
 
-/// Bytes that sort_segments needs.
-inline std::size_t sort_bytes(const emulated_backend&, index_t /*segments*/,
-                              index_t /*segment_stride*/) {
+/// Both ways, whatever the sizes.
+inline bool sorts_together(const emulated_backend& on, index_t /*count*/, index_t /*capacity*/) {
+  return on.order_seed % 2 == 1;
+}
+
+inline std::size_t sort_bytes(const emulated_backend&, const refreekv::cuda_detail::key_segments&) {
   return 1;
 }
 
-/// Writes the first lengths[i] of each segment's keys to `sorted`, in ascending order.
-inline refreekv::status sort_segments(const emulated_backend& on, std::uint64_t* keys,
-                                      std::uint64_t* sorted, index_t segments,
-                                      index_t segment_stride, const index_t* lengths,
-                                      std::byte* temporary, std::size_t temporary_bytes) {
-  if (temporary_bytes < sort_bytes(on, segments, segment_stride)) {
-    return refreekv::status::device_error;
+/// What is sorted is in the other array, and leaves garbage behind.
+inline refreekv::status sort_segments(const emulated_backend& on,
+                                      const refreekv::cuda_detail::key_segments& segments,
+                                      std::uint64_t*& keys, std::uint64_t*& spare,
+                                      const index_t* lengths, std::byte* temporary,
+                                      std::size_t bytes) {
+  if (bytes < sort_bytes(on, segments)) return refreekv::status::device_error;
+  std::memset(temporary, garbage, bytes);
+  const std::uint64_t sorted_bits =
+      (segments.last_bit() < 64 ? 1ull << segments.last_bit() : 0) - (1ull << segments.first_bit());
+  const auto sort = [&](index_t first, index_t count) {
+    std::uint64_t *const from = keys + first, *const to = spare + first;
+    std::stable_sort(to, std::copy(from, from + count, to), [&](std::uint64_t a, std::uint64_t b) {
+      return (a & sorted_bits) < (b & sorted_bits);
+    });
+    std::memset(from, garbage, static_cast<std::size_t>(count) * sizeof *from);
+  };
+  if (segments.together) {
+    sort(0, segments.count * segments.capacity);
+  } else {
+    for (index_t i = 0; i < segments.count; ++i) sort(i * segments.capacity, lengths[i]);
   }
-  std::memset(temporary, garbage, temporary_bytes);
-  for (index_t i = 0; i < segments; ++i) {
-    const std::uint64_t* const from = keys + i * segment_stride;
-    std::uint64_t* const to = sorted + i * segment_stride;
-    std::sort(to, std::copy(from, from + lengths[i], to));
-  }
+  std::swap(keys, spare);
   return refreekv::status::ok;
 }
 

@@ -12,7 +12,8 @@ namespace refreekv::inline v0 {
 /// same kernels whatever the lengths are, and may be captured into a graph (after a first call
 /// outside of one, as code is loaded then). Nothing waits for the
 /// device, so an error inside a kernel shows where the engine waits for the stream; a launch that
-/// is refused comes back as status::device_error, and cudaGetLastError tells why.
+/// is refused comes back as status::device_error, and cudaGetLastError tells why. A policy that
+/// sorts, attention_ranked, also refuses to start where an earlier error was not read yet.
 /// Elements are float, __half, __nv_bfloat16 and their raw bits; keys may be scaled_keys of int8 or
 /// __nv_fp8_e4m3. Pointers to them need no alignment but their own: 16 bytes make rows fast.
 struct cuda_backend {
@@ -23,7 +24,8 @@ namespace cuda_detail {
 
 /// Starts run_body, and does not wait for it.
 template <kernel_body Body>
-[[nodiscard]] status run_blocks(const cuda_backend& on, index_t items, const Body& body) noexcept {
+[[nodiscard]] REFREEKV_HIDDEN status run_blocks(const cuda_backend& on, index_t items,
+                                                const Body& body) noexcept {
   if (items == 0) return status::ok;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(items < max_count ? items : index_t{max_count}));
@@ -36,18 +38,27 @@ template <kernel_body Body>
 
 }  // namespace cuda_detail
 
-// What ops finds by their backend: CUB's sorts.
-[[nodiscard]] inline status sort_segments(const cuda_backend& on, std::uint64_t* keys,
-                                          std::uint64_t* sorted, index_t segments,
-                                          index_t segment_stride, const index_t* lengths,
-                                          std::byte* temporary,
-                                          std::size_t temporary_bytes) noexcept {
-  return cuda_detail::sort_on_stream(on.stream, keys, sorted, segments, segment_stride, lengths,
-                                     temporary, temporary_bytes);
+// What ranked_scan.hpp finds by their backend: CUB's sorts.
+[[nodiscard]] inline bool sorts_together(const cuda_backend&, index_t count,
+                                         index_t capacity) noexcept {
+  return cuda_detail::sort_together(count, capacity);
 }
-[[nodiscard]] inline std::size_t sort_bytes(const cuda_backend&, index_t segments,
-                                            index_t segment_stride) noexcept {
-  return cuda_detail::sort_bytes_of(segments, segment_stride);
+[[nodiscard]] inline std::size_t sort_bytes(const cuda_backend&,
+                                            const cuda_detail::key_segments& segments) noexcept {
+  return cuda_detail::sort_bytes_of(segments);
+}
+/// A template, so that only who ranks tokens compiles CUB's kernels.
+template <class Key>
+[[nodiscard]] status sort_segments(const cuda_backend& on,
+                                   const cuda_detail::key_segments& segments, Key*& keys,
+                                   Key*& spare, const index_t* lengths, std::byte* temporary,
+                                   std::size_t bytes) noexcept {
+  // CUB takes any error that waits to be read for one of its own, after its first launch.
+  if (cudaPeekAtLastError() != cudaSuccess) return status::device_error;
+  return cuda_detail::sort_on_stream(on.stream, segments, keys, spare, lengths, temporary, bytes) ==
+                 cudaSuccess
+             ? status::ok
+             : status::device_error;
 }
 
 template <>

@@ -1,19 +1,72 @@
 // SPDX-License-Identifier: Apache-2.0
 // The norm scan along a ranking by score, on a device.
+//
+// Sorting is the backend's: it provides, for a key_segments,
+// - `sorts_together(on, count, capacity)`: whether it sorts segments as one array;
+// - `sort_bytes(on, segments)`: the temporary memory that sort_segments needs;
+// - `sort_segments(on, segments, keys, spare, lengths, temporary, bytes)`: sorts lengths[i] keys of
+//   each segment, all of it if together, by bits [first_bit, last_bit) and in the order of equals.
+//   `keys` is the sorted array afterwards, `spare` the other one.
 #pragma once
 
+#include <bit>
+
 #include "refreekv/cuda/last_allowed.hpp"
+#include "refreekv/cuda/row_parts.hpp"
 #include "refreekv/cuda/top_tokens.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
+/// The keys of each head's candidates, [segment, capacity] of them: from the top bit, the number of
+/// the segment, 32 bits of the score, and the token, which is carried along. As they are written
+/// from the last token back and sorts keep the order of equals, half of the bits are sorted by.
+struct key_segments {
+  index_t count;
+  index_t capacity;
+  int token_bits;
+  bool together;  ///< sorted as one array: slots that no candidate has hold keys that come last
+
+  /// A score that has no place in any order, or none at all.
+  static constexpr std::uint32_t no_score = 0xffffffff;
+
+  template <class Backend>
+  [[nodiscard]] static key_segments of(const Backend& on, index_t count,
+                                       index_t capacity) noexcept {
+    return {count, capacity, bits_of(capacity), sorts_together(on, count, capacity)};
+  }
+  /// The bits that keys are sorted by.
+  [[nodiscard]] int first_bit() const noexcept { return token_bits; }
+  [[nodiscard]] int last_bit() const noexcept {
+    return token_bits + 32 + (together ? bits_of(count) : 0);
+  }
+
+  [[nodiscard]] REFREEKV_DEVICE std::uint64_t key(index_t segment, std::uint32_t score,
+                                                  index_t token) const noexcept {
+    const auto order = static_cast<std::uint64_t>(segment) << 32 | score;
+    return order << token_bits | static_cast<std::uint64_t>(token);
+  }
+  [[nodiscard]] REFREEKV_DEVICE std::uint32_t score_of(std::uint64_t key) const noexcept {
+    return static_cast<std::uint32_t>(key >> token_bits);
+  }
+  [[nodiscard]] REFREEKV_DEVICE position_t token_of(std::uint64_t key) const noexcept {
+    return static_cast<position_t>(key & ((std::uint64_t{1} << token_bits) - 1));
+  }
+
+ private:
+  /// Of the numbers below `count`.
+  [[nodiscard]] static int bits_of(index_t count) noexcept {
+    return count > 1 ? static_cast<int>(std::bit_width(static_cast<std::uint64_t>(count - 1))) : 0;
+  }
+};
+
 struct ranking_scratch {
-  std::uint64_t* keys;    ///< [sequence, kv_head, capacity]
-  std::uint64_t* sorted;  ///< the same
-  index_t* lengths;       ///< [sequence, kv_head]: keys of each head; 0 where NaN leaves no order
-  double* energies;       ///< [sequence, q_head, block]: of the tokens of 256 ranks
-  std::uint8_t* marks;    ///< [sequence, kv_head, capacity]: whether a token is kept
-  std::byte* temporary;   ///< the sort's
+  key_segments segments;
+  std::uint64_t* keys;   ///< [sequence, kv_head, capacity]
+  std::uint64_t* spare;  ///< the same: sorts go back and forth
+  index_t* lengths;      ///< [sequence, kv_head]: candidates
+  double* energies;      ///< [sequence, q_head, block]: of the tokens of 256 ranks
+  std::uint8_t* marks;   ///< [sequence, kv_head, capacity]: whether a token is kept
+  std::byte* temporary;  ///< the sort's
   std::size_t temporary_bytes;
 
   template <class Backend, class Seen>
@@ -22,12 +75,13 @@ struct ranking_scratch {
     const index_t sequences = seen.sequences(), heads = seen.kv_heads();
     const index_t capacity = seen.capacity();
     ranking_scratch s{};
+    s.segments = key_segments::of(on, sequences * heads, capacity);
     s.keys = from.take<std::uint64_t>(sequences, heads, capacity);
-    s.sorted = from.take<std::uint64_t>(sequences, heads, capacity);
+    s.spare = from.take<std::uint64_t>(sequences, heads, capacity);
     s.lengths = from.take<index_t>(sequences, heads);
     s.energies = from.take<double>(sequences, seen.q_heads(), blocks_for(capacity));
     s.marks = from.take<std::uint8_t>(sequences, heads, capacity);
-    s.temporary_bytes = sort_bytes(on, sequences * heads, capacity);
+    s.temporary_bytes = sort_bytes(on, s.segments);
     s.temporary = from.take<std::byte>(s.temporary_bytes);
     return s;
   }
@@ -42,72 +96,80 @@ struct rank_keys_body {
   Seen seen;
   scores_view<typename Seen::memory> scores;
   ranking_scratch scratch;
+  row_parts cut;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
-  }
-
-  /// item: [sequence, kv_head]
+  /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
+    const index_t row = item / cut.parts, part = item % cut.parts;
+    const index_t sequence = row / seen.kv_heads();
     const index_t candidates = candidates_of(seen, sequence, recent);
-    const value_row row{scores.at(sequence, head), scores.stride(2)};
-    std::uint64_t* keys = scratch.keys + item * seen.capacity();
-    bool ordered = true;
-    for (index_t t = block.rank(); t < candidates; t += block_threads) {
-      const float score = row(t);
-      ordered = ordered && score == score;
-      keys[t] = std::uint64_t{ordered_bits(score)} << 32 | static_cast<std::uint32_t>(~t);
+    const value_row of{scores.at(sequence, row % seen.kv_heads()), scores.stride(2)};
+    const key_segments segments = scratch.segments;
+    const index_t slots = segments.together ? segments.capacity : candidates;
+    for (index_t i = part * block_threads + block.rank(); i < slots;
+         i += cut.parts * block_threads) {
+      const index_t token = i < candidates ? candidates - 1 - i : 0;
+      const float score = i < candidates ? of(token) : not_a_number;
+      const std::uint32_t bits = score == score ? ordered_bits(score) : key_segments::no_score;
+      scratch.keys[row * segments.capacity + i] = segments.key(row, bits, token);
     }
-    ordered = block.sync_and(ordered);
-    if (block.rank() == 0) scratch.lengths[item] = ordered ? candidates : 0;
+    if (part == 0 && block.rank() == 0) scratch.lengths[row] = candidates;
   }
 };
 
-/// Writes the order out of the sorted keys, and what the tokens of a block of it weigh.
+/// Writes the order out of the sorted keys, and what the tokens of a block of it weigh. Of a head
+/// that has none, because of NaN, the first rank is -1.
 template <class Seen>
 struct rank_energies_body {
   using shared = warp_values<double>;
   index_t recent;
   Seen seen;
   scores_view<typename Seen::memory> weights;
+  const std::uint64_t* sorted;  ///< [sequence, kv_head, capacity]
   position_t* order;
   ranking_scratch scratch;
+  row_parts cut;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads() * blocks_for(seen.capacity());
-  }
-
-  /// item: [sequence, kv_head, block]
+  /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t blocks = blocks_for(seen.capacity()), part = item % blocks, row = item / blocks;
-    const index_t sequence = row / seen.kv_heads(), head = row % seen.kv_heads();
-    const index_t candidates = candidates_of(seen, sequence, recent);
-    const index_t i = part * block_threads + block.rank();
-    if (part * block_threads >= candidates) return;
-    if (scratch.lengths[row] == 0) {
-      if (i == 0) order[row * seen.capacity()] = -1;
+    const index_t row = item / cut.parts;
+    const index_t candidates = candidates_of(seen, row / seen.kv_heads(), recent);
+    if (candidates == 0) return;
+    const std::uint64_t last = sorted[row * seen.capacity() + candidates - 1];
+    if (scratch.segments.score_of(last) == key_segments::no_score) {
+      if (item % cut.parts == 0 && block.rank() == 0) order[row * seen.capacity()] = -1;
       return;
     }
+    for (index_t b = item % cut.parts; b * block_threads < candidates; b += cut.parts) {
+      weigh(block, s, row, b, candidates);
+    }
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE void weigh(Block& block, shared& s, index_t row, index_t b,
+                             index_t candidates) const noexcept {
+    const index_t sequence = row / seen.kv_heads(), head = row % seen.kv_heads();
+    const index_t i = b * block_threads + block.rank();
     position_t token = 0;
     if (i < candidates) {
-      token = static_cast<position_t>(~scratch.sorted[row * seen.capacity() + i] & 0xffffffffu);
+      token = scratch.segments.token_of(sorted[row * seen.capacity() + i]);
       order[row * seen.capacity() + i] = token;
     }
-    const index_t group = seen.q_heads() / seen.kv_heads();
+    const index_t group = seen.q_heads() / seen.kv_heads(), blocks = blocks_for(seen.capacity());
     for (index_t h = head * group; h < (head + 1) * group; ++h) {
       const double weight = i < candidates ? double{weights(sequence, h, token)} : 0;
       const double energy = block_reduce(block, s, weight * weight, plus{});
       if (block.rank() == 0) {
-        scratch.energies[(sequence * seen.q_heads() + h) * blocks + part] = energy;
+        scratch.energies[(sequence * seen.q_heads() + h) * blocks + b] = energy;
       }
     }
   }
 };
 
-/// Writes the norms of a block of the order.
+/// Writes the norms of the order, 0 from the last candidate on.
 template <class Seen>
 struct rank_norms_body {
   using shared = warp_values<double>;
@@ -117,28 +179,24 @@ struct rank_norms_body {
   const position_t* order;
   double* norms;
   ranking_scratch scratch;
+  row_parts cut;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * blocks_for(seen.capacity());
-  }
-
-  /// item: [sequence, block]
+  /// item: [sequence, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t blocks = blocks_for(seen.capacity()), part = item % blocks;
-    const index_t sequence = item / blocks, candidates = candidates_of(seen, sequence, recent);
-    const index_t i = part * block_threads + block.rank();
-    double norm = 0;
-    if (part * block_threads < candidates) {
-      if (is_ordered(block, sequence)) {
+    const index_t sequence = item / cut.parts, capacity = seen.capacity();
+    const index_t candidates = candidates_of(seen, sequence, recent);
+    const bool ordered = candidates == 0 || is_ordered(block, sequence);
+    for (index_t b = item % cut.parts; b * block_threads < capacity; b += cut.parts) {
+      const index_t i = b * block_threads + block.rank();
+      double norm = !ordered && i == 0 ? double{not_a_number} : 0;
+      if (ordered && b * block_threads < candidates) {
         for (index_t h = 0; h < seen.q_heads(); ++h) {
-          norm += std::sqrt(energy_from(block, s, sequence, h, part, candidates));
+          norm += std::sqrt(energy_from(block, s, sequence, h, b, candidates));
         }
-      } else if (i == 0) {
-        norm = not_a_number;
       }
+      if (i < capacity) norms[sequence * capacity + i] = norm;
     }
-    if (i < seen.capacity()) norms[sequence * seen.capacity() + i] = norm;
   }
 
  private:
@@ -147,7 +205,7 @@ struct rank_norms_body {
   [[nodiscard]] REFREEKV_DEVICE bool is_ordered(Block& block, index_t sequence) const noexcept {
     bool ordered = true;
     for (index_t h = block.rank(); h < seen.kv_heads(); h += block_threads) {
-      ordered = ordered && scratch.lengths[sequence * seen.kv_heads() + h] > 0;
+      ordered = ordered && order[(sequence * seen.kv_heads() + h) * seen.capacity()] >= 0;
     }
     return block.sync_and(ordered);
   }
@@ -155,16 +213,16 @@ struct rank_norms_body {
   /// The squared weights of all from the thread's own rank on.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE double energy_from(Block& block, shared& s, index_t sequence,
-                                                   index_t head, index_t part,
+                                                   index_t head, index_t b,
                                                    index_t candidates) const noexcept {
     const index_t blocks = blocks_for(seen.capacity());
     const double* energies = scratch.energies + (sequence * seen.q_heads() + head) * blocks;
     double after = 0;
-    for (index_t p = part + 1 + block.rank(); p * block_threads < candidates; p += block_threads) {
+    for (index_t p = b + 1 + block.rank(); p * block_threads < candidates; p += block_threads) {
       after += energies[p];
     }
     after = block_reduce(block, s, after, plus{});
-    const index_t i = part * block_threads + block.rank();
+    const index_t i = b * block_threads + block.rank();
     const index_t kv_head = head / (seen.q_heads() / seen.kv_heads());
     const index_t row = (sequence * seen.kv_heads() + kv_head) * seen.capacity();
     const double weight = i < candidates ? double{weights(sequence, head, order[row + i])} : 0;
@@ -178,19 +236,22 @@ template <class Backend, class Seen>
                                  const scores_view<typename Seen::memory>& weights,
                                  position_t* order, double* norms,
                                  const ranking_scratch& scratch) noexcept {
-  const index_t segments = seen.sequences() * seen.kv_heads();
-  if (segments == 0 || seen.capacity() == 0) return status::ok;
-  const rank_keys_body<Seen> keys{recent, seen, scores, scratch};
-  status s = run_blocks(on, keys.items(), keys);
+  const index_t heads = seen.sequences() * seen.kv_heads(), blocks = blocks_for(seen.capacity());
+  if (heads == 0 || seen.capacity() == 0) return status::ok;
+  const row_parts of_heads = row_parts::of(heads, blocks);
+  const rank_keys_body<Seen> keys{recent, seen, scores, scratch, of_heads};
+  status s = run_blocks(on, of_heads.items(), keys);
   if (s != status::ok) return s;
-  s = sort_segments(on, scratch.keys, scratch.sorted, segments, seen.capacity(), scratch.lengths,
-                    scratch.temporary, scratch.temporary_bytes);
+  std::uint64_t *sorted = scratch.keys, *spare = scratch.spare;
+  s = sort_segments(on, scratch.segments, sorted, spare, scratch.lengths, scratch.temporary,
+                    scratch.temporary_bytes);
   if (s != status::ok) return s;
-  const rank_energies_body<Seen> energies{recent, seen, weights, order, scratch};
-  s = run_blocks(on, energies.items(), energies);
+  const rank_energies_body<Seen> energies{recent, seen, weights, sorted, order, scratch, of_heads};
+  s = run_blocks(on, of_heads.items(), energies);
   if (s != status::ok) return s;
-  const rank_norms_body<Seen> curve{recent, seen, weights, order, norms, scratch};
-  return run_blocks(on, curve.items(), curve);
+  const row_parts of_sequences = row_parts::of(seen.sequences(), blocks);
+  const rank_norms_body<Seen> curve{recent, seen, weights, order, norms, scratch, of_sequences};
+  return run_blocks(on, of_sequences.items(), curve);
 }
 
 /// Keeps what comes from the cut on in a head's order.
