@@ -4,7 +4,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#include "cuda/device/managed_backend.cuh"
+#include "cuda/device/pinned_backend.cuh"
 #elif defined(REFREEKV_TEST_EMULATED)
 #include "cuda/emulated_backend.hpp"
 #else
@@ -15,12 +15,19 @@
 
 /// A device divides the work as it likes: every run is another order.
 template <int parts>
-managed_backend divided() {
+pinned_backend divided() {
   return {};
 }
 
 inline constexpr bool exhaustive = false;
 constexpr unsigned affordable(unsigned count) { return count; }
+
+/// Whether the backend reaches what a test has by other means than `new`.
+inline bool reaches_mapped_memory() {
+  int reaches = 0;
+  cudaDeviceGetAttribute(&reaches, cudaDevAttrPageableMemoryAccess, 0);
+  return reaches != 0;
+}
 
 #elif defined(REFREEKV_TEST_EMULATED)
 
@@ -54,4 +61,8 @@ constexpr unsigned affordable(unsigned count) {
 #endif
 }
 
+#endif
+
+#if !defined(__CUDACC__)
+constexpr bool reaches_mapped_memory() { return true; }
 #endif

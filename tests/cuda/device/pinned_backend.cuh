@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA backend for tests of every backend: it runs the device's kernels on the host's memory.
 //
-// Whatever a test allocates is managed memory, which both can reach, so the sources that test the
-// CPU test the device. Each launch is waited for, and an error in it ends the program.
+// Whatever a test allocates, and its stack, is page-locked memory, which both reach at the same
+// address (pinned_main.cpp), so the sources that test the CPU test the device. Each launch is
+// waited for, and an error in it ends the program.
 #pragma once
 
 #include <cstdio>
@@ -12,34 +13,34 @@
 #include "../eigen_elements.hpp"
 #include "refreekv/cuda/backend.cuh"
 
-struct managed_backend : refreekv::cuda_backend {};
+struct pinned_backend : refreekv::cuda_backend {};
 
-namespace managed {
+namespace pinned {
 
-inline void finish(const managed_backend& on) noexcept {
+inline void finish(const pinned_backend& on) noexcept {
   if (const cudaError_t error = cudaStreamSynchronize(on.stream); error != cudaSuccess) {
     std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
     std::abort();
   }
 }
 
-}  // namespace managed
+}  // namespace pinned
 
 namespace refreekv::inline v0 {
 
 namespace cuda_detail {
 
 template <kernel_body Body>
-[[nodiscard]] status run_blocks(const managed_backend& on, index_t items,
+[[nodiscard]] status run_blocks(const pinned_backend& on, index_t items,
                                 const Body& body) noexcept {
   const status s = run_blocks(static_cast<const cuda_backend&>(on), items, body);
-  managed::finish(on);
+  pinned::finish(on);
   return s;
 }
 
 }  // namespace cuda_detail
 
 template <>
-struct ops<managed_backend> : cuda_detail::device_ops<managed_backend, host_memory> {};
+struct ops<pinned_backend> : cuda_detail::device_ops<pinned_backend, host_memory> {};
 
 }  // namespace refreekv::inline v0
