@@ -2,14 +2,18 @@
 // What deciding and pruning cost on a device, against reading the keys in alternating runs.
 //
 // A row is work/model/how: all layers of a model in one batch, or one after the other, each call by
-// itself or all of them in a graph. Times are between events of the stream; before each, the second
-// level cache is overwritten. `limit` is the bandwidth of a kernel that only reads the keys.
+// itself or all of them in a graph, and what else is another way. Times are between events of the
+// stream; before each, the second level cache is overwritten. `limit` is the bandwidth of a kernel
+// that only reads the keys.
 #include <benchmark/benchmark.h>
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 
-#include <array>
+#include <algorithm>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,14 +59,15 @@ class device_array {
 };
 
 /// Noise: attention is spread out, so about 2 % are dropped and what is measured is the decision.
-__global__ void fill(element* data, index_t count, float scale) {
+template <class T>
+__global__ void fill(T* data, index_t count, float scale) {
   for (index_t i = blockIdx.x * index_t{blockDim.x} + threadIdx.x; i < count;
        i += index_t{gridDim.x} * blockDim.x) {
     std::uint64_t x = static_cast<std::uint64_t>(i) * 0x9E3779B97F4A7C15u + 0xD1B54A32D192ED03u;
     x ^= x >> 32;
     x *= 0xBF58476D1CE4E5B9u;
     const auto noise = static_cast<float>(static_cast<std::int32_t>(x >> 32)) * 0x1p-31f;
-    data[i] = __float2bfloat16(scale * noise);
+    data[i] = static_cast<T>(scale * noise);
   }
 }
 
@@ -83,84 +88,182 @@ __global__ void read(const uint4* data, index_t count, unsigned* sink) {
   if (bits == 0x9E3779B9u) *sink = bits;
 }
 
-/// All layers of a model after the prefill of a batch of prompts of one length.
+/// A batch of prompts of one length, of all layers of a model.
+struct batch_shape {
+  geometry of;
+  index_t tokens, capacity, batch;
+
+  index_t rows_of_layer(index_t row_tokens) const { return batch * of.kv_heads * row_tokens; }
+  index_t rows(index_t row_tokens) const { return of.layers * rows_of_layer(row_tokens); }
+};
+
+/// A source for each layer, and all of them as one.
+template <class Source>
+class layer_table {
+ public:
+  explicit layer_table(std::vector<Source> layers)
+      : layers_(std::move(layers)), there_(static_cast<index_t>(layers_.size())) {
+    there_.upload(layers_);
+  }
+  const Source& layer(index_t l) const { return layers_[static_cast<std::size_t>(l)]; }
+  layered<Source> batched() const {
+    return {view<const Source, 1, device>(there_.data(), {there_.count()}), layers_[0]};
+  }
+
+ private:
+  std::vector<Source> layers_;
+  device_array<Source> there_;
+};
+
+/// Rows of `columns` numbers: [layer, sequence, kv_head, capacity].
+template <class T>
+class dense_layers {
+ public:
+  dense_layers(const batch_shape& s, lengths_view<device> lengths, index_t columns, float scale)
+      : elements_(s.rows(s.capacity) * columns), table_(layers(s, lengths, columns)) {
+    fill<<<4096, 256>>>(elements_.data(), elements_.count(), scale);
+  }
+  static index_t row_bytes(const geometry& g) { return g.head_dim * index_t{sizeof(T)}; }
+  auto layer(index_t l) const { return table_.layer(l); }
+  auto batched() const { return table_.batched(); }
+  const void* data() const { return elements_.data(); }
+
+ private:
+  using source = dense<T, device>;
+
+  std::vector<source> layers(const batch_shape& s, lengths_view<device> lengths,
+                             index_t columns) const {
+    std::vector<source> all;
+    for (index_t l = 0; l < s.of.layers; ++l) {
+      T* const first = elements_.data() + l * s.rows_of_layer(s.capacity) * columns;
+      all.emplace_back(view<T, 4, device>(first, {s.batch, s.of.kv_heads, s.capacity, columns}),
+                       lengths);
+    }
+    return all;
+  }
+
+  device_array<T> elements_;
+  layer_table<source> table_;
+};
+
+/// 8 bits a number, and a scale for each token, noise as well.
+class fp8_layers {
+ public:
+  fp8_layers(const batch_shape& s, lengths_view<device> lengths, index_t columns, float scale)
+      : rows_(s, lengths, columns, scale), scales_(s, lengths, 1, 1) {}
+  static index_t row_bytes(const geometry& g) { return g.head_dim; }
+  auto layer(index_t l) const { return scaled_keys(rows_.layer(l), scales_.layer(l)); }
+  auto batched() const { return scaled_keys(rows_.batched(), scales_.batched()); }
+  const void* data() const { return rows_.data(); }
+
+ private:
+  dense_layers<__nv_fp8_e4m3> rows_;
+  dense_layers<float> scales_;
+};
+
+/// Pages of 16 tokens, in random order; one table for all layers, whose pools are apart.
+class paged_layers {
+ public:
+  paged_layers(const batch_shape& s, lengths_view<device> lengths, index_t columns, float scale)
+      : pages_((s.capacity + page_tokens - 1) / page_tokens * s.batch),
+        elements_(s.of.layers * pages_ * s.of.kv_heads * page_tokens * columns),
+        ids_(pages_),
+        table_(layers(s, lengths, columns)) {
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(pages_));
+    std::iota(ids.begin(), ids.end(), 0);
+    std::shuffle(ids.begin(), ids.end(), std::mt19937(1));
+    ids_.upload(ids);
+    fill<<<4096, 256>>>(elements_.data(), elements_.count(), scale);
+  }
+  static index_t row_bytes(const geometry& g) { return g.head_dim * index_t{sizeof(element)}; }
+  auto layer(index_t l) const { return table_.layer(l); }
+  auto batched() const { return table_.batched(); }
+  const void* data() const { return elements_.data(); }
+
+ private:
+  static constexpr index_t page_tokens = 16;
+  using source = paged<element, std::int32_t, device>;
+
+  std::vector<source> layers(const batch_shape& s, lengths_view<device> lengths,
+                             index_t columns) const {
+    std::vector<source> all;
+    const auto table = page_table<std::int32_t, device>::padded(
+        view<const std::int32_t, 2, device>(ids_.data(), {s.batch, pages_ / s.batch}), lengths);
+    for (index_t l = 0; l < s.of.layers; ++l) {
+      element* const first = elements_.data() + l * (elements_.count() / s.of.layers);
+      all.emplace_back(
+          view<element, 4, device>(first, {pages_, s.of.kv_heads, page_tokens, columns}), table);
+    }
+    return all;
+  }
+
+  index_t pages_;
+  device_array<element> elements_;
+  device_array<std::int32_t> ids_;
+  layer_table<source> table_;
+};
+
+/// All layers of a model after the prefill, with the last `window` queries. Values are keys' twins.
+template <class Cache>
 class model {
  public:
-  model(const geometry& g, index_t tokens, index_t batch, bool with_values)
-      : g_(g),
-        tokens_(tokens),
-        batch_(batch),
-        keys_(elements()),
-        values_(with_values ? elements() : 0),
-        queries_(g.layers * batch * g.q_heads * g.head_dim),
-        lengths_(batch),
-        key_table_(g.layers),
-        value_table_(g.layers),
-        kept_(g.layers * batch) {
-    fill<<<4096, 256>>>(keys_.data(), keys_.count(), 1.7f);
-    if (with_values) fill<<<4096, 256>>>(values_.data(), values_.count(), 1);
+  model(const batch_shape& s, index_t window, bool with_values)
+      : shape_(s),
+        window_(window),
+        lengths_(s.batch),
+        keys_(s, lengths(), s.of.head_dim, 1.7f),
+        queries_(s.of.layers * s.batch * window * s.of.q_heads * s.of.head_dim),
+        kept_(s.of.layers * s.batch) {
+    lengths_.upload(std::vector<position_t>(static_cast<std::size_t>(s.batch),
+                                            static_cast<position_t>(s.tokens)));
+    if (with_values) values_ = std::make_unique<Cache>(s, lengths(), s.of.head_dim, 1.0f);
     fill<<<64, 256>>>(queries_.data(), queries_.count(), 1);
     check(cudaGetLastError());
-    lengths_.upload(
-        std::vector<position_t>(static_cast<std::size_t>(batch), static_cast<position_t>(tokens)));
-    for (index_t l = 0; l < g.layers; ++l) {
-      key_layers_.push_back(source(keys_.data(), l));
-      value_layers_.push_back(source(values_.data(), with_values ? l : 0));
-    }
-    key_table_.upload(key_layers_);
-    value_table_.upload(value_layers_);
     check(cudaDeviceSynchronize());
   }
 
-  static std::size_t bytes(const geometry& g, index_t tokens, index_t batch, bool with_values) {
-    const index_t elements = g.layers * batch * g.kv_heads * tokens * g.head_dim;
-    return static_cast<std::size_t>(elements) * sizeof(element) * (with_values ? 2 : 1);
+  /// Of keys and values as the device holds them.
+  static std::size_t bytes(const batch_shape& s, bool with_values) {
+    const index_t rows = s.rows(s.capacity);
+    return static_cast<std::size_t>(rows * Cache::row_bytes(s.of) * (with_values ? 2 : 1));
   }
-  const device_array<element>& keys() const { return keys_; }
+  /// Of the keys that there are. They are read where the limit is measured: as many, from the
+  /// first.
+  index_t key_bytes() const { return shape_.rows(shape_.tokens) * Cache::row_bytes(shape_.of); }
+  const uint4* keys() const { return static_cast<const uint4*>(keys_.data()); }
 
   /// Calls f(observation, values, kept) for all layers in one batch.
   template <class F>
   void batched(const F& f) const {
-    const layered keys(table(key_table_), key_layers_[0]);
-    const layered values(table(value_table_), value_layers_[0]);
     // All are measured, those that would stay whole as well.
-    f(observe(queries(0, g_.layers), keys, {.layer = 2}), values, cuts(0, g_.layers));
+    f(observe(queries(0, shape_.of.layers), keys_.batched(), {.layer = 2}),
+      (values_ ? *values_ : keys_).batched(), cuts(0, shape_.of.layers));
   }
   /// The same for each layer by itself.
   template <class F>
   void one_by_one(const F& f) const {
-    for (index_t l = 0; l < g_.layers; ++l) {
-      const auto i = static_cast<std::size_t>(l);
-      f(observe(queries(l, 1), key_layers_[i], {.layer = 2}), value_layers_[i], cuts(l, 1));
+    for (index_t l = 0; l < shape_.of.layers; ++l) {
+      f(observe(queries(l, 1), keys_.layer(l), {.layer = 2}), (values_ ? *values_ : keys_).layer(l),
+        cuts(l, 1));
     }
   }
 
  private:
-  using source_type = dense<element, device>;
-
-  index_t elements() const { return g_.layers * batch_ * g_.kv_heads * tokens_ * g_.head_dim; }
-  source_type source(element* data, index_t l) const {
-    return source_type(view<element, 4, device>(data + l * (elements() / g_.layers),
-                                                {batch_, g_.kv_heads, tokens_, g_.head_dim}),
-                       lengths_view<device>(lengths_.data(), {batch_}));
-  }
-  view<const source_type, 1, device> table(const device_array<source_type>& sources) const {
-    return {sources.data(), {g_.layers}};
-  }
+  lengths_view<device> lengths() const { return {lengths_.data(), {shape_.batch}}; }
   view<const element, 4, device> queries(index_t first, index_t count) const {
-    return {queries_.data() + first * (queries_.count() / g_.layers),
-            {count * batch_, 1, g_.q_heads, g_.head_dim}};
+    return {queries_.data() + first * (queries_.count() / shape_.of.layers),
+            {count * shape_.batch, window_, shape_.of.q_heads, shape_.of.head_dim}};
   }
   kept_ranges<device> cuts(index_t first, index_t count) const {
-    return {kept_.data() + first * batch_, {count * batch_, 1}};
+    return {kept_.data() + first * shape_.batch, {count * shape_.batch, 1}};
   }
 
-  geometry g_;
-  index_t tokens_, batch_;
-  device_array<element> keys_, values_, queries_;
+  batch_shape shape_;
+  index_t window_;
   device_array<position_t> lengths_;
-  std::vector<source_type> key_layers_, value_layers_;
-  device_array<source_type> key_table_, value_table_;
+  Cache keys_;
+  std::unique_ptr<Cache> values_;
+  device_array<element> queries_;
   device_array<kept_range> kept_;
 };
 
@@ -228,24 +331,38 @@ class graph {
 };
 
 enum class work { select, compact, prune };
+enum class layout { dense, fp8, paged };
+
+/// How the work is done: the end of a row's name says what is not as in the first rows.
+struct way {
+  std::string name;
+  bool in_batch = true, in_graph = false;
+  layout keys = layout::dense;
+  count_t window = 1;
+  row_average average = row_average::mean;
+  index_t capacity = 0;  // or as many as there are tokens
+  bool one_layer = false;
+};
 
 /// One of the verbs on all layers, against reading all keys.
-void measure(benchmark::State& state, const geometry& g, work what, bool in_batch, bool in_graph) {
+template <class Cache>
+void measure(benchmark::State& state, const geometry& g, work what, const way& how) {
   const index_t tokens = state.range(0), batch = state.range(1);
+  const batch_shape shape{g, tokens, std::max(how.capacity, tokens), batch};
   const bool with_values = what != work::select;
   std::size_t available = 0, total = 0;
   check(cudaMemGetInfo(&available, &total));
-  const std::size_t needed = model::bytes(g, tokens, batch, with_values);
+  const std::size_t needed = model<Cache>::bytes(shape, with_values);
   if (needed + (std::size_t{2} << 30) > available) {
     state.SkipWithError("the caches do not fit into the device's memory");
     return;
   }
-  const model caches(g, tokens, batch, with_values);
+  const model<Cache> caches(shape, how.window, with_values);
   timer clock;
   const cuda_backend on{clock.stream()};
-  const policy::refreekv rule;
+  const policy::refreekv rule{.window = how.window, .average = how.average};
   const auto for_all = [&](const auto& f) {
-    if (in_batch) {
+    if (how.in_batch) {
       caches.batched(f);
     } else {
       caches.one_by_one(f);
@@ -259,26 +376,26 @@ void measure(benchmark::State& state, const geometry& g, work what, bool in_batc
   const workspace<device> scratch{memory.data(), scratch_bytes};
   const auto run = [&](work verb) {
     for_all([&](const auto& seen, const auto& values, const auto& kept) {
-      constexpr auto how = compaction::sinks_up;
       if (verb == work::select) check(select(rule, on, seen, kept, scratch));
-      if (verb == work::compact) check(compact(on, kept, how, seen.keys, values));
-      if (verb == work::prune) check(prune(rule, on, seen, kept, scratch, how, values));
+      if constexpr (kv_source<std::remove_cvref_t<decltype(values)>>) {
+        constexpr auto up = compaction::sinks_up;
+        if (verb == work::compact) check(compact(on, kept, up, seen.keys, values));
+        if (verb == work::prune) check(prune(rule, on, seen, kept, scratch, up, values));
+      }
     });
   };
   run(work::select);  // compact needs cuts
   run(what);          // and a graph code that is loaded
   std::function<void()> launch = [&] { run(what); };
   std::unique_ptr<graph> captured;
-  if (in_graph) {
+  if (how.in_graph) {
     captured = std::make_unique<graph>(clock.stream(), launch);
     launch = [&] { (*captured)(); };
   }
 
   device_array<unsigned> sink(1);
   const auto read_keys = [&] {
-    read<<<2048, 256, 0, clock.stream()>>>(reinterpret_cast<const uint4*>(caches.keys().data()),
-                                           static_cast<index_t>(caches.keys().bytes() / 16),
-                                           sink.data());
+    read<<<2048, 256, 0, clock.stream()>>>(caches.keys(), caches.key_bytes() / 16, sink.data());
   };
   std::vector<double> times, limits;
   for (auto _ : state) {
@@ -288,32 +405,99 @@ void measure(benchmark::State& state, const geometry& g, work what, bool in_batc
   }
   check(cudaGetLastError());
   const double time = median(times), limit = median(limits);
-  const double gigabytes = static_cast<double>(caches.keys().bytes()) * 1e-9;
+  const double gigabytes = static_cast<double>(caches.key_bytes()) * 1e-9;
   state.counters["ms"] = time * 1e3;
   state.counters["limit_ms"] = limit * 1e3;
   state.counters["limit_GB/s"] = gigabytes / limit;
   state.counters["of_limit"] = limit / time;
   if (what != work::compact) state.counters["GB/s"] = gigabytes / time;
   state.counters["workspace"] =
-      static_cast<double>(scratch_bytes) / static_cast<double>(2 * caches.keys().bytes());
+      static_cast<double>(scratch_bytes) / static_cast<double>(2 * caches.key_bytes());
 }
 
-void add(const geometry& g, const char* name, work what, bool in_batch, bool in_graph) {
-  const std::string how =
-      std::string(in_batch ? "batched" : "one_by_one") + (in_graph ? "_graph" : "");
-  const std::string row = std::string("cuda/") + name + "/" + g.name + "/" + how;
+void measure(benchmark::State& state, const geometry& g, work what, const way& how) {
+  switch (how.keys) {
+    case layout::dense: return measure<dense_layers<element>>(state, g, what, how);
+    case layout::fp8: return measure<fp8_layers>(state, g, what, how);
+    case layout::paged: return measure<paged_layers>(state, g, what, how);
+  }
+}
+
+void add(geometry g, work what, const way& how, const std::vector<std::int64_t>& tokens,
+         const std::vector<std::int64_t>& batches) {
+  const char* const names[] = {"select", "compact", "prune"};
+  const std::string row = std::string("cuda/") + names[static_cast<int>(what)] + "/" + g.name +
+                          "/" + how.name + (how.in_graph ? "_graph" : "");
+  if (how.one_layer) g.layers = 1;
   benchmark::RegisterBenchmark(row.c_str(),
                                [=](benchmark::State& state) {
                                  try {
-                                   measure(state, g, what, in_batch, in_graph);
+                                   measure(state, g, what, how);
                                  } catch (const std::exception& e) {
                                    state.SkipWithError(e.what());
                                  }
                                })
       ->ArgNames({"tokens", "batch"})
-      ->ArgsProduct({{1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072}, {1, 16, 64}})
+      ->ArgsProduct({tokens, batches})
       ->UseManualTime()
       ->Unit(benchmark::kMicrosecond);
+}
+
+void add_rows() {
+  for (const geometry& g : {geometries[0], geometries[1]}) {
+    for (const bool in_batch : {true, false}) {
+      for (const bool in_graph : {false, true}) {
+        for (const work what : {work::select, work::compact, work::prune}) {
+          add(g, what, {in_batch ? "batched" : "one_by_one", in_batch, in_graph},
+              {1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072}, {1, 16, 64});
+        }
+      }
+    }
+  }
+  const geometry& g = geometries[0];
+  for (const bool in_graph : {false, true}) {
+    // What an engine calls that prunes a layer before the next one has a cache.
+    add(g, work::select,
+        {.name = "one_layer", .in_batch = false, .in_graph = in_graph, .one_layer = true},
+        {8192, 131072}, {1, 16});
+  }
+  add(g, work::select, {.name = "batched_window16", .window = 16}, {8192}, {1});
+  add(g, work::select,
+      {.name = "batched_window16_frobenius", .window = 16, .average = row_average::frobenius},
+      {8192}, {1});
+  add(g, work::select, {.name = "batched_fp8", .keys = layout::fp8}, {8192, 131072}, {1});
+  for (const work what : {work::select, work::prune}) {
+    add(g, what, {.name = "batched_paged16", .keys = layout::paged}, {8192, 131072}, {1});
+  }
+  for (const bool in_batch : {true, false}) {
+    add(g, work::select,
+        {.name = in_batch ? "batched_capacity131072" : "one_layer_capacity131072",
+         .in_batch = in_batch,
+         .capacity = 131072,
+         .one_layer = !in_batch},
+        {8192}, {1});
+  }
+}
+
+/// What the times depend on besides this library.
+void describe_device() {
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, 0));
+  benchmark::AddCustomContext("device", properties.name);
+  const auto add_attribute = [](const char* name, cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, 0));
+    benchmark::AddCustomContext(name, std::to_string(value));
+  };
+  add_attribute("multiprocessors", cudaDevAttrMultiProcessorCount);
+  add_attribute("multiprocessor_clock_kHz", cudaDevAttrClockRate);
+  add_attribute("memory_clock_kHz", cudaDevAttrMemoryClockRate);
+  add_attribute("second_level_cache_bytes", cudaDevAttrL2CacheSize);
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver));
+  check(cudaRuntimeGetVersion(&runtime));
+  benchmark::AddCustomContext("cuda_driver", std::to_string(driver));
+  benchmark::AddCustomContext("cuda_runtime", std::to_string(runtime));
 }
 
 }  // namespace
@@ -325,18 +509,8 @@ int main(int argc, char** argv) {
     std::puts("no CUDA device: nothing was measured");
     return 77;
   }
-  cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, 0));
-  benchmark::AddCustomContext("device", properties.name);
-  for (const geometry& g : {geometries[0], geometries[1]}) {
-    for (const bool in_batch : {true, false}) {
-      for (const bool in_graph : {false, true}) {
-        add(g, "select", work::select, in_batch, in_graph);
-        add(g, "compact", work::compact, in_batch, in_graph);
-        add(g, "prune", work::prune, in_batch, in_graph);
-      }
-    }
-  }
+  describe_device();
+  add_rows();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   benchmark::RunSpecifiedBenchmarks();
