@@ -251,11 +251,8 @@ TEST_CASE("a reduction's error ends select", "[contract]") {
   CHECK(calls == 1);
 }
 
+#if !defined(__CUDACC__)  // no device reaches what a host maps: see cuda_backend_test.cu
 TEST_CASE("offsets past 2^31 elements are right", "[contract]") {
-  if (!reaches_mapped_memory()) {
-    WARN("not tested: the device does not reach memory that the host maps");
-    return;
-  }
   // Heads lie 3 * 2^30 elements apart in address space of which hardly any page is ever touched.
   const problem p = random_problem(base_seed() + 6, {300});
   constexpr index_t head_stride = index_t{3} << 30;
@@ -299,6 +296,7 @@ TEST_CASE("offsets past 2^31 elements are right", "[contract]") {
   for (index_t g = 0; g < 2; ++g) CHECK(in_pages.at(0, g) == expected.at(0, g));
   munmap(memory, bytes);
 }
+#endif
 
 TEST_CASE("prune refuses values of other sequences before anything is written", "[contract]") {
   const problem p = random_problem(base_seed() + 10, {300, 20});

@@ -22,13 +22,6 @@ pinned_backend divided() {
 inline constexpr bool exhaustive = false;
 constexpr unsigned affordable(unsigned count) { return count; }
 
-/// Whether the backend reaches what a test has by other means than `new`.
-inline bool reaches_mapped_memory() {
-  int reaches = 0;
-  cudaDeviceGetAttribute(&reaches, cudaDevAttrPageableMemoryAccess, 0);
-  return reaches != 0;
-}
-
 #elif defined(REFREEKV_TEST_EMULATED)
 
 /// With 1 part blocks and threads run in order, otherwise in one that the number decides.
@@ -61,8 +54,4 @@ constexpr unsigned affordable(unsigned count) {
 #endif
 }
 
-#endif
-
-#if !defined(__CUDACC__)
-constexpr bool reaches_mapped_memory() { return true; }
 #endif

@@ -107,7 +107,7 @@ REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noe
 
 /// How many tiles hold all rows of a KV head.
 template <int Rows>
-[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tiles_of(index_t rows) noexcept {
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t row_tiles(index_t rows) noexcept {
   return (rows + Rows - 1) / Rows;
 }
 
@@ -136,7 +136,7 @@ struct statistics_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t kv_heads = seen.kv_heads();
     const int group = narrow(seen.q_heads() / kv_heads), rows_of_head = narrow(rows);
-    const index_t tiles = tiles_of<Rows>(group * rows);
+    const index_t tiles = row_tiles<Rows>(group * rows);
     const int tile = narrow(item % tiles);
     item /= tiles;
     const int kv_head = narrow(item % kv_heads), part = narrow(item / kv_heads % cut.parts);
@@ -269,7 +269,7 @@ template <class Backend, class Seen>
   const auto run = [&](auto tile) {
     return with_lanes(seen, [&](auto lanes) {
       const row_parts cut = row_parts::of_chunks(
-          seen.sequences() * seen.kv_heads() * tiles_of<tile()>(wanted), chunks);
+          seen.sequences() * seen.kv_heads() * row_tiles<tile()>(wanted), chunks);
       const statistics_body<Seen, tile(), lanes()> body{scaled(seen), window, row, rows,
                                                         sinks,        chunks, cut, statistics};
       return run_blocks(on, cut.items(), body);

@@ -300,6 +300,7 @@ TEST_CASE("layers in one batch are decided each by itself", "[cuda]") {
   }
 }
 
+// In 5 GB of the device's memory.
 TEST_CASE("offsets past 2^31 elements are right", "[cuda]") {
   using element = __nv_bfloat16;
   constexpr index_t tokens = 300, far = (index_t{1} << 31) + 8;
@@ -311,12 +312,6 @@ TEST_CASE("offsets past 2^31 elements are right", "[cuda]") {
   for (const strides& apart : {strides{far, row}, strides{row, far / 256}}) {
     const index_t elements = apart.of_head + (tokens - 1) * apart.of_token + row;
     CAPTURE(apart.of_head, apart.of_token);
-    std::size_t available = 0, total = 0;
-    REQUIRE(cudaMemGetInfo(&available, &total) == cudaSuccess);
-    if (available < size(elements) * sizeof(element) + (std::size_t{1} << 28)) {
-      WARN("not tested: the device has " << available << " bytes for " << elements << " elements");
-      continue;
-    }
     const stream s;
     const cuda_backend on{s.get()};
     const device_array<element> keys(size(elements)), queries(l.queries);
