@@ -11,12 +11,15 @@
 using namespace refreekv;
 using cuda_detail::infinity;
 using cuda_detail::not_a_number;
+using cuda_detail::row_cut;
 using emulation::emulated_backend;
 
 namespace {
 
 constexpr float denormal = std::numeric_limits<float>::denorm_min();
 constexpr unsigned orders[] = {0, 1, 20251124};
+/// A block a row, and over a grid: with parts that end where blocks of tokens do, or anywhere.
+constexpr row_cut cuts[] = {{1}, {3, 256}, {8, 51}};
 
 /// Calls find(block, shared, row) in one block, with a row of stride 2.
 template <class Shared, class Find>
@@ -360,8 +363,9 @@ auto cpu_scratch(const Seen& seen) {
       [&](arena& from) { return cpu_detail::selection_scratch::take(from, 1, seen); });
 }
 template <class Seen>
-auto device_scratch(const Seen& seen) {
-  return scratch_of([&](arena& from) { return cuda_detail::selection_scratch::take(from, seen); });
+auto device_scratch(const Seen& seen, const row_cut& cut = {1}) {
+  return scratch_of(
+      [&](arena& from) { return cuda_detail::selection_scratch::take(from, seen, cut, cut); });
 }
 
 }  // namespace
@@ -398,16 +402,19 @@ TEST_CASE("blocks keep the CPU's best tokens", "[cuda][top_tokens]") {
         quotas[4] = {quota.ranked / 2, quota.recent + 1};
         const auto seen = b.seen();
         const auto cpu = cpu_scratch(seen);
-        const auto device = device_scratch(seen);
-        b.check(
-            [&](const auto& kept) {
-              cpu_detail::top_tokens(cpu_backend{}.on, quotas.data(), seen, b.scores.view(), kept,
-                                     *cpu);
-            },
-            [&](const auto& on, const auto& kept) {
-              return cuda_detail::top_tokens(on, quotas.data(), seen, b.scores.view(), kept,
-                                             *device);
-            });
+        for (const row_cut& cut : cuts) {
+          CAPTURE(cut.parts, cut.part_least);
+          const auto device = device_scratch(seen, cut);
+          b.check(
+              [&](const auto& kept) {
+                cpu_detail::top_tokens(cpu_backend{}.on, quotas.data(), seen, b.scores.view(), kept,
+                                       *cpu);
+              },
+              [&](const auto& on, const auto& kept) {
+                return cuda_detail::top_tokens(on, quotas.data(), seen, b.scores.view(), kept,
+                                               *device);
+              });
+        }
       }
     }
   }
@@ -424,16 +431,135 @@ TEST_CASE("blocks keep the CPU's share of attention", "[cuda][top_tokens]") {
         for (index_t t = 0; t < 256; ++t) b.scores.view()(3, 0, t) = 0;
         const auto seen = b.seen();
         const auto cpu = cpu_scratch(seen);
-        const auto device = device_scratch(seen);
-        b.check(
-            [&](const auto& kept) {
-              cpu_detail::top_mass(cpu_backend{}.on, share, false, seen, b.scores.view(), kept,
-                                   *cpu);
-            },
-            [&](const auto& on, const auto& kept) {
-              return cuda_detail::top_mass(on, share, false, seen, b.scores.view(), kept, *device);
-            });
+        for (const row_cut& cut : {cuts[0], random.one_of({cuts[1], cuts[2]})}) {
+          CAPTURE(cut.parts, cut.part_least);
+          const auto device = device_scratch(seen, cut);
+          b.check(
+              [&](const auto& kept) {
+                cpu_detail::top_mass(cpu_backend{}.on, share, false, seen, b.scores.view(), kept,
+                                     *cpu);
+              },
+              [&](const auto& on, const auto& kept) {
+                return cuda_detail::top_mass(on, share, false, seen, b.scores.view(), kept,
+                                             *device);
+              });
+        }
       }
+    }
+  }
+}
+
+TEST_CASE("parts of rows make up the whole", "[cuda][top_tokens]") {
+  for (const row_cut& cut : {row_cut{1}, row_cut{3, 256}, row_cut{256, 1}, row_cut{5, 51},
+                             row_cut::of(8, 131072), row_cut::of(100, 40000)}) {
+    for (const index_t count : {0, 1, 2, 50, 51, 52, 255, 256, 257, 768, 769, 6000, 131072}) {
+      CAPTURE(cut.parts, cut.part_least, count);
+      index_t next = 0, used = 0;
+      for (index_t p = 0; p < cut.parts; ++p) {
+        const token_range part = cut.part(p, count);
+        REQUIRE(part.begin == next);
+        used += part.end > part.begin ? 1 : 0;
+        next = part.end;
+      }
+      REQUIRE(next == count);
+      REQUIRE(cut.used(count) == std::max<index_t>(1, used));
+    }
+  }
+  // Short rows and many of them are not cut.
+  REQUIRE(row_cut::of(8, 8192).parts == 1);
+  REQUIRE(row_cut::of(8, 131072).parts == 32);
+  REQUIRE(row_cut::of(128, 131072).parts == 4);
+  REQUIRE(row_cut::of(512, 1 << 20).parts == 1);
+  REQUIRE(row_cut::of(0, 0).parts == 1);
+}
+
+namespace {
+
+/// select(on, seen, kept, scratch) is the same over a grid, by blocks in different orders, as by a
+/// block for each row.
+template <class Select>
+void same_on_grid(const batch& b, const row_cut& cut, const Select& select) {
+  const auto seen = b.seen();
+  const auto whole = device_scratch(seen);
+  decision expected(b.sequences(), b.kv_heads(), b.capacity());
+  REQUIRE(select(emulated_backend{}, seen, expected.kept(), *whole) == status::ok);
+  for (const unsigned order : orders) {
+    CAPTURE(order);
+    const auto parts = device_scratch(seen, cut);
+    decision found(b.sequences(), b.kv_heads(), b.capacity());
+    REQUIRE(select(emulated_backend{order}, seen, found.kept(), *parts) == status::ok);
+    REQUIRE(found.same_as(expected));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a grid takes what one block takes", "[cuda][top_tokens]") {
+  random_source random(base_seed());
+  // Parts end at 64, 128 and 192; past 256 tokens at 128, 256 and 384.
+  constexpr row_cut cut{4, 64};
+  for (const position_t count : {1, 63, 64, 65, 128, 256, 257, 500}) {
+    batch b(random, {count, 3}, 1, false, random.one_of<index_t>({1, 3}));
+    const auto rows = nasty_rows(random, count);
+    for (std::size_t i = 0; i + 1 < rows.size(); ++i) {
+      for (index_t t = 0; t < count; ++t) {
+        b.scores.view()(0, 0, t) = rows[i][size(t)];
+        b.scores.view()(0, 1, t) = rows[i + 1][size(t)];
+      }
+      for (const index_t k : {index_t{0}, index_t{1}, index_t{count} / 2, index_t{count} - 1}) {
+        CAPTURE(base_seed(), count, i, k);
+        const token_quota quotas[] = {{k, 0}, {1, 1}};
+        const auto select = [&](const auto& on, const auto& seen, const auto& kept,
+                                const auto& scratch) {
+          return cuda_detail::top_tokens(on, quotas, seen, b.scores.view(), kept, scratch);
+        };
+        same_on_grid(b, cut, select);
+        if (k != index_t{count} / 2) continue;
+        float& some = b.scores.view()(0, 1, random.between(0, count - 1));
+        const float was = std::exchange(some, not_a_number);
+        same_on_grid(b, cut, select);
+        some = was;
+      }
+      for (index_t h = 0; h < 2; ++h) {
+        for (index_t t = 0; t < count; ++t) {
+          float& score = b.scores.view()(0, h, t);
+          score = std::min(std::abs(score), 1e30f);
+        }
+      }
+      const double share = random.one_of({0.0, 1e-9, 0.5, 0.95, 1.0});
+      CAPTURE(base_seed(), count, i, share);
+      same_on_grid(
+          b, cut, [&](const auto& on, const auto& seen, const auto& kept, const auto& scratch) {
+            return cuda_detail::top_mass(on, share, false, seen, b.scores.view(), kept, scratch);
+          });
+    }
+  }
+}
+
+TEST_CASE("rows that are long enough go over a grid", "[cuda][top_tokens]") {
+  random_source random(base_seed());
+  const batch b(random, {12000, 1, 9000, 2048}, 1, false, 1);
+  const row_cut cut = row_cut::of(4 * 2, 12000);
+  REQUIRE(cut.parts == 6);
+  arena count;
+  const auto taken = cuda_detail::selection_scratch::take(count, b.seen());
+  REQUIRE((taken.kv_rows.parts == 6 && taken.q_rows.parts == 6));
+  score_tensor scores = b.scores;
+  const token_quota quotas[] = {{1000, 50}, {1, 0}, {3000, 5000}, {2047, 0}};
+  same_on_grid(b, cut, [&](const auto& on, const auto& seen, const auto& kept, const auto& work) {
+    return cuda_detail::top_tokens(on, quotas, seen, scores.view(), kept, work);
+  });
+  // Values that a double's sum rounds away are taken, or not, by what it is to the last bit.
+  for (index_t h = 0; h < 2; ++h) {
+    for (index_t t = 0; t < 12000; ++t) scores.view()(0, h, t) = std::exp(random.normal(15));
+  }
+  for (const row_cut& some : {cut, row_cut{2}}) {
+    for (const double share : {0.9, 1.0}) {
+      CAPTURE(base_seed(), some.parts, share);
+      same_on_grid(
+          b, some, [&](const auto& on, const auto& seen, const auto& kept, const auto& work) {
+            return cuda_detail::top_mass(on, share, false, seen, scores.view(), kept, work);
+          });
     }
   }
 }
@@ -454,7 +580,7 @@ TEST_CASE("blocks keep the set of Twilight's published kernel", "[cuda][top_toke
     CAPTURE(base_seed(), share);
     const auto seen = b.seen();
     const auto cpu = cpu_scratch(seen);
-    const auto device = device_scratch(seen);
+    const auto device = device_scratch(seen, {3, 256});
     b.check(
         [&](const auto& kept) {
           cpu_detail::top_mass(cpu_backend{}.on, share, true, seen, b.scores.view(), kept, *cpu);
@@ -619,16 +745,18 @@ TEST_CASE("blocks have nothing to do for an empty batch", "[cuda][top_tokens]") 
     batch b(random, lengths, 2, true, 1);
     const auto seen = b.seen();
     const emulated_backend on;
-    const auto scratch = device_scratch(seen);
-    decision found(b.sequences(), b.kv_heads(), b.capacity());
     const std::vector<token_quota> quotas(lengths.size());
     const scores_view<> scores = b.scores.view();
-    REQUIRE(cuda_detail::top_tokens(on, quotas.data(), seen, scores, found.kept(), *scratch) ==
-            status::ok);
-    REQUIRE(cuda_detail::top_mass(on, 0.9, false, seen, scores, found.kept(), *scratch) ==
-            status::ok);
-    for (std::size_t s = 0; s < lengths.size(); ++s) {
-      REQUIRE(found.kept().counts(s, 1) == kept_count{0, 0});
+    for (const row_cut& cut : cuts) {
+      const auto scratch = device_scratch(seen, cut);
+      decision found(b.sequences(), b.kv_heads(), b.capacity());
+      REQUIRE(cuda_detail::top_tokens(on, quotas.data(), seen, scores, found.kept(), *scratch) ==
+              status::ok);
+      REQUIRE(cuda_detail::top_mass(on, 0.9, false, seen, scores, found.kept(), *scratch) ==
+              status::ok);
+      for (std::size_t s = 0; s < lengths.size(); ++s) {
+        REQUIRE(found.kept().counts(s, 1) == kept_count{0, 0});
+      }
     }
   }
 }

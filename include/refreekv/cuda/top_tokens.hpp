@@ -2,28 +2,11 @@
 // Choosing tokens by score on a device: the best ones, or those that hold a share of the sum.
 #pragma once
 
-#include "refreekv/cuda/value_limit.hpp"
-#include "refreekv/kept_positions.hpp"
+#include "refreekv/cuda/bisection.hpp"
+#include "refreekv/cuda/selection_scratch.hpp"
 #include "refreekv/norm_scan.hpp"
-#include "refreekv/scores.hpp"
-#include "refreekv/workspace.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
-
-struct selection_scratch {
-  value_limit* limits;  ///< [sequence, q_head]
-  float* page_scores;   ///< [sequence, q_head, page]; null where no bounds of pages are observed
-
-  template <class Seen>
-  [[nodiscard]] static selection_scratch take(arena& from, const Seen& seen) noexcept {
-    selection_scratch s{from.take<value_limit>(seen.sequences(), seen.q_heads()), nullptr};
-    if constexpr (requires { seen.pages; }) {
-      s.page_scores =
-          from.take<float>(seen.sequences(), seen.q_heads(), seen.pages.bounds.extent(2));
-    }
-    return s;
-  }
-};
 
 /// The tokens before the last `recent`.
 template <class Seen>
@@ -31,64 +14,6 @@ template <class Seen>
                                                     index_t recent) noexcept {
   const index_t tokens = seen.tokens(sequence);
   return tokens > recent ? tokens - recent : 0;
-}
-
-/// Keeps those of one head's tokens [0, candidates) for which holds(t), and all after them.
-template <class Memory, thread_block Block, class Predicate>
-REFREEKV_DEVICE void keep_where(Block& block, warp_values<std::uint64_t>& shared,
-                                const kept_positions<Memory>& kept, index_t sequence, index_t head,
-                                index_t candidates, index_t tokens,
-                                const Predicate& holds) noexcept {
-  position_t* to = kept.positions.at(sequence, head);
-  const index_t stride = kept.positions.stride(2);
-  const auto write = [&](index_t i, index_t t) { to[stride * i] = static_cast<position_t>(t); };
-  const index_t held = for_each_where(block, shared, candidates, holds, write);
-  for (index_t t = candidates + block.rank(); t < tokens; t += block_threads) {
-    write(held + t - candidates, t);
-  }
-  if (block.rank() == 0) {
-    kept.counts(sequence, head) = {static_cast<position_t>(held + tokens - candidates),
-                                   static_cast<position_t>(tokens)};
-  }
-}
-
-/// Keeps all of one head.
-template <class Memory, thread_block Block>
-REFREEKV_DEVICE void keep_tokens(const Block& block, const kept_positions<Memory>& kept,
-                                 index_t sequence, index_t head, index_t tokens,
-                                 bool undecided = false) noexcept {
-  for (index_t t = block.rank(); t < tokens; t += block_threads) {
-    kept.positions(sequence, head, t) = static_cast<position_t>(t);
-  }
-  if (block.rank() == 0) {
-    kept.counts(sequence, head) = {static_cast<position_t>(tokens), static_cast<position_t>(tokens),
-                                   undecided};
-  }
-}
-
-template <class Seen>
-struct keep_all_body {
-  struct shared {};
-  Seen seen;
-  kept_positions<typename Seen::memory> kept;
-
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
-  }
-
-  /// item: [sequence, kv_head]
-  template <thread_block Block>
-  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads();
-    keep_tokens(block, kept, sequence, item % seen.kv_heads(), seen.tokens(sequence));
-  }
-};
-
-template <class Backend, class Seen>
-[[nodiscard]] status keep_all(const Backend& on, const Seen& seen,
-                              const kept_positions<typename Seen::memory>& kept) noexcept {
-  const keep_all_body<Seen> body{seen, kept};
-  return run_blocks(on, body.items(), body);
 }
 
 /// Keeps a head's best and most recent tokens.
@@ -127,25 +52,35 @@ struct top_tokens_body {
   }
 };
 
-/// Keeps all of a sequence of which a head is undecided.
+/// The first launch of top_tokens over a grid: weighs the parts by the first digit. NaN shows where
+/// the tokens that are kept are counted.
 template <class Seen>
-struct keep_undecided_body {
-  struct shared {};
+struct rank_parts_body {
+  using memory = typename Seen::memory;
+  using shared = limit_memory<count_bins>;
+  const token_quota* quotas;
   Seen seen;
-  kept_positions<typename Seen::memory> kept;
+  kept_positions<memory> kept;
+  grid_descent<count_bins, memory> descent;
 
-  /// item: sequence
+  /// item: [sequence, kv_head, part]
   template <thread_block Block>
-  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t sequence) const noexcept {
-    const index_t heads = seen.kv_heads();
-    bool decided = true;
-    for (index_t h = block.rank(); h < heads; h += block_threads) {
-      decided = decided && !kept.counts(sequence, h).undecided;
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const cut_rows<memory>& rows = descent.rows;
+    const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
+    const index_t sequence = row / seen.kv_heads();
+    const token_quota quota = quotas[sequence];
+    const bool undecided = kept.counts(sequence, row % seen.kv_heads()).undecided;
+    row_tokens tokens{candidates_of(seen, sequence, quota.recent), seen.tokens(sequence)};
+    const bool all = undecided || quota.ranked >= tokens.candidates;
+    if (all) tokens.candidates = 0;
+    if (part >= rows.cut.used(tokens.candidates)) return;
+    if (block.rank() == 0) {
+      if (part == 0) rows.tokens[row] = tokens;
+      rows.limits[item] = undecided ? value_limit::undecided() : value_limit::nothing();
     }
-    if (block.sync_and(decided)) return;
-    for (index_t h = 0; h < heads; ++h) {
-      keep_tokens(block, kept, sequence, h, seen.tokens(sequence), true);
-    }
+    const auto ranked = static_cast<unsigned>(all ? 0 : quota.ranked);
+    descent.weigh(block, s, item, rows.cut.part(part, tokens.candidates), {{}, {0, ranked, 0}}, 0);
   }
 };
 
@@ -153,9 +88,19 @@ template <class Backend, class Seen>
 [[nodiscard]] status top_tokens(const Backend& on, const token_quota* quotas, const Seen& seen,
                                 const scores_view<typename Seen::memory>& scores,
                                 const kept_positions<typename Seen::memory>& kept,
-                                const selection_scratch&) noexcept {
-  const top_tokens_body<Seen> body{quotas, seen, scores, kept};
-  const status s = run_blocks(on, body.items(), body);
+                                const selection_scratch& scratch) noexcept {
+  status s = status::ok;
+  if (scratch.kv_rows.parts > 1) {
+    arena carve(scratch.grid);
+    using descent_type = grid_descent<count_bins, typename Seen::memory>;
+    const auto descent = descent_type::take(carve, scores, scratch.kv_rows);
+    const rank_parts_body<Seen> first{quotas, seen, kept, descent};
+    s = run_blocks(on, descent.rows.items(), first);
+    if (s == status::ok) s = keep_on_grid(on, descent, 1, kept);
+  } else {
+    const top_tokens_body<Seen> body{quotas, seen, scores, kept};
+    s = run_blocks(on, body.items(), body);
+  }
   if (s != status::ok) return s;
   return run_blocks(on, seen.sequences(), keep_undecided_body<Seen>{seen, kept});
 }
@@ -193,10 +138,8 @@ struct mass_limits_body {
   template <thread_block Block>
   REFREEKV_DEVICE value_limit limit_of(Block& block, shared& s, const value_row& row,
                                        index_t tokens) const noexcept {
-    double sum = 0;
-    for_each_value(block, row, tokens, [&](float v) { sum += double{v}; });
-    sum = block_reduce(block, s.sums, sum, plus{});
-    if (!norm_scan::decidable(sum)) return value_limit::everything();
+    const double sum = sum_of_values(block, s.sums, row, tokens);
+    if (!norm_scan::decidable(sum)) return value_limit::undecided();
     return sink_start ? limit_of_bisection(block, s.bisection, row, tokens,
                                            static_cast<float>(1 / sum), static_cast<float>(share))
                       : limit_of_sum(block, s.least, row, tokens, sum, share * sum);
@@ -222,20 +165,66 @@ struct keep_union_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
     const index_t group = seen.q_heads() / seen.kv_heads(), tokens = seen.tokens(sequence);
-    bool decided = true;
-    for (index_t g = 0; g < group; ++g) {
-      decided = decided && !limits[item * group + g].takes_everything();
+    const value_row first{scores.at(sequence, head * group), scores.stride(2)};
+    const limit_union all{first, scores.stride(1), limits + item * group, 1, group};
+    if (tokens > 0 && all.is_undecided()) {
+      return keep_tokens(block, kept, sequence, head, tokens, true);
     }
-    if (tokens > 0 && !decided) return keep_tokens(block, kept, sequence, head, tokens, true);
-    const float* first = scores.at(sequence, head * group);
-    keep_where(block, s, kept, sequence, head, tokens, tokens, [&](index_t t) {
-      bool taken = false;
-      for (index_t g = 0; g < group; ++g) {
-        const float score = first[g * scores.stride(1) + t * scores.stride(2)];
-        taken |= limits[item * group + g].takes(score, t);
-      }
-      return taken;
-    });
+    keep_where(block, s, kept, sequence, head, tokens, tokens,
+               [&](index_t t) { return all.takes(t); });
+  }
+};
+
+/// The first launch of top_mass over a grid: sums the tiles of the scores of query heads.
+template <class Seen>
+struct sum_parts_body {
+  using memory = typename Seen::memory;
+  using shared = warp_values<double>;
+  Seen seen;
+  grid_descent<mass_bins, memory> descent;
+
+  /// item: [sequence, q_head, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const cut_rows<memory>& rows = descent.rows;
+    const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
+    const index_t tokens = seen.tokens(row / seen.q_heads());
+    double* sums = descent.sums + row * tiles_of(rows.scores.extent(2));
+    for (index_t tile = part; tile < tiles_of(tokens); tile += rows.cut.parts) {
+      const double sum = sum_of_tile(block, s, rows.row(row), tokens, tile);
+      if (block.rank() == 0) sums[tile] = sum;
+    }
+    if (part == 0 && block.rank() == 0) rows.tokens[row] = {tokens, tokens};
+  }
+};
+
+/// The second launch: weighs the parts by the first digit.
+template <class Memory>
+struct weigh_masses_body {
+  struct shared {
+    warp_values<double> sums;
+    limit_memory<mass_bins> least;
+  };
+  double share;
+  grid_descent<mass_bins, Memory> descent;
+
+  /// item: [sequence, q_head, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const cut_rows<Memory>& rows = descent.rows;
+    const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
+    const index_t tokens = rows.tokens[row].candidates;
+    if (part >= rows.cut.used(tokens)) return;
+    const double* sums = descent.sums + row * tiles_of(rows.scores.extent(2));
+    const double sum = sum_of_tiles(block, s.sums, sums, tokens);
+    const bool decided = norm_scan::decidable(sum);
+    if (block.rank() == 0) {
+      rows.limits[item] =
+          decided || tokens == 0 ? value_limit::nothing() : value_limit::undecided();
+    }
+    const mass_bins bins(decided ? sum : 1);
+    descent.weigh(block, s.least, item, rows.cut.part(part, tokens),
+                  {bins, {0, decided ? bins.at_least(share * sum) : 0, 0}}, 0);
   }
 };
 
@@ -244,6 +233,17 @@ template <class Backend, class Seen>
                               const scores_view<typename Seen::memory>& scores,
                               const kept_positions<typename Seen::memory>& kept,
                               const selection_scratch& scratch) noexcept {
+  // How often a bisection reads its row depends on the values, and so is not a number of launches.
+  if (scratch.q_rows.parts > 1 && !sink_start) {
+    using memory = typename Seen::memory;
+    arena carve(scratch.grid);
+    const auto descent = grid_descent<mass_bins, memory>::take(carve, scores, scratch.q_rows);
+    const index_t items = descent.rows.items();
+    status s = run_blocks(on, items, sum_parts_body<Seen>{seen, descent});
+    if (s == status::ok) s = run_blocks(on, items, weigh_masses_body<memory>{share, descent});
+    if (s != status::ok) return s;
+    return keep_on_grid(on, descent, seen.q_heads() / seen.kv_heads(), kept);
+  }
   const mass_limits_body<Seen> limits{share, sink_start, seen, scores, scratch.limits};
   const status s = run_blocks(on, limits.items(), limits);
   if (s != status::ok) return s;

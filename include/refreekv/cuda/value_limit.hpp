@@ -3,7 +3,8 @@
 //
 // A radix descent finds the limit in place: digit by digit from the top, the values that share the
 // digits found so far are weighed in bins by their next one. Weights are integers, so sums are the
-// same in any order. A row is read once a digit, without temporary memory.
+// same in any order. A row is read once a digit, without temporary memory. grid_limit.hpp takes the
+// same steps over parts of a row.
 #pragma once
 
 #include <cmath>
@@ -21,10 +22,41 @@ struct value_limit {
 
   [[nodiscard]] REFREEKV_DEVICE static value_limit everything() noexcept { return {0, -1}; }
   [[nodiscard]] REFREEKV_DEVICE static value_limit nothing() noexcept { return {infinity, 0}; }
+  /// Everything, since there is nothing to decide on.
+  [[nodiscard]] REFREEKV_DEVICE static value_limit undecided() noexcept {
+    return {not_a_number, -1};
+  }
 
   [[nodiscard]] REFREEKV_DEVICE bool takes_everything() const noexcept { return equals_end < 0; }
+  [[nodiscard]] REFREEKV_DEVICE bool is_undecided() const noexcept { return least != least; }
   [[nodiscard]] REFREEKV_DEVICE bool takes(float value, index_t t) const noexcept {
     return value > least || (value == least && t < equals_end) || takes_everything();
+  }
+};
+
+/// What the limits of a group of rows take together.
+struct limit_union {
+  value_row first;
+  index_t row_stride;
+  const value_limit* limits;  ///< [row], limit_stride apart
+  index_t limit_stride;
+  index_t rows;
+
+  [[nodiscard]] REFREEKV_DEVICE value_row row(index_t i) const noexcept {
+    return {first.values + i * row_stride, first.stride};
+  }
+  [[nodiscard]] REFREEKV_DEVICE const value_limit& limit(index_t i) const noexcept {
+    return limits[i * limit_stride];
+  }
+  [[nodiscard]] REFREEKV_DEVICE bool is_undecided() const noexcept {
+    bool undecided = false;
+    for (index_t i = 0; i < rows; ++i) undecided |= limit(i).is_undecided();
+    return undecided;
+  }
+  [[nodiscard]] REFREEKV_DEVICE bool takes(index_t t) const noexcept {
+    bool taken = false;
+    for (index_t i = 0; i < rows; ++i) taken |= limit(i).takes(row(i)(t), t);
+    return taken;
   }
 };
 
@@ -54,6 +86,10 @@ struct count_bins {
   REFREEKV_DEVICE void add(Block& block, shared& s, std::uint32_t bin, float) const noexcept {
     block.add(s.counts[bin], 1u);
   }
+  /// How many values, all equal to `value`, have a weight, and how many have at least that.
+  [[nodiscard]] REFREEKV_DEVICE static index_t values_of(weight w, float) noexcept { return w; }
+  [[nodiscard]] REFREEKV_DEVICE static index_t values_for(weight w, float) noexcept { return w; }
+
   /// The weight of a bin, to the first of block_threads / bins neighbouring threads; 0 to others.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE weight of_bin(Block& block, const shared& s) const noexcept {
@@ -88,6 +124,12 @@ class mass_bins {
     const auto mass = static_cast<weight>(std::ceil(needed * scale_));
     return mass > 0 ? mass : 1;
   }
+  [[nodiscard]] REFREEKV_DEVICE index_t values_of(weight w, float value) const noexcept {
+    return static_cast<index_t>(std::rint(static_cast<double>(w) / static_cast<double>(of(value))));
+  }
+  [[nodiscard]] REFREEKV_DEVICE index_t values_for(weight w, float value) const noexcept {
+    return static_cast<index_t>(std::ceil(static_cast<double>(w) / static_cast<double>(of(value))));
+  }
 
   template <thread_block Block>
   REFREEKV_DEVICE void clear(const Block& block, shared& s) const noexcept {
@@ -114,11 +156,11 @@ class mass_bins {
   double scale_;  // a power of two: the sum becomes 2^60 to 2^61, which leaves room for rounding up
 };
 
-/// The smallest value that is taken.
+/// The smallest value that is taken, or what is known of it.
 template <class Weight>
 struct descent_end {
-  std::uint32_t bits;  ///< ordered_bits of it
-  Weight needed;       ///< what its equals must weigh together
+  std::uint32_t bits;  ///< ordered_bits of it: those of the digits that are found
+  Weight needed;       ///< what its equals, in these digits, must weigh together
   Weight equals;       ///< what all of them weigh
 };
 
@@ -133,49 +175,88 @@ struct limit_memory {
   index_t equals_end;
 };
 
-/// The fewest of the row's first `count` values, the largest ones, that weigh `needed` together;
-/// all of some weight if they do not. Requires no NaN, needed > 0 and a value of some weight.
-template <class Bins, thread_block Block>
-[[nodiscard]] REFREEKV_DEVICE auto descend(Block& block, limit_memory<Bins>& s,
-                                           const value_row& row, index_t count, const Bins& bins,
-                                           typename Bins::weight needed) noexcept {
-  constexpr std::uint32_t bin_count = 1u << Bins::digit_bits;
-  const auto bin = static_cast<std::uint32_t>(block.rank()) / (block_threads / bin_count);
-  descent_end<typename Bins::weight> end{0, needed, 0};
-  for (int shift = 32 - Bins::digit_bits; shift >= 0; shift -= Bins::digit_bits) {
-    bins.clear(block, s.bins);
-    block.sync();
-    for_each_value(block, row, count, [&](float v) {
-      const std::uint32_t digit = (ordered_bits(v) ^ end.bits) >> shift;
-      if (digit < bin_count) bins.add(block, s.bins, digit, v);
-    });
-    block.sync();
-    const auto own = bins.of_bin(block, s.bins);
-    const auto sums = block_suffix_sum(block, s.weights, own);
-    const auto above = sums.own - own;
-    if (end.needed > sums.all) end.needed = sums.all;
-    if (above < end.needed && end.needed <= sums.own) {
-      s.end = {end.bits | bin << shift, end.needed - above, own};
-    }
-    block.sync();
-    end = s.end;
+/// The digits of a value, from the top. Bin i is that of block_threads / bins neighbouring threads.
+template <class Bins>
+struct descent_digits {
+  static constexpr std::uint32_t bins = 1u << Bins::digit_bits;
+  static constexpr int count = 32 / Bins::digit_bits;
+  static constexpr int lanes = block_threads / static_cast<int>(bins);  ///< threads of a bin
+
+  [[nodiscard]] REFREEKV_DEVICE static int shift(int digit) noexcept {
+    return 32 - Bins::digit_bits * (digit + 1);
   }
-  return end;
+};
+
+/// Weighs those of the row's first `count` values that share the digits found before this one. The
+/// weight of a bin, to the first of its threads; 0 to others.
+template <class Bins, thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE auto weigh(Block& block, limit_memory<Bins>& s, const value_row& row,
+                                         index_t count, const Bins& bins, std::uint32_t found,
+                                         int digit) noexcept {
+  using digits = descent_digits<Bins>;
+  const int shift = digits::shift(digit);
+  bins.clear(block, s.bins);
+  block.sync();
+  for_each_value(block, row, count, [&](float v) {
+    const std::uint32_t bin = (ordered_bits(v) ^ found) >> shift;
+    if (bin < digits::bins) bins.add(block, s.bins, bin, v);
+  });
+  block.sync();
+  return bins.of_bin(block, s.bins);
 }
 
-/// The limit at a value of which `wanted` are taken, of `equals` that there are.
+/// The end with one more digit found, given what the whole row weighs as `weigh` gives it. Requires
+/// a needed weight, and a value of some weight.
+template <class Bins, thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE auto descended(Block& block, limit_memory<Bins>& s,
+                                             descent_end<typename Bins::weight> end,
+                                             typename Bins::weight own, int digit) noexcept {
+  using digits = descent_digits<Bins>;
+  const auto bin = static_cast<std::uint32_t>(block.rank()) / digits::lanes;
+  const auto sums = block_suffix_sum(block, s.weights, own);
+  const auto above = sums.own - own;
+  if (end.needed > sums.all) end.needed = sums.all;
+  if (above < end.needed && end.needed <= sums.own) {
+    s.end = {end.bits | bin << digits::shift(digit), end.needed - above, own};
+  }
+  block.sync();
+  return s.end;
+}
+
+/// The limit of values [begin, begin + count), which `row` starts with, at a value of which the
+/// first `wanted` are taken, of `equals` that there are.
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE value_limit limit_at(Block& block, limit_memory<Bins>& s,
-                                                   const value_row& row, index_t count, float least,
-                                                   index_t wanted, index_t equals) noexcept {
-  if (wanted >= equals) return {least, count};
+                                                   const value_row& row, index_t begin,
+                                                   index_t count, float least, index_t wanted,
+                                                   index_t equals) noexcept {
+  if (wanted >= equals) return {least, begin + count};
+  if (wanted <= 0) return {least, begin};
   for_each_where(
       block, s.counts, count, [&](index_t t) { return row(t) == least; },
       [&](index_t i, index_t t) {
-        if (i == wanted - 1) s.equals_end = t + 1;
+        if (i == wanted - 1) s.equals_end = begin + t + 1;
       });
   block.sync();
   return {least, s.equals_end};
+}
+
+/// The limit of the fewest of the row's first `count` values, the largest ones, that weigh `needed`
+/// together; all of some weight if they do not. Requires no NaN, needed > 0 and a value of some
+/// weight.
+template <class Bins, thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE value_limit limit_of_weight(Block& block, limit_memory<Bins>& s,
+                                                          const value_row& row, index_t count,
+                                                          const Bins& bins,
+                                                          typename Bins::weight needed) noexcept {
+  descent_end<typename Bins::weight> end{0, needed, 0};
+  for (int digit = 0; digit < descent_digits<Bins>::count; ++digit) {
+    const auto own = weigh(block, s, row, count, bins, end.bits, digit);
+    end = descended(block, s, end, own, digit);
+  }
+  const float least = from_ordered_bits(end.bits);
+  return limit_at(block, s, row, 0, count, least, bins.values_for(end.needed, least),
+                  bins.values_of(end.equals, least));
 }
 
 /// The limit of the k largest of the row's first `count` values. Requires 0 < k <= count and no
@@ -185,9 +266,7 @@ template <thread_block Block>
                                                            limit_memory<count_bins>& s,
                                                            const value_row& row, index_t count,
                                                            index_t k) noexcept {
-  const auto end = descend(block, s, row, count, count_bins{}, static_cast<unsigned>(k));
-  return limit_at(block, s, row, count, from_ordered_bits(end.bits), index_t{end.needed},
-                  index_t{end.equals});
+  return limit_of_weight(block, s, row, count, count_bins{}, static_cast<unsigned>(k));
 }
 
 /// The limit of the fewest of the row's first `count` values that sum to at least `needed`; all
@@ -197,60 +276,7 @@ template <thread_block Block>
                                                        const value_row& row, index_t count,
                                                        double sum, double needed) noexcept {
   const mass_bins bins(sum);
-  const auto end = descend(block, s, row, count, bins, bins.at_least(needed));
-  const float least = from_ordered_bits(end.bits);
-  const auto each = static_cast<double>(bins.of(least));
-  const double equals = std::rint(static_cast<double>(end.equals) / each);
-  const double wanted = std::ceil(static_cast<double>(end.needed) / each);
-  return limit_at(block, s, row, count, least, static_cast<index_t>(wanted),
-                  static_cast<index_t>(equals));
-}
-
-struct smaller {
-  template <class T>
-  REFREEKV_DEVICE T operator()(T a, T b) const noexcept {
-    return b < a ? b : a;
-  }
-};
-
-struct bisection_memory {
-  warp_values<float> values;
-  warp_values<double> sums;
-};
-
-/// The limit of the values that Twilight's published kernel takes: those above what it finds by
-/// bisection from the first one. Requires values >= 0 that sum to 1 / part.
-template <thread_block Block>
-[[nodiscard]] REFREEKV_DEVICE value_limit limit_of_bisection(Block& block, bisection_memory& s,
-                                                             const value_row& row, index_t count,
-                                                             float part, float share) noexcept {
-  constexpr float precision = 1e-5f;
-  float low = 0, high = row(0) * part;
-  for (;;) {
-    const float middle = (low + high) / 2;
-    float next = high, previous = low;
-    double above = 0;
-    for_each_value(block, row, count, [&](float x) {
-      const float v = x * part;
-      if (v > low && v < next) next = v;
-      if (v <= high && v > previous) previous = v;
-      if (v > middle) above += double{v};
-    });
-    next = block_reduce(block, s.values, next, smaller{});
-    previous = block_reduce(block, s.values, previous, larger{});
-    above = block_reduce(block, s.sums, above, plus{});
-    if (above >= double{share}) {
-      low = middle;
-    } else {
-      high = previous < middle ? previous : middle;
-    }
-    if (!(previous - next > precision)) break;
-  }
-  float least = infinity;
-  for_each_value(block, row, count, [&](float x) {
-    if (x * part > low && x < least) least = x;
-  });
-  return {block_reduce(block, s.values, least, smaller{}), count};
+  return limit_of_weight(block, s, row, count, bins, bins.at_least(needed));
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

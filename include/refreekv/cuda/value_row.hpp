@@ -14,6 +14,10 @@ struct value_row {
   [[nodiscard]] REFREEKV_DEVICE float operator()(index_t t) const noexcept {
     return values[t * stride];
   }
+  /// The row from a token on.
+  [[nodiscard]] REFREEKV_DEVICE value_row from(index_t t) const noexcept {
+    return {values + t * stride, stride};
+  }
 };
 
 /// Calls f(value) for each of the row's first `count`. Loads go out in batches: what bounds a block
@@ -43,6 +47,49 @@ template <thread_block Block>
   bool ordered = true;
   for_each_value(block, row, count, [&](float v) { ordered = ordered && v == v; });
   return !block.sync_and(ordered);
+}
+
+/// Values that are summed at once. A row's sum is that of its tiles, of which thread i adds i,
+/// i + block_threads and so on: the same bits, whichever blocks have summed the tiles.
+inline constexpr index_t tile_values = 8 * block_threads;
+
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tiles_of(index_t count) noexcept {
+  return (count + tile_values - 1) / tile_values;
+}
+
+/// The sum of a tile of the row's first `count` values, to all threads.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE double sum_of_tile(Block& block, warp_values<double>& shared,
+                                                 const value_row& row, index_t count,
+                                                 index_t tile) noexcept {
+  const index_t begin = tile * tile_values, left = count - begin;
+  double sum = 0;
+  for_each_value(block, row.from(begin), left < tile_values ? left : tile_values,
+                 [&](float v) { sum += double{v}; });
+  return block_reduce(block, shared, sum, plus{});
+}
+
+/// The sum of the row's first `count` values, to all threads.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE double sum_of_values(Block& block, warp_values<double>& shared,
+                                                   const value_row& row, index_t count) noexcept {
+  double sum = 0;
+  for (index_t tile = 0; tile < tiles_of(count); ++tile) {
+    const double of_tile = sum_of_tile(block, shared, row, count, tile);
+    if (tile % block_threads == block.rank()) sum += of_tile;
+  }
+  return block_reduce(block, shared, sum, plus{});
+}
+
+/// The same, of the sums of its tiles.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE double sum_of_tiles(Block& block, warp_values<double>& shared,
+                                                  const double* tiles, index_t count) noexcept {
+  double sum = 0;
+  for (index_t tile = block.rank(); tile < tiles_of(count); tile += block_threads) {
+    sum += tiles[tile];
+  }
+  return block_reduce(block, shared, sum, plus{});
 }
 
 /// Calls f(i, t) for the tokens t of [0, tokens) for which holds(t), the i-th of them from 0 in

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// The limits of long rows, over a grid: the steps of value_limit.hpp, each a launch whose blocks
+// take a part of a row.
+//
+// A block leaves what each bin of its part weighs. In the next launch all blocks of the row sum
+// these, find the same digit, and weigh their parts by the one after it.
+#pragma once
+
+#include "refreekv/cuda/grid_keep.hpp"
+#include "refreekv/workspace.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// How far a limit is found. Each part has its own, as all others have it.
+template <class Bins>
+struct descent_state {
+  Bins bins;
+  descent_end<typename Bins::weight> end;  ///< needed: 0 where the limit is known
+};
+
+template <class Bins, class Memory>
+struct grid_descent {
+  using digits = descent_digits<Bins>;
+  using weight = typename Bins::weight;
+  using memory = limit_memory<Bins>;
+
+  cut_rows<Memory> rows;
+  descent_state<Bins>* states;  ///< [row, part]
+  weight* weights;              ///< [2, row, part, bin]: of the last two digits, by turns
+  double* sums;                 ///< [row, tile]: of the values; of masses alone
+
+  [[nodiscard]] static grid_descent take(arena& from, const scores_view<Memory>& scores,
+                                         const row_cut& cut) noexcept {
+    const index_t count = scores.extent(0) * scores.extent(1);
+    grid_descent d{};
+    d.rows = {scores, cut, from.take<row_tokens>(count), from.take<value_limit>(count, cut.parts),
+              from.take<position_t>(count, cut.parts)};
+    d.states = from.take<descent_state<Bins>>(count, cut.parts);
+    d.weights = from.take<weight>(2, count, cut.parts, digits::bins);
+    if constexpr (std::is_same_v<Bins, mass_bins>) {
+      d.sums = from.take<double>(count, tiles_of(scores.extent(2)));
+    }
+    return d;
+  }
+
+  /// Weighs a part by a digit. item: [row, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void weigh(Block& block, memory& s, index_t item, token_range part,
+                             const descent_state<Bins>& state, int digit) const noexcept {
+    if (block.rank() == 0) states[item] = state;
+    if (state.end.needed == 0) return;
+    const value_row row = rows.row(item / rows.cut.parts).from(part.begin);
+    const weight own =
+        cuda_detail::weigh(block, s, row, part.end - part.begin, state.bins, state.end.bits, digit);
+    if (block.rank() % digits::lanes == 0) {
+      weights_by(digit, item)[block.rank() / digits::lanes] = own;
+    }
+  }
+
+  /// The end with a digit found by which the launch before weighed the row's `used` parts.
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE descent_end<weight> found(Block& block, memory& s, index_t row,
+                                                          index_t used,
+                                                          const descent_end<weight>& end,
+                                                          int digit) const noexcept {
+    constexpr int batch = 8, lanes = digits::lanes;
+    const weight* of = weights_by(digit, row * rows.cut.parts) + block.rank() / lanes;
+    weight sum[1] = {};
+    for (index_t first = block.rank() % lanes; first < used; first += batch * lanes) {
+      REFREEKV_UNROLL
+      for (int i = 0; i < batch; ++i) {
+        const index_t part = first + i * lanes;
+        sum[0] += part < used ? of[part * digits::bins] : 0;
+      }
+    }
+    const weight all = block.template tile_reduce_scatter<lanes>(sum, plus{});
+    return descended(block, s, end, block.rank() % lanes == 0 ? all : 0, digit);
+  }
+
+  /// The limit of a part's values, once all digits but the last are found.
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE value_limit limit(Block& block, memory& s, index_t row,
+                                                  index_t index, index_t count,
+                                                  const descent_state<Bins>& state) const noexcept {
+    constexpr int last = digits::count - 1;
+    const index_t used = rows.cut.used(count);
+    const auto end = found(block, s, row, used, state.end, last);
+    const float least = from_ordered_bits(end.bits);
+    const weight* of = weights_by(last, row * rows.cut.parts) + end.bits % digits::bins;
+    const auto equals = [&](index_t part) {
+      return state.bins.values_of(of[part * digits::bins], least);
+    };
+    const index_t own = block.rank() < index ? equals(block.rank()) : 0;
+    const auto before = block_reduce(block, s.counts, static_cast<std::uint64_t>(own), plus{});
+    const token_range part = rows.cut.part(index, count);
+    return limit_at(block, s, rows.row(row).from(part.begin), part.begin, part.end - part.begin,
+                    least, state.bins.values_for(end.needed, least) - static_cast<index_t>(before),
+                    equals(index));
+  }
+
+ private:
+  /// What each bin weighs. item: [row, part]
+  [[nodiscard]] REFREEKV_DEVICE weight* weights_by(int digit, index_t item) const noexcept {
+    const index_t items = rows.scores.extent(0) * rows.scores.extent(1) * rows.cut.parts;
+    return weights + (digit % 2 * items + item) * digits::bins;
+  }
+};
+
+/// Finds a digit, and weighs by the next one.
+template <class Bins, class Memory>
+struct weigh_parts_body {
+  using shared = limit_memory<Bins>;
+  grid_descent<Bins, Memory> descent;
+  int digit;
+
+  /// item: [row, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const row_cut& cut = descent.rows.cut;
+    const index_t row = item / cut.parts, part = item % cut.parts;
+    const index_t count = descent.rows.tokens[row].candidates, used = cut.used(count);
+    if (part >= used) return;
+    auto state = descent.states[item];
+    if (state.end.needed == 0) return;
+    state.end = descent.found(block, s, row, used, state.end, digit - 1);
+    descent.weigh(block, s, item, cut.part(part, count), state, digit);
+  }
+};
+
+/// Finds the last digit, and each part's limit; counts what it takes where no other row has a say.
+template <class Bins, class Memory>
+struct part_limits_body {
+  using shared = limit_memory<Bins>;
+  grid_descent<Bins, Memory> descent;
+  grid_keep<Memory> keep;
+
+  /// item: [row, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const row_cut& cut = descent.rows.cut;
+    const index_t row = item / cut.parts, part = item % cut.parts;
+    const index_t count = descent.rows.tokens[row].candidates;
+    if (part >= cut.used(count)) return;
+    const auto state = descent.states[item];
+    if (state.end.needed != 0) {
+      const value_limit limit = descent.limit(block, s, row, part, count, state);
+      if (block.rank() == 0) descent.rows.limits[item] = limit;
+      block.sync();
+    }
+    if (keep.group == 1) keep.count(block, s.counts, item);
+  }
+};
+
+/// Keeps what each group of rows takes, once a launch has weighed them by the first digit.
+template <class Backend, class Bins, class Memory>
+[[nodiscard]] status keep_on_grid(const Backend& on, const grid_descent<Bins, Memory>& descent,
+                                  index_t group, const kept_positions<Memory>& kept) noexcept {
+  const index_t items = descent.rows.items();
+  status s = status::ok;
+  for (int digit = 1; s == status::ok && digit < descent_digits<Bins>::count; ++digit) {
+    s = run_blocks(on, items, weigh_parts_body<Bins, Memory>{descent, digit});
+  }
+  const grid_keep<Memory> keep{descent.rows, group, kept};
+  if (s == status::ok) s = run_blocks(on, items, part_limits_body<Bins, Memory>{descent, keep});
+  if (s == status::ok && group > 1) {
+    s = run_blocks(on, keep.items(), count_kept_body<Memory>{keep});
+  }
+  return s == status::ok ? run_blocks(on, keep.items(), write_kept_body<Memory>{keep}) : s;
+}
+
+}  // namespace refreekv::inline v0::cuda_detail
