@@ -29,13 +29,14 @@ struct attention_params {
   view<const float, 1, Memory> sink_logits = {};
 };
 
-/// cap * tanh(x / cap), given exp(2 x / cap); NaN stays NaN. In double: a cap of 50 would turn
-/// float tanh's last digit into 3e-6 of a logit. tanh is 1 - 2 / (exp + 1), which cancels where x
-/// is small beside the cap: there the first two terms of its series are right to 1.4e-13.
-[[nodiscard]] REFREEKV_HOST_DEVICE inline float softly_capped(float x, double cap,
+/// cap * tanh(x / cap), given 1 / cap and exp(2 x / cap); NaN stays NaN. In double: a cap of 50
+/// would turn float tanh's last digit into 3e-6 of a logit. tanh is 1 - 2 / (exp + 1), which
+/// cancels where x is small beside the cap: there the first two terms of its series are right
+/// to 1.4e-13.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline float softly_capped(float x, double cap, double inverse,
                                                               double exponential) noexcept {
   const auto wide = static_cast<double>(x);
-  const double y = wide * (1 / cap), square = y * y;
+  const double y = wide * inverse, square = y * y;
   // Both, without a branch: compilers vectorise this.
   const double series = wide * (1 - square * (1.0 / 3));
   const double whole = cap * (1 - 2 / (exponential + 1));

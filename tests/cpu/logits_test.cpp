@@ -179,8 +179,8 @@ TEST_CASE("a soft cap of any size is tanh, and keeps NaN", "[cpu][logits]") {
     for (std::size_t i = 0; i < x.size(); ++i) {
       CAPTURE(cap, x[i]);
       const long double y = static_cast<long double>(x[i]) / cap, exact = cap * std::tanh(y);
-      const float alone =
-          softly_capped(x[i], double{cap}, std::exp(double{x[i]} * (2 / double{cap})));
+      const float alone = softly_capped(x[i], double{cap}, 1 / double{cap},
+                                        std::exp(double{x[i]} * (2 / double{cap})));
       for (const float got : {capped[i], alone}) {
         if (std::isnan(x[i])) {
           REQUIRE(std::isnan(got));

@@ -182,7 +182,7 @@ inline void cap_softly(float* logits, index_t count, double cap) noexcept {
   double e[static_cast<std::size_t>(chunk_tokens)];
   Eigen::Map<Eigen::ArrayXd>(e, size) =
       (Eigen::Map<const Eigen::ArrayXf>(logits, size).cast<double>() * (2 / cap)).exp();
-  for (index_t t = 0; t < count; ++t) logits[t] = softly_capped(logits[t], cap, e[t]);
+  for (index_t t = 0; t < count; ++t) logits[t] = softly_capped(logits[t], cap, 1 / cap, e[t]);
 }
 
 /// Turns scaled q.k of one row into logits, -inf where the row does not see the token.

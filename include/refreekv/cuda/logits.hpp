@@ -219,10 +219,10 @@ template <class Row, class Memory>
 }
 
 /// What a model makes of q.k: scale, soft cap, ALiBi; -inf where the row does not see the token.
-/// Requires a `scaled` observation, and cap_steepness: 2 / soft_cap.
+/// Requires a `scaled` observation, and cap_inverse: 1 / soft_cap.
 template <class Query, class Keys>
 [[nodiscard]] REFREEKV_DEVICE float logit(const query_observation<Query, Keys>& seen,
-                                          const query_window& window, double cap_steepness,
+                                          const query_window& window, double cap_inverse,
                                           index_t row, index_t q_head, index_t token,
                                           float product) noexcept {
   const auto& params = seen.info.attention;
@@ -230,7 +230,7 @@ template <class Query, class Keys>
   if (token < visible.begin || token >= visible.end) return -infinity;
   float x = product * params.scale;
   if (params.soft_cap > 0) {
-    x = softly_capped(x, double{params.soft_cap}, std::exp(x * cap_steepness));
+    x = softly_capped(x, double{params.soft_cap}, cap_inverse, std::exp(x * (2 * cap_inverse)));
   }
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
@@ -250,8 +250,8 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
   // Not before: while keys are read there is no register for it.
   const query_window window = window_of(seen, at.sequence, rows);
   // Outside of the loop and behind a branch: else compilers divide where there is no cap, too.
-  double cap_steepness = 0;
-  if (const float cap = seen.info.attention.soft_cap; cap > 0) cap_steepness = 2 / double{cap};
+  double cap_inverse = 0;
+  if (const float cap = seen.info.attention.soft_cap; cap > 0) cap_inverse = 1 / double{cap};
   const int t = block.rank();
   if (t < at.size()) {
     REFREEKV_NO_UNROLL
@@ -260,8 +260,8 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
       const index_t row = at.span.row_of(of);
       const bool exists = of < at.span.count() && row >= window.first_row();
       s.values[i][t] =
-          exists ? logit(seen, window, cap_steepness, row, at.span.q_head_of(of),
-                         at.tokens.begin + t, key_reader<Keys>::product(s.keys[t], s.values[i][t]))
+          exists ? logit(seen, window, cap_inverse, row, at.span.q_head_of(of), at.tokens.begin + t,
+                         key_reader<Keys>::product(s.keys[t], s.values[i][t]))
                  : -infinity;
     }
   }
