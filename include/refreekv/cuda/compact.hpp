@@ -47,17 +47,21 @@ struct position_moves {
   [[nodiscard]] REFREEKV_DEVICE index_t target(index_t i) const noexcept { return first_slot + i; }
 };
 
-[[nodiscard]] REFREEKV_DEVICE auto moves_of(const auto& kept, index_t sequence, index_t kv_head,
-                                            compaction how) noexcept {
-  if constexpr (requires { kept.counts; }) {
-    const kept_count k = kept.counts(sequence, kv_head);
-    return position_moves{k.dropped() == 0 ? 0 : k.count, kept.positions.at(sequence, kv_head),
-                          kept.positions.stride(2), first_slot(k, how), how};
-  } else {
-    const index_t group = kept.extent(1) == 1 ? 0 : kv_head;
-    const token_move move = move_of(kept(sequence, group), how);
-    return range_moves{move.tokens, move};
-  }
+template <class Memory>
+[[nodiscard]] REFREEKV_DEVICE position_moves moves_of(const kept_positions<Memory>& kept,
+                                                      index_t sequence, index_t kv_head,
+                                                      compaction how) noexcept {
+  const kept_count k = kept.counts(sequence, kv_head);
+  return {k.dropped() == 0 ? 0 : k.count, kept.positions.at(sequence, kv_head),
+          kept.positions.stride(2), first_slot(k, how), how};
+}
+template <class Range, class Memory>
+[[nodiscard]] REFREEKV_DEVICE range_moves moves_of(const view<Range, 2, Memory>& kept,
+                                                   index_t sequence, index_t kv_head,
+                                                   compaction how) noexcept {
+  const index_t group = kept.extent(1) == 1 ? 0 : kv_head;
+  const token_move move = move_of(kept(sequence, group), how);
+  return {move.tokens, move};
 }
 
 /// An item is a slice of the columns of one (sequence, kv_head). Kept is a view of kept_range, or

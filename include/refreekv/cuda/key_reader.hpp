@@ -96,8 +96,10 @@ struct key_reader<scaled_keys<Rows, Scales>> : key_reader<Rows> {
 
 template <class Source>
 struct key_reader<shard<Source>> : key_reader<Source> {
-  [[nodiscard]] static REFREEKV_DEVICE auto at(const shard<Source>& keys, index_t sequence,
-                                               index_t kv_head, index_t token) noexcept {
+  using address = typename key_reader<Source>::address;
+
+  [[nodiscard]] static REFREEKV_DEVICE address at(const shard<Source>& keys, index_t sequence,
+                                                  index_t kv_head, index_t token) noexcept {
     return key_reader<Source>::at(keys.source(), sequence, kv_head,
                                   keys.own_before(sequence, token));
   }

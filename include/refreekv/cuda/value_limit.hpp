@@ -190,9 +190,10 @@ struct descent_digits {
 /// Weighs those of the row's first `count` values that share the digits found before this one. The
 /// weight of a bin, to the first of its threads; 0 to others.
 template <class Bins, thread_block Block>
-[[nodiscard]] REFREEKV_DEVICE auto weigh(Block& block, limit_memory<Bins>& s, const value_row& row,
-                                         index_t count, const Bins& bins, std::uint32_t found,
-                                         int digit) noexcept {
+[[nodiscard]] REFREEKV_DEVICE typename Bins::weight weigh(Block& block, limit_memory<Bins>& s,
+                                                          const value_row& row, index_t count,
+                                                          const Bins& bins, std::uint32_t found,
+                                                          int digit) noexcept {
   using digits = descent_digits<Bins>;
   const int shift = digits::shift(digit);
   bins.clear(block, s.bins);
@@ -208,9 +209,9 @@ template <class Bins, thread_block Block>
 /// The end with one more digit found, given what the whole row weighs as `weigh` gives it. Requires
 /// a needed weight, and a value of some weight.
 template <class Bins, thread_block Block>
-[[nodiscard]] REFREEKV_DEVICE auto descended(Block& block, limit_memory<Bins>& s,
-                                             descent_end<typename Bins::weight> end,
-                                             typename Bins::weight own, int digit) noexcept {
+[[nodiscard]] REFREEKV_DEVICE descent_end<typename Bins::weight> descended(
+    Block& block, limit_memory<Bins>& s, descent_end<typename Bins::weight> end,
+    typename Bins::weight own, int digit) noexcept {
   using digits = descent_digits<Bins>;
   const auto bin = static_cast<std::uint32_t>(block.rank()) / digits::lanes;
   const auto sums = block_suffix_sum(block, s.weights, own);
