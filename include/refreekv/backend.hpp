@@ -38,11 +38,12 @@ namespace refreekv::inline v0 {
 ///   the group's query heads, of a cut at its start; all others are 0. O(q_heads * window *
 ///   chunks).
 ///
-/// - `crossing_curve(B, norm_scan, seen, buffers, scratch)`: with `norms` summed over ranks, reads
-///   the one chunk again in which each group's loss crosses the threshold and leaves `chunk_norms`
-///   [sequence, group, chunk_tokens]: the same norm for a cut at each of its tokens (0 past its
-///   end), and `chunk_masses` of the same shape: the largest attention that a row of this rank's
-///   heads gives to the candidates before that token. All 0 where there is nothing to decide.
+/// - `crossing_curve(B, norm_scan, seen, buffers, scratch)`: with `norms` summed over ranks, and
+///   scratch as norm_curve left it, reads the one chunk again in which each group's loss crosses
+///   the threshold and leaves `chunk_norms` [sequence, group, chunk_tokens]: the same norm for a
+///   cut at each of its tokens (0 past its end), and `chunk_masses` of the same shape: the largest
+///   attention that a row of this rank's heads gives to the candidates before that token. All 0
+///   where there is nothing to decide.
 ///
 /// - `find_cuts(B, norm_scan, seen, buffers, kept)`: with `chunk_norms` summed over ranks, writes
 ///   kept [sequence, group] by `stop`.

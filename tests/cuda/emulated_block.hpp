@@ -449,9 +449,9 @@ class engine {
 
  private:
   void run_block(const job& j, const std::vector<int>& ranks) {
-    turn_ = (turn_ + 1) % crews;
-    std::unique_ptr<crew>& next = crews_[turn_];
-    if (next == nullptr) next = std::make_unique<crew>(121 - turn_);
+    const int turn = std::popcount(blocks_++) % crews;
+    std::unique_ptr<crew>& next = crews_[turn];
+    if (next == nullptr) next = std::make_unique<crew>(121 - turn);
     const std::string error = next->run(j, ranks);
     if (error.empty()) return;
     next.reset();
@@ -465,12 +465,13 @@ class engine {
     }
   }
 
-  // To ThreadSanitizer barriers order all that a crew does; those of two crews, by turns, do not.
+  // To ThreadSanitizer barriers order all that a crew does; those of two crews do not. They take
+  // turns so that some blocks of any distance are not of one crew.
   // Together they leave some of its 255 actors to others. Threads that share an actor in the one
   // crew do not in the other.
   static constexpr int crews = EMULATION_TSAN ? 2 : 1;
   std::unique_ptr<crew> crews_[crews];
-  int turn_ = 0;
+  unsigned blocks_ = 0;
 };
 
 }  // namespace emulation

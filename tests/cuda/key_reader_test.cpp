@@ -4,6 +4,8 @@
 
 #include "../catch.hpp"
 #include "../estimates.hpp"
+#include "../ranked_selection.hpp"
+#include "../selection.hpp"
 #include "emulated_backend.hpp"
 #include "refreekv/cuda/attend.hpp"
 
@@ -116,4 +118,43 @@ TEST_CASE("blocks that step over chunks read the same ones", "[cuda]") {
   const std::vector<float> all = statistics(seen, chunking{1100, sinks}.count());
   CHECK(statistics(seen) == all);
   for (const index_t parts : {1, 2, 3, 5}) CHECK(statistics(seen, parts) == all);
+}
+
+TEST_CASE("4-bit keys decide as the numbers that they stand for", "[cuda]") {
+  // Without sinks the first chunk is empty.
+  problem p(heads, group, 32, 16, {300, 0, 20});
+  random_source random(base_seed() + 1);
+  fill(p, random);
+  const dense_cache<float> keys(p.keys);
+  for (const bool centred : {false, true}) {
+    estimates made(keys.source(), p.lengths, 4, centred);
+    REQUIRE(quantise(cpu_backend{}, keys.source(), made.keys()) == status::ok);
+    problem meant = p;
+    for (index_t s = 0; s < p.sequences(); ++s) {
+      for (index_t h = 0; h < heads; ++h) {
+        for (index_t t = 0; t < p.lengths[size(s)]; ++t) {
+          const std::vector<double> key = made.key(s, h, t);
+          for (index_t d = 0; d < p.head_dim; ++d) {
+            meant.keys.at(s, h, t, d) = static_cast<float>(key[size(d)]);
+          }
+        }
+      }
+    }
+    const dense_cache<float> numbers(meant.keys);
+    const emulated_backend on{base_seed()};
+    const auto codes = observe(p.query_view(), made.keys(), p.info());
+    const auto floats = observe(p.query_view(), numbers.source(), p.info());
+    for (const policy::snapkv& rule :
+         {policy::snapkv{.budget = 60, .window = 1}, policy::snapkv{.budget = 60, .window = 16}}) {
+      const ranked_selection a = run_ranked(rule, on, codes), b = run_ranked(rule, on, floats);
+      REQUIRE(a.status == status::ok);
+      CHECK(a.kept == b.kept);
+    }
+    for (const count_t no_sinks : {0u, 4u}) {
+      const policy::refreekv rule{.threshold = 0.05, .sinks = no_sinks, .window = 16};
+      const selection a = run_select(rule, on, codes), b = run_select(rule, on, floats);
+      REQUIRE(a.status == status::ok);
+      for (index_t s = 0; s < p.sequences(); ++s) CHECK(a.at(s, 0).cut == b.at(s, 0).cut);
+    }
+  }
 }

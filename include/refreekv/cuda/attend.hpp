@@ -74,8 +74,8 @@ template <leaves Leaves, thread_block Block, class Row, class Memory>
   return {sum == 0 ? -infinity : unit, sum, block.warp_reduce(sum_squares, plus{})};
 }
 
-/// Fills a tile with its rows' values, if they are asked for, and their statistics. The block's
-/// threads are in step afterwards. O(rows of the tile * tokens * head_dim)
+/// Fills a tile with its rows' values, if they are asked for, and their statistics. Requires a
+/// token. The block's threads are in step afterwards. O(rows of the tile * tokens * head_dim)
 template <leaves Leaves, int Lanes, int Rows, thread_block Block, class Seen>
 REFREEKV_DEVICE void attend(Block& block, tile<Seen, Rows>& s, const Seen& seen, index_t rows,
                             const tile_place& at) noexcept {

@@ -16,9 +16,18 @@ namespace refreekv::inline v0 {
 /// sorts, attention_ranked, also refuses to start where an earlier error was not read yet.
 /// Elements are float, __half, __nv_bfloat16 and their raw bits; keys may be scaled_keys of int8 or
 /// __nv_fp8_e4m3. Pointers to them need no alignment but their own: 16 bytes make rows fast.
-struct cuda_backend {
+template <int... Architectures>
+struct cuda_backend_for {
   cudaStream_t stream = nullptr;
 };
+/// Another type for each list of architectures that nvcc compiles for: of two shared libraries that
+/// are built for different devices the dynamic linker must not take one's functions for the
+/// other's.
+#if defined(__CUDA_ARCH_LIST__)
+using cuda_backend = cuda_backend_for<__CUDA_ARCH_LIST__>;
+#else
+using cuda_backend = cuda_backend_for<>;
+#endif
 
 namespace cuda_detail {
 
@@ -36,29 +45,30 @@ template <kernel_body Body>
              : status::device_error;
 }
 
-}  // namespace cuda_detail
-
-// What ranked_scan.hpp finds by their backend: CUB's sorts.
-[[nodiscard]] inline bool sorts_together(const cuda_backend&, index_t count,
-                                         index_t capacity) noexcept {
-  return cuda_detail::sort_together(count, capacity);
-}
-[[nodiscard]] inline std::size_t sort_bytes(const cuda_backend&,
-                                            const cuda_detail::key_segments& segments) noexcept {
-  return cuda_detail::sort_bytes_of(segments);
+[[nodiscard]] constexpr std::size_t sort_bytes(const cuda_backend&,
+                                               const key_segments& segments) noexcept {
+  return sort_bytes_of(segments);
 }
 /// A template, so that only who ranks tokens compiles CUB's kernels.
 template <class Key>
-[[nodiscard]] status sort_segments(const cuda_backend& on,
-                                   const cuda_detail::key_segments& segments, Key*& keys,
-                                   Key*& spare, const index_t* lengths, std::byte* temporary,
-                                   std::size_t bytes) noexcept {
+[[nodiscard]] REFREEKV_HIDDEN status sort_segments(const cuda_backend& on,
+                                                   const key_segments& segments, Key*& keys,
+                                                   Key*& spare, const index_t* lengths,
+                                                   std::byte* temporary,
+                                                   std::size_t bytes) noexcept {
   // CUB takes any error that waits to be read for one of its own, after its first launch.
   if (cudaPeekAtLastError() != cudaSuccess) return status::device_error;
-  return cuda_detail::sort_on_stream(on.stream, segments, keys, spare, lengths, temporary, bytes) ==
-                 cudaSuccess
+  return sort_on_stream(on.stream, segments, keys, spare, lengths, temporary, bytes) == cudaSuccess
              ? status::ok
              : status::device_error;
+}
+
+}  // namespace cuda_detail
+
+// ranked_scan.hpp finds it by the backend, and what else it asks of CUB by the segments.
+[[nodiscard]] constexpr bool sorts_together(const cuda_backend&, index_t count,
+                                            index_t capacity) noexcept {
+  return cuda_detail::sort_together(count, capacity);
 }
 
 template <>

@@ -104,6 +104,8 @@ concept thread_block = requires(B& block, bool all, float x, double y, unsigned&
   { block.rank() } -> std::same_as<int>;
   block.sync();
   { block.sync_and(all) } -> std::same_as<bool>;
+  block.template copy_async<4>(to, from);
+  block.template copy_async<8>(to, from);
   block.template copy_async<16>(to, from);
   block.commit();
   block.template wait<1>();

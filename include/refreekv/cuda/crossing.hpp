@@ -53,11 +53,7 @@ struct crossing_body {
       for_each_energy(
           block, s.tile, seen, scan, buffers, chunk, at,
           [&](const scanned_head& head, float energy) {
-            double after = head.outside_cut(block);
-            if (chunk + 1 < chunks.count()) {
-              const double next = scratch.head_curves[head.number * buffers.chunks + chunk + 1];
-              after = next * next;
-            }
+            const double after = energy_after(block, head, chunk, chunks.count());
             const double largest = head.largest_attention(block, chunk);
             const double own = t < at.size() ? largest * largest * double{energy} : 0;
             const double from_here = after + block_suffix_sum(block, s.sums, own).own;
@@ -80,6 +76,15 @@ struct crossing_body {
   }
 
  private:
+  /// A head's energy behind a chunk, which norm_curve has summed up.
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE double energy_after(Block& block, const scanned_head& head,
+                                                    index_t chunk, index_t chunks) const noexcept {
+    if (chunk + 1 == chunks) return head.outside_cut(block);
+    const double norm = scratch.head_curves[head.number * buffers.chunks + chunk + 1];
+    return norm * norm;
+  }
+
   [[nodiscard]] static REFREEKV_DEVICE bool exists(const tile_place& tile,
                                                    const query_window& window, int i) noexcept {
     const int of = tile.first + i;

@@ -94,7 +94,7 @@ struct quantise_body {
     const index_t row = item / cut.parts, part = item % cut.parts;
     const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
     const index_t tokens = keys.tokens(sequence);
-    const index_t first = from.data() == nullptr ? 0 : index_t{from(sequence)};
+    const index_t first = from.data() == nullptr ? 0 : at_most(tokens, from(sequence));
     const index_t offset = part * block_keys + warp_of(block) * warp_keys;
     for (index_t t = first + offset; t < tokens; t += cut.parts * block_keys) {
       const index_t end = t + warp_keys < tokens ? t + warp_keys : tokens;
@@ -171,7 +171,7 @@ struct bound_pages_body {
     const index_t row = item / cut.parts, part = item % cut.parts;
     const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
     const index_t tokens = keys.tokens(sequence), size = to.page_tokens;
-    const index_t first = from.data() == nullptr ? 0 : from(sequence) / size;
+    const index_t first = from.data() == nullptr ? 0 : at_most(tokens, from(sequence)) / size;
     for (index_t page = first + part * block_warps + warp_of(block); page * size < tokens;
          page += cut.parts * block_warps) {
       const index_t begin = page * size, end = begin + size < tokens ? begin + size : tokens;

@@ -29,6 +29,7 @@ struct grid_descent {
   weight* weights;              ///< [2, row, part, bin]: of the last two digits, by turns
   double* sums;                 ///< [row, tile]: of the values; of masses alone
 
+  /// scores: [sequence, head, capacity]
   [[nodiscard]] static grid_descent take(arena& from, const scores_view<Memory>& scores,
                                          const row_cut& cut) noexcept {
     const index_t count = scores.extent(0) * scores.extent(1);

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "refreekv/cuda/block.hpp"
 
 /// Kernels, and what launches them: of two shared libraries that are compiled for different devices
@@ -103,8 +105,21 @@ template <class Body>
   requires requires { Body::resident_blocks; }
 inline constexpr int resident_blocks<Body> = Body::resident_blocks;
 
+/// Shared memory of a multiprocessor, of which a block takes 1 KB more than its own.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+inline constexpr int shared_bytes = 228 << 10;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+inline constexpr int shared_bytes = 164 << 10;
+#else
+inline constexpr int shared_bytes = 100 << 10;
+#endif
+/// No more than that has room for: they would cost registers, and not come.
+template <class Body>
+inline constexpr int blocks_with_room = (std::min)(
+    resident_blocks<Body>, shared_bytes / (int{sizeof(typename Body::shared)} + (1 << 10)));
+
 template <kernel_body Body>
-REFREEKV_HIDDEN __global__ void __launch_bounds__(block_threads, resident_blocks<Body>)
+REFREEKV_HIDDEN __global__ void __launch_bounds__(block_threads, blocks_with_room<Body>)
     run_body(const __grid_constant__ Body body, const index_t items) {
   __shared__ typename Body::shared shared;
   cuda_block block;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Logits of a tile of queries against a chunk of keys: the read that all decisions wait for.
 //
-// A key is read by neighbouring threads, 16 bytes each, and multiplied with every query of the tile
-// before the next: query heads of a group share the read. Reads go through shared memory, two
-// rounds ahead of the products, because that keeps them in flight while sums are exchanged.
+// A key is read by neighbouring threads, a slot of up to 16 bytes each, and multiplied with every
+// query of the tile before the next: query heads of a group share the read. Reads go through shared
+// memory, a round ahead of the products, because that keeps them in flight while sums are
+// exchanged.
 #pragma once
 
 #include <cmath>

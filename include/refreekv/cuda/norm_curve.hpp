@@ -11,7 +11,7 @@
 namespace refreekv::inline v0::cuda_detail {
 
 /// What the norm scan works in besides norm_scan_buffers: of each sequence 8 bytes for each query
-/// head and chunk, and 3 KB for each KV head.
+/// head and chunk, and 3 KB for each KV head. norm_curve leaves the first for crossing_curve.
 struct scan_scratch {
   double* head_curves;  ///< [sequence, q_head, chunk]
   double* head_norms;   ///< [sequence, kv_head, chunk_tokens]: inside the crossing chunk
@@ -58,7 +58,7 @@ struct energies_body {
   REFREEKV_DEVICE void sum(Block& block, shared& s, const tile_place& at,
                            index_t chunk) const noexcept {
     const query_window window = window_of(seen, at.sequence, scan.window);
-    if (window.first_row() == scan.window) return;
+    if (window.first_row() == scan.window || at.size() == 0) return;
     if (!has_chunk_at(seen, at.sequence, at.tokens.begin)) return clear(block, at, chunk);
     for_each_energy(
         block, s.tile, seen, scan, buffers, chunk, at,

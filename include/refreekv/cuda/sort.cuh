@@ -8,6 +8,7 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_segmented_radix_sort.cuh>
 
+#include "refreekv/cuda/kernel.cuh"
 #include "refreekv/cuda/ranked_scan.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
@@ -49,9 +50,11 @@ struct segment_end {
 
 /// See sort_segments. Neither allocates nor synchronises.
 template <class Key>
-[[nodiscard]] cudaError_t sort_on_stream(cudaStream_t stream, const key_segments& segments,
-                                         Key*& keys, Key*& spare, const index_t* lengths,
-                                         std::byte* temporary, std::size_t bytes) noexcept {
+[[nodiscard]] REFREEKV_HIDDEN cudaError_t sort_on_stream(cudaStream_t stream,
+                                                         const key_segments& segments, Key*& keys,
+                                                         Key*& spare, const index_t* lengths,
+                                                         std::byte* temporary,
+                                                         std::size_t bytes) noexcept {
   const index_t most = segments_at_once(segments);
   const thrust::counting_iterator<int> numbers(0);
   Key *from = keys, *to = spare;

@@ -159,22 +159,25 @@ struct attention_sums_body {
     for (index_t chunk = part;; chunk += cut.parts) {
       const chunking there{seen.tokens(sequence), 0};
       if (chunk >= there.count()) return;
-      sum(block, s, sequence, head, there[chunk]);
+      if (!carried && chunk == 0 && block.rank() == 0) tell_blindness(sequence, head);
+      if (there[chunk].begin < there[chunk].end) sum(block, s, sequence, head, there[chunk]);
     }
   }
 
  private:
+  /// Of the heads of a KV head the first one does.
+  REFREEKV_DEVICE void tell_blindness(index_t sequence, index_t head) const noexcept {
+    const index_t heads = scores.extent(1) / seen.kv_heads();
+    if (head % heads != 0) return;
+    counts(sequence, head / heads).undecided = window_of(seen, sequence, window).is_blind();
+  }
+
   template <thread_block Block>
   REFREEKV_DEVICE void sum(Block& block, shared& s, index_t sequence, index_t head,
                            token_range tokens) const noexcept {
     const index_t q_heads = seen.q_heads() / scores.extent(1);  // of a score
-    const index_t kv_head = head * q_heads / (seen.q_heads() / seen.kv_heads());
-    if (!carried && tokens.begin == 0 && block.rank() == 0 &&
-        head * q_heads % (seen.q_heads() / seen.kv_heads()) == 0) {
-      counts(sequence, kv_head).undecided = window_of(seen, sequence, window).is_blind();
-    }
     const tile_place at{narrow(sequence),
-                        narrow(kv_head),
+                        narrow(head * q_heads / (seen.q_heads() / seen.kv_heads())),
                         {narrow(head * q_heads), narrow(q_heads), 0, narrow(window)},
                         0,
                         tokens};

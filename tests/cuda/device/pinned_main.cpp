@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the tests of every backend on a device: all that they allocate, and their stack, is
-// page-locked memory of the host, which has the same address on the device.
+// page-locked memory of the host, which has the same address on the device. Stacks of threads that
+// a test starts are not: those hand over what is allocated.
 #include <cuda_runtime.h>
 #include <pthread.h>
 
@@ -86,9 +87,9 @@ int main(int argc, char** argv) {
   call tests{argc, argv, 1};
   pthread_attr_t attributes;
   pthread_t thread;
-  pthread_attr_init(&attributes);
-  pthread_attr_setstack(&attributes, memory, stack_bytes);
-  if (pthread_create(&thread, &attributes, run, &tests) != 0) {
+  if (pthread_attr_init(&attributes) != 0 ||
+      pthread_attr_setstack(&attributes, memory, stack_bytes) != 0 ||
+      pthread_create(&thread, &attributes, run, &tests) != 0) {
     std::fputs("no thread on page-locked memory\n", stderr);
     return 1;
   }
