@@ -9,7 +9,7 @@
 #include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "refreekv/cuda/kernel.cuh"
-#include "refreekv/cuda/ranked_scan.hpp"
+#include "refreekv/cuda/key_segments.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
