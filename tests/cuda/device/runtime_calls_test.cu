@@ -84,8 +84,14 @@ TEST_CASE("no decision launches blocks for a capacity that prompts do not fill",
       for (const unsigned blocks : made.blocks) {
         CHECK(index_t{blocks} <= std::max(most, sequences * (capacity / 256 / 256 + 1)));
       }
-      REQUIRE(decide(policy::snapkv{.budget = 500, .window = 16}, seen) == status::ok);
-      for (const unsigned blocks : made.blocks) CHECK(index_t{blocks} <= 16 * most);
+      // Windows of 16 rows have up to 16 tiles for each KV head.
+      const auto few_blocks = [&](const auto& rule) {
+        REQUIRE(decide(rule, seen) == status::ok);
+        for (const unsigned blocks : made.blocks) CHECK(index_t{blocks} <= 16 * most);
+      };
+      few_blocks(policy::refreekv{.window = 16});
+      few_blocks(policy::snapkv{.budget = 500, .window = 16});
+      few_blocks(policy::attention_ranked{});
     }
   }
 }
