@@ -10,10 +10,10 @@ namespace refreekv::inline v0 {
 
 /// Where the device's work runs: `cuda_backend{stream}`. Calls return before it is done, launch the
 /// same kernels whatever the lengths are, and may be captured into a graph (after a first call
-/// outside of one, as code is loaded then). Nothing waits for the
-/// device, so an error inside a kernel shows where the engine waits for the stream; a launch that
-/// is refused comes back as status::device_error, and cudaGetLastError tells why. A policy that
-/// sorts, attention_ranked, also refuses to start where an earlier error was not read yet.
+/// outside of one, as code is loaded then). Nothing waits for the device, so an error inside a
+/// kernel shows where the engine waits for the stream; a launch that is refused comes back as
+/// status::device_error, and cudaGetLastError tells why. A policy that sorts, attention_ranked, is
+/// refused where an earlier error waits to be read, too.
 /// Elements are float, __half, __nv_bfloat16 and their raw bits; keys may be scaled_keys of int8 or
 /// __nv_fp8_e4m3. Pointers to them need no alignment but their own: 16 bytes make rows fast.
 template <int... Architectures>
@@ -22,7 +22,7 @@ struct cuda_backend_for {
 };
 /// Another type for each list of architectures that nvcc compiles for: of two shared libraries that
 /// are built for different devices the dynamic linker must not take one's functions for the
-/// other's.
+/// other's. Between files that are compiled for different ones, pass the stream.
 #if defined(__CUDA_ARCH_LIST__)
 using cuda_backend = cuda_backend_for<__CUDA_ARCH_LIST__>;
 #else
