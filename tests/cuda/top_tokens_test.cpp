@@ -742,7 +742,7 @@ TEST_CASE("blocks make the CPU's 4-bit keys and page bounds", "[cuda][estimate]"
 TEST_CASE("blocks have nothing to do for an empty batch", "[cuda][top_tokens]") {
   random_source random(base_seed());
   for (const std::vector<position_t>& lengths : {std::vector<position_t>{}, {0}}) {
-    batch b(random, lengths, 2, true, 1);
+    batch b(random, lengths, 1, true, 1);
     const auto seen = b.seen();
     const emulated_backend on;
     const std::vector<token_quota> quotas(lengths.size());
