@@ -58,8 +58,9 @@ struct energies_body {
   REFREEKV_DEVICE void sum(Block& block, shared& s, const tile_place& at,
                            index_t chunk) const noexcept {
     const query_window window = window_of(seen, at.sequence, scan.window);
-    if (window.first_row() == scan.window || at.size() == 0) return;
+    if (window.first_row() == scan.window) return;
     if (!has_chunk_at(seen, at.sequence, at.tokens.begin)) return clear(block, at, chunk);
+    if (at.size() == 0) return;  // its statistics are zeros
     for_each_energy(
         block, s.tile, seen, scan, buffers, chunk, at,
         [&](const scanned_head& head, float energy) {
