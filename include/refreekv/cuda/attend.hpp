@@ -105,6 +105,18 @@ REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noe
   return tokens.begin >= hull.end || tokens.end <= hull.begin;
 }
 
+/// Calls f(chunk, tokens) for the chunks of a sequence that are a part's turn. The length is read
+/// again for each: a register more would be one too many.
+template <class Seen, class F>
+REFREEKV_DEVICE void for_each_chunk(const Seen& seen, index_t sequence, index_t sinks, index_t part,
+                                    index_t parts, const F& f) noexcept {
+  for (index_t chunk = part;; chunk += parts) {
+    const chunking there{seen.tokens(sequence), sinks};
+    if (chunk >= there.count()) return;
+    f(chunk, there[chunk]);
+  }
+}
+
 /// How many tiles hold all rows of a KV head.
 template <int Rows>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t row_tiles(index_t rows) noexcept {
@@ -142,7 +154,7 @@ struct statistics_body {
     const int kv_head = narrow(item % kv_heads), part = narrow(item / kv_heads % cut.parts);
     const int sequence = narrow(item / kv_heads / cut.parts);
     for (int chunk = part;; chunk += narrow(cut.parts)) {
-      // Read again for each chunk: a register more would be one too many.
+      // As for_each_chunk, but a shard leaves zeros for all others, too.
       const chunking there{seen.tokens(sequence), sinks};
       const bool is_there = chunk < there.count();
       if (!is_there && (!sharded<Seen> || chunk >= chunks)) return;

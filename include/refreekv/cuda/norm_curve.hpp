@@ -46,11 +46,10 @@ struct energies_body {
     const index_t kv_head = item % seen.kv_heads();
     const index_t part = item / seen.kv_heads() % cut.parts;
     const index_t sequence = item / seen.kv_heads() / cut.parts;
-    for (index_t chunk = part;; chunk += cut.parts) {
-      const chunking there{seen.tokens(sequence), scan.sinks};
-      if (chunk >= there.count()) return;
-      sum(block, s, kv_head_place(seen, scan, sequence, kv_head, there[chunk]), chunk);
-    }
+    for_each_chunk(seen, sequence, scan.sinks, part, cut.parts,
+                   [&](index_t chunk, token_range tokens) {
+                     sum(block, s, kv_head_place(seen, scan, sequence, kv_head, tokens), chunk);
+                   });
   }
 
  private:

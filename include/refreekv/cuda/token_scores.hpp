@@ -156,12 +156,10 @@ struct attention_sums_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t heads = scores.extent(1), head = item % heads;
     const index_t part = item / heads % cut.parts, sequence = item / heads / cut.parts;
-    for (index_t chunk = part;; chunk += cut.parts) {
-      const chunking there{seen.tokens(sequence), 0};
-      if (chunk >= there.count()) return;
+    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
       if (!carried && chunk == 0 && block.rank() == 0) tell_blindness(sequence, head);
-      if (there[chunk].begin < there[chunk].end) sum(block, s, sequence, head, there[chunk]);
-    }
+      if (tokens.begin < tokens.end) sum(block, s, sequence, head, tokens);
+    });
   }
 
  private:
@@ -239,11 +237,9 @@ struct attention_spread_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
     const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
-    for (index_t chunk = part;; chunk += cut.parts) {
-      const chunking there{seen.tokens(sequence), 0};
-      if (chunk >= there.count()) return;
-      spread(block, s, sequence, kv_head, chunk, there[chunk]);
-    }
+    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+      spread(block, s, sequence, kv_head, chunk, tokens);
+    });
   }
 
  private:
