@@ -13,7 +13,7 @@
 #include <limits>
 
 #include "refreekv/cache.hpp"
-#include "refreekv/kept_positions.hpp"
+#include "refreekv/stand_ins.hpp"
 
 namespace refreekv::inline v0::detail {
 
@@ -33,6 +33,19 @@ namespace refreekv::inline v0::detail {
   while (begin < end && stays(begin)) ++begin;
   while (begin < end && stays(end - 1)) --end;
   return {first + begin, first + end};
+}
+
+[[nodiscard]] constexpr token_range written_slots(const kept_with_stand_ins<>& kept,
+                                                  index_t sequence, index_t kv_head,
+                                                  compaction how) noexcept {
+  const kept_positions<>& positions = kept;
+  const token_range moved = written_slots(positions, sequence, kv_head, how);
+  const kept_count& k = kept.counts(sequence, kv_head);
+  const index_t count = kept.length(sequence, kv_head) - k.count;
+  const index_t first = first_stand_in(k, count, how);
+  if (count == 0) return moved;
+  if (moved.begin == moved.end) return {first, first + count};
+  return {(std::min)(moved.begin, first), (std::max)(moved.end, first + count)};
 }
 
 /// Whether two rows, of `a_dims` and `b_dims` elements, have a byte in common. Where the strides of

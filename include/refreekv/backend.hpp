@@ -5,10 +5,11 @@
 #include <concepts>
 
 #include "refreekv/estimate.hpp"
-#include "refreekv/kept_positions.hpp"
+#include "refreekv/importance.hpp"
 #include "refreekv/norm_scan.hpp"
 #include "refreekv/observation.hpp"
 #include "refreekv/page_lists.hpp"
+#include "refreekv/stand_ins.hpp"
 #include "refreekv/status.hpp"
 
 namespace refreekv::inline v0 {
@@ -109,6 +110,47 @@ namespace refreekv::inline v0 {
 ///   are of query heads. Those become 0 whose page is not among the best that hold `tokens` tokens,
 ///   by the sum over dimensions of the largest product of the last query and the page's bounds.
 ///   Pages that the query does not see take no place. (arXiv 2406.10774)
+///
+/// Of the faithful rule. seen is a valued_observation, with `rule.rows` rows or more; grades
+/// [sequence, kv_head, capacity], lost [sequence, sizes + 1], sizes [sequence]. All share a
+/// scratch, and those after weigh_tokens find in it what that has left:
+///
+/// - `importance_scratch take_importance_scratch(arena&, B, rule, seen)`.
+///
+/// - `weigh_tokens(B, rule, seen, scores, counts, scratch)`: scores [sequence, kv_head, capacity] =
+///   (peak + prior) * distance * |v| * sigma, where peak is the mean over the query heads of the
+///   largest attention of any row, distance is 1 - the cosine of the key and the mean direction of
+///   its head's keys (1 of a key that is 0), and sigma is the root of the mean square over the
+///   `typical` tokens of the standard deviation over the rows of their logits without mask and
+///   position (1 for one row). `undecided` becomes whether a score of the head is not finite, a row
+///   has no softmax, or there is no row. O(q_heads * rows * tokens * head_dim).
+///
+/// - `grade_tokens(B, rule, seen, scores, grades, lost, counts, scratch)`: ranks the candidates of
+///   all KV heads together, or of each, by the rule's scope: largest score first, then lower head,
+///   then lower position. Size i keeps the first kept_by(i, candidates). lost: the share of all
+///   candidates' scores that each size drops; NaN where they are all 0, 0 where there is none. One
+///   head that is undecided makes its sequence undecided, of which all stays.
+///   O(tokens * log(sizes)) expected.
+///
+/// - `find_sizes(B, rule, seen, grades, lost, sizes, scratch)`: sizes(s) = the smallest that is
+///   enough. The error of a size is the mean over the measured rows of the layer of |o' - o| / (|o|
+///   + 1e-9), where o is the row's output, the sum of its attention times values, and o' the same
+///   of what the size leaves: the tokens that it keeps and its stand-ins. O(q_heads * rows * tokens
+///   * head_dim).
+///
+/// - `fit_stand_ins(B, rule, seen, grades, sizes, to, scratch)`: writes what stands in for what
+///   sizes(s) drops, one row for each block of rule.block positions of which a KV head drops
+///   anything, in their order; none where it drops fewer than 2 tokens in all. With a, k, v of
+///   those that are dropped, a being the mean over all rows of their attention plus 1e-12,
+///   normalised, and S a row's logit without mask and position: the value is sum a v, and the key
+///   is k0 = sum a k, moved so that S comes near log sum exp S of those dropped, by ridge
+///   regression over the rows. O(q_heads * rows * tokens * head_dim).
+///
+/// - `keep_grades(B, seen, grades, sizes, kept)`: keeps the tokens whose grade is sizes(s) at most.
+///   O(tokens).
+///
+/// - `write_stand_ins(B, source, kept counts, rows, row counts, how)`: rows [sequence, kv_head,
+///   stand_in, dim], rounded to the source's type, into slots first_stand_in(...) and on.
 ///
 /// - `quantise(B, keys, from, int4)` and `bound_pages(B, keys, from, pages)`: see
 ///   decode_index.hpp.

@@ -17,6 +17,9 @@ template <class Policy, observation Seen>
   if (const char* why = rule.invalid()) return why;
   if (const char* why = seen.invalid()) return why;
   if (const char* why = rule.invalid(seen)) return why;
+  if constexpr (requires { rule.invalid(seen, kept); }) {
+    if (const char* why = rule.invalid(seen, kept)) return why;
+  }
   return detail::misshapen(kept, seen.sequences(), groups_of(rule, seen), seen.capacity());
 }
 
@@ -136,6 +139,53 @@ template <backend Backend, kv_source... Sources>
   return detail::compact_all(on, kept, how, sources...);
 }
 
+/// Null, or why `compact` of tokens and stand-ins would return invalid_argument, in words. As that
+/// of positions.
+template <kv_source Keys, kv_source... Values>
+[[nodiscard]] constexpr const char* why_invalid(
+    const kept_with_stand_ins<typename Keys::memory>& kept, compaction how, const Keys& keys,
+    const Values&... values) noexcept {
+  if (const char* why =
+          detail::first_of({detail::unfit(kept, keys), detail::unfit(kept, values)...})) {
+    return why;
+  }
+  if (kept.stand_ins.wanted()) {
+    if constexpr (sizeof...(Values) != 1) {
+      return "stand-ins are keys and values: pass the sources of both, and no others";
+    } else if (const char* why = detail::unfit(kept, keys, values...)) {
+      return why;
+    }
+  }
+  return detail::aliased(kept, how, keys, values...);
+}
+
+/// compact of positions, and the stand-ins that go with them, if any, in the sources' own type into
+/// slots that dropped tokens leave: with suffix_down behind what stays, which then is the slots
+/// [0, kept.length(s, h)), with sinks_up in front of it, so that the last slot stays tokens - 1.
+/// Neither allocates nor synchronises.
+template <backend Backend, kv_source Keys, kv_source... Values>
+  requires(std::same_as<typename Keys::memory, typename ops<Backend>::memory> &&
+           (std::same_as<typename Values::memory, typename Keys::memory> && ...))
+[[nodiscard]] status compact(const Backend& on,
+                             const kept_with_stand_ins<typename ops<Backend>::memory>& kept,
+                             compaction how, const Keys& keys, const Values&... values) noexcept {
+  using run = ops<Backend>;
+  if (why_invalid(kept, how, keys, values...) != nullptr) return status::invalid_argument;
+  const kept_positions<typename Keys::memory>& positions = kept;
+  status s = detail::compact_all(on, positions, how, keys, values...);
+  if constexpr (sizeof...(Values) == 1) {
+    if (!kept.stand_ins.wanted()) return s;
+    const auto write = [&](const auto& source, const auto& rows) {
+      if (s == status::ok) {
+        s = run::write_stand_ins(on, source, kept.counts, rows, kept.stand_ins.counts, how);
+      }
+    };
+    write(keys, kept.stand_ins.keys);
+    (write(values, kept.stand_ins.values), ...);
+  }
+  return s;
+}
+
 /// Null, or why `prune` would return invalid_argument before it decides, in words: where it is
 /// given values the two verbs differ. O(tables).
 template <class Policy, observation Seen, kv_source Value, kv_source... Values>
@@ -170,6 +220,17 @@ template <class Policy, backend Backend, observation Seen, kv_source... Values>
     return status::invalid_argument;
   }
   return detail::compact_all(on, decided, how, seen.keys, values...);
+}
+
+/// The same of an observation that has its values, which are compacted with the keys, stand-ins
+/// included.
+template <class Policy, backend Backend, observation Seen>
+  requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) { seen.values; }
+[[nodiscard]] status prune(const Policy& rule, const Backend& on, const Seen& seen,
+                           const decision_of<Policy, typename Seen::memory>& kept,
+                           workspace<typename Seen::memory> scratch, compaction how) noexcept {
+  const status selected = select(rule, on, seen, kept, scratch);
+  return selected == status::ok ? compact(on, kept, how, seen.keys, seen.values) : selected;
 }
 
 }  // namespace refreekv::inline v0

@@ -14,6 +14,7 @@
 #include "refreekv/cpu/norm_scan.hpp"
 #include "refreekv/cpu/ranked_scan.hpp"
 #include "refreekv/cpu/release.hpp"
+#include "refreekv/cpu/stand_ins.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -44,6 +45,7 @@ struct ops<cpu_backend<Executor>> {
   using attention_scratch = cpu_detail::attention_scratch;
   using selection_scratch = cpu_detail::selection_scratch;
   struct ranking_scratch {};
+  using importance_scratch = cpu_detail::importance_scratch;
 
   template <class Seen>
   static scan_scratch take_scan_scratch(arena& from, const backend_type& b, const norm_scan& scan,
@@ -200,6 +202,64 @@ struct ops<cpu_backend<Executor>> {
                              const Seen& seen, const scores_view<>& scores,
                              const selection_scratch& scratch) noexcept {
     cpu_detail::select_pages(b.on, pages, tokens, seen, scores, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static importance_scratch take_importance_scratch(arena& from, const backend_type& b,
+                                                    const importance_rule& rule,
+                                                    const Seen& seen) noexcept {
+    return cpu_detail::take_importance_scratch(from, b.on.workers(), rule, seen);
+  }
+
+  template <class Seen>
+  static status weigh_tokens(const backend_type& b, const importance_rule& rule, const Seen& seen,
+                             const scores_view<>& scores, const view<kept_count, 2>& counts,
+                             const importance_scratch& scratch) noexcept {
+    cpu_detail::weigh_tokens(b.on, rule, seen, scores, counts, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status grade_tokens(const backend_type& b, const importance_rule& rule, const Seen& seen,
+                             const scores_view<>& scores, const view<grade, 3>& grades,
+                             double* lost, const view<kept_count, 2>& counts,
+                             const importance_scratch& scratch) noexcept {
+    cpu_detail::grade_tokens(b.on, rule, seen, scores, grades, lost, counts, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status find_sizes(const backend_type& b, const importance_rule& rule, const Seen& seen,
+                           const view<const grade, 3>& grades, const double* lost,
+                           position_t* sizes, const importance_scratch& scratch) noexcept {
+    cpu_detail::find_sizes(b.on, rule, seen, grades, lost, sizes, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status fit_stand_ins(const backend_type& b, const importance_rule& rule, const Seen& seen,
+                              const view<const grade, 3>& grades, const position_t* sizes,
+                              const stand_in_rows<>& to,
+                              const importance_scratch& scratch) noexcept {
+    cpu_detail::fit_stand_ins(b.on, rule, seen, grades, sizes, to, scratch);
+    return status::ok;
+  }
+
+  template <class Seen>
+  static status keep_grades(const backend_type& b, const Seen& seen,
+                            const view<const grade, 3>& grades, const position_t* sizes,
+                            const kept_positions<>& kept) noexcept {
+    cpu_detail::keep_grades(b.on, seen, grades, sizes, kept);
+    return status::ok;
+  }
+
+  template <kv_source Source>
+  static status write_stand_ins(const backend_type& b, const Source& source,
+                                const view<const kept_count, 2>& kept,
+                                const view<const float, 4>& rows,
+                                const view<const position_t, 2>& counts, compaction how) noexcept {
+    cpu_detail::write_stand_ins(b.on, source, kept, rows, counts, how);
     return status::ok;
   }
 

@@ -2,6 +2,7 @@
 // The element types of a cache on the CPU, and how they become floats.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <type_traits>
 
@@ -34,6 +35,20 @@ template <element T>
     const auto finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
     const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
     return std::bit_cast<float>(finite | special | (bits & 0x8000u) << 16);
+  } else {
+    return x;
+  }
+}
+
+/// The nearest value that there is, and the largest finite one of what is too large.
+template <element T>
+[[nodiscard]] inline T narrow(float x) noexcept {
+  if constexpr (bfloat16_element<T>) {
+    constexpr float most = 0x1.fep127f;
+    return std::bit_cast<T>(Eigen::bfloat16((std::min)((std::max)(x, -most), most)));
+  } else if constexpr (half_element<T>) {
+    constexpr float most = 65504;
+    return std::bit_cast<T>(Eigen::half((std::min)((std::max)(x, -most), most)));
   } else {
     return x;
   }

@@ -61,6 +61,14 @@ struct readable<query_observation<Query, int4_keys<>>> {
   using type = query_observation<Query, unpacked_keys>;
 };
 
+/// Whole lines of the cache that hold so many bytes, and no more than there is an index for: the
+/// arena refuses what is that large.
+[[nodiscard]] inline index_t whole_lines(std::uint64_t bytes) noexcept {
+  constexpr std::uint64_t most = std::uint64_t{1} << 62;
+  return static_cast<index_t>((std::min)(bytes, most) / arena::alignment + 1) *
+         static_cast<index_t>(arena::alignment);
+}
+
 /// What a worker needs for it: 70 KB of logits, the queries of block_rows rows, and statistics of
 /// the longest sequence.
 struct attention_scratch {
@@ -106,11 +114,7 @@ struct attention_scratch {
     attention_scratch s{nullptr, 0, (std::min)(window, most), nullptr};
     arena count;
     (void)take_parts(count, s.rows, seen);
-    // Whole lines, and no more than there is an index for: the arena refuses what is that large.
-    constexpr std::uint64_t most_bytes = std::uint64_t{1} << 62;
-    const std::uint64_t lines =
-        std::min<std::uint64_t>(count.bytes(), most_bytes) / arena::alignment + 1;
-    s.worker_bytes = static_cast<index_t>(lines * arena::alignment);
+    s.worker_bytes = whole_lines(count.bytes());
     s.memory = from.take<std::byte>(workers, s.worker_bytes);
     s.totals = from.take<double>(seen.sequences(), seen.kv_heads(), 2);
     return s;

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+// The faithful rule's scores on the CPU: what a token is worth to its layer.
+#pragma once
+
+#include "refreekv/cpu/matrix.hpp"
+#include "refreekv/cpu/token_scores.hpp"
+#include "refreekv/importance.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// Writes rows of a cache as floats: rows [token, row_stride], of which head_dim are written.
+template <kv_source Source>
+void widen_rows(const Source& source, index_t sequence, index_t kv_head, token_range tokens,
+                float* rows, index_t row_stride) noexcept {
+  const index_t dims = source.head_dim();
+  for (index_t t = tokens.begin; t < tokens.end;) {
+    const auto run = source.run_at(sequence, kv_head, t);
+    for (index_t i = 0; i < run.tokens && t < tokens.end; ++i, ++t, rows += row_stride) {
+      const auto* row = run.data + i * run.token_stride;
+      if (run.dim_stride == 1) {
+        for (index_t d = 0; d < dims; ++d) rows[d] = widen(row[d]);
+      } else {
+        for (index_t d = 0; d < dims; ++d) rows[d] = widen(row[d * run.dim_stride]);
+      }
+    }
+  }
+}
+
+/// The length of a row, which is finite for any finite floats.
+[[nodiscard]] inline double length_of_row(const float* row, index_t dims) noexcept {
+  return std::sqrt(
+      Eigen::Map<const Eigen::ArrayXf>(row, dims).template cast<double>().square().sum());
+}
+
+/// How an observation's keys and queries are multiplied.
+template <class Seen>
+using observed_type = std::remove_cvref_t<decltype(observed(std::declval<const Seen&>()))>;
+template <class Seen>
+using observed_product = product_of<observed_type<Seen>>;
+
+/// The rows that exist of one KV head's window, packed, and the attention of each.
+template <class Product>
+struct head_rows {
+  query_window window;
+  head_queries<Product> queries;
+  const row_normaliser* normalisers;  ///< [q_head of the KV head, row]
+
+  [[nodiscard]] index_t count() const noexcept { return queries.heads * window.rows; }
+
+  /// Fills the tile with the logits of a block as no mask and no position has changed them.
+  template <class Key>
+  void fill_bare_logits(token_range tokens, const block_addresses<Key>& keys,
+                        const tile_scratch& tile) const noexcept {
+    store_logits<Product>(keys, queries.packed, count(), queries.head_dim, queries.scale,
+                          static_cast<Key*>(tile.gathered), tile.values);
+    const float cap = queries.attention.soft_cap;
+    for (index_t i = 0; cap > 0 && i < count(); ++i) {
+      cap_softly(tile.values + i * tile_stride, tokens.end - tokens.begin,
+                 static_cast<double>(cap));
+    }
+  }
+
+  /// Turns bare logits of row i into its attention.
+  void attend(index_t i, token_range tokens, float* logits) const noexcept {
+    attention_params<> uncapped = queries.attention;
+    uncapped.soft_cap = 0;
+    const index_t row = i % window.rows, count = tokens.end - tokens.begin;
+    finish_logits(uncapped, window, queries.first_head + i / window.rows, row, tokens, logits);
+    const float unit = unit_of(logits, count);
+    exponentiate(logits, count, unit);
+    const token_range visible = window.visible(row);
+    const index_t from = std::clamp(visible.begin, tokens.begin, tokens.end) - tokens.begin;
+    const index_t to = std::clamp(visible.end, tokens.begin, tokens.end) - tokens.begin;
+    std::fill(logits, logits + from, 0.0f);
+    std::fill(logits + to, logits + count, 0.0f);
+    if (from < to) {
+      normalise_values(logits + from, to - from, unit, normalisers[i]);
+    }
+  }
+};
+
+/// What the primitives of the faithful rule work in.
+struct importance_scratch {
+  row_normaliser* normalisers;  ///< [sequence, q_head, rows]: left by the weighing for those after
+  float* sorted;                ///< [sequence, kv_head, capacity]
+  double* errors;               ///< [sequence, kv_head, sizes + 1]; null without an error term
+  std::byte* memory;            ///< of each worker
+  index_t worker_bytes;
+
+  struct weighing_parts {
+    void* packed;  ///< [q_head of the KV head, rows, packed_dim]
+    tile_scratch tile;
+    chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
+    float* rows;                   ///< [chunk_tokens, the larger head_dim]
+    double* anchor;                ///< [head_dim]
+  };
+
+  template <class Seen>
+  static weighing_parts take_weighing(arena& from, const importance_rule& rule,
+                                      const Seen& seen) noexcept {
+    using product = observed_product<Seen>;
+    const index_t heads = seen.q_heads() / seen.kv_heads(), dims = seen.head_dim();
+    weighing_parts p{};
+    p.packed = from.take<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
+    p.tile.gathered = from.take<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
+    p.tile.values = from.take<float>(heads, rule.rows, tile_stride);
+    p.tile.statistics = from.take<chunk_statistics>(heads, rule.rows);
+    p.statistics =
+        from.take<chunk_statistics>(heads, rule.rows, chunking{seen.capacity(), 0}.count());
+    p.rows = from.take<float>(chunk_tokens, (std::max)(dims, seen.values.head_dim()));
+    p.anchor = from.take<double>(dims);
+    return p;
+  }
+  template <class Seen>
+  [[nodiscard]] weighing_parts weighing(index_t worker, const importance_rule& rule,
+                                        const Seen& seen) const noexcept {
+    arena carve(memory + worker * worker_bytes);
+    return take_weighing(carve, rule, seen);
+  }
+
+  /// The rows of a KV head that exist, which are packed.
+  template <class Seen>
+  [[nodiscard]] auto pack_head(const importance_rule& rule, const Seen& seen, index_t sequence,
+                               index_t kv_head, void* packed) const noexcept {
+    using product = observed_product<Seen>;
+    const auto& what = observed(seen);
+    const query_window all = window_of(what, sequence, rule.rows);
+    const index_t heads = seen.q_heads() / seen.kv_heads(), rows = all.count();
+    auto* own = static_cast<typename product::packed*>(packed);
+    for (index_t g = 0; g < heads; ++g) {
+      pack_queries(what, sequence, kv_head * heads + g, rows, own);
+    }
+    return head_rows<product>{all.part(all.first_row(), rows), queries_of(what, kv_head, own),
+                              normalisers_of(rule, seen, sequence, kv_head)};
+  }
+
+  template <class Seen>
+  [[nodiscard]] row_normaliser* normalisers_of(const importance_rule& rule, const Seen& seen,
+                                               index_t sequence, index_t kv_head) const noexcept {
+    const index_t heads = seen.q_heads() / seen.kv_heads();
+    return normalisers + (sequence * seen.kv_heads() + kv_head) * heads * rule.rows;
+  }
+};
+
+/// Calls f(chunk, block of it, block after it) for the tokens that any row of a window sees.
+template <class F>
+void for_each_chunk(const query_window& window, index_t sequence, index_t kv_head,
+                    const F& f) noexcept {
+  const auto [begin, end] = importance_rule::seen_by(window);
+  const chunking chunks{end, 0};
+  const auto block_of = [&](index_t c) {
+    const token_range chunk = chunks[c];
+    return key_block{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
+  };
+  for (index_t c = begin / chunk_tokens; c < chunks.count(); ++c) {
+    f(c, block_of(c), block_of((std::min)(c + 1, chunks.count() - 1)));
+  }
+}
+
+/// Reads the keys once: leaves the normaliser of each row, and in `anchor` the mean direction of
+/// the keys, of length 1, or 0 where they have none. Whether all rows have a softmax.
+template <class Seen, class Product>
+bool find_anchor(const Seen& seen, index_t sequence, index_t kv_head,
+                 const head_rows<Product>& rows, const importance_scratch::weighing_parts& work,
+                 row_normaliser* normalisers) noexcept {
+  const auto& what = observed(seen);
+  const index_t dims = seen.head_dim(), count = rows.count();
+  const index_t chunks = chunking{rows.window.tokens, 0}.count();
+  Eigen::Map<Eigen::ArrayXd> anchor(work.anchor, dims);
+  anchor.setZero();
+  for (index_t i = 0; i < count * chunks; ++i) {
+    work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
+  }
+  for_each_chunk(
+      rows.window, sequence, kv_head,
+      [&](index_t c, const key_block& block, const key_block& next) {
+        const block_addresses keys(what.keys, block, next);
+        if (!summarise(rows.queries, rows.window, block.tokens, keys, work.tile)) {
+          attend(rows.queries, rows.window, block.tokens, keys, work.tile);
+        }
+        for (index_t i = 0; i < count; ++i) {
+          work.statistics[i * chunks + c] = work.tile.statistics[i];
+        }
+        widen_rows(what.keys, sequence, kv_head, block.tokens, work.rows, dims);
+        for (index_t t = 0; t < keys.count(); ++t) {
+          const double length = length_of_row(work.rows + t * dims, dims);
+          if (length <= 0) continue;  // a key without a direction
+          anchor += Eigen::Map<const Eigen::ArrayXf>(work.rows + t * dims, dims).cast<double>() *
+                    (1 / length);
+        }
+      });
+  const double length = std::sqrt(anchor.square().sum());
+  if (length > 0) anchor /= length;
+  const auto& sinks = what.info.attention.sink_logits;
+  bool exist = true;
+  for (index_t i = 0; i < count; ++i) {
+    const index_t q_head = rows.queries.first_head + i / rows.window.rows;
+    normalisers[i] = normalise(
+        work.statistics + i * chunks, chunks,
+        sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
+    exist &= normalisers[i].exists();
+  }
+  return exist;
+}
+
+/// Adds to spread [token] the standard deviation over the rows of each query head's bare logits.
+inline void add_spread(const float* logits, index_t heads, index_t rows, index_t tokens,
+                       float* spread) noexcept {
+  using row = Eigen::Map<const Eigen::ArrayXf>;
+  float sums[static_cast<std::size_t>(chunk_tokens)],
+      squares[static_cast<std::size_t>(chunk_tokens)];
+  Eigen::Map<Eigen::ArrayXf> sum(sums, tokens), square(squares, tokens), result(spread, tokens);
+  const float share = 1 / static_cast<float>(rows);
+  for (index_t g = 0; g < heads; ++g) {
+    // Relative to the first row: squares of logits that lie close together would cancel.
+    const row first(logits + g * rows * tile_stride, tokens);
+    sum.setZero();
+    square.setZero();
+    for (index_t r = 1; r < rows; ++r) {
+      const row own(logits + (g * rows + r) * tile_stride, tokens);
+      sum += own - first;
+      square += (own - first).square();
+    }
+    result += (square * share - (sum * share).square()).max(0.0f).sqrt();
+  }
+}
+
+template <class Executor, class Seen>
+void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& seen,
+                  const scores_view<>& scores, const view<kept_count, 2>& counts,
+                  const importance_scratch& scratch) noexcept {
+  const auto& what = observed(seen);
+  for_each_head(on, what, attention_work(what, rule.rows), [&](int worker, index_t s, index_t h) {
+    const auto work = scratch.weighing(worker, rule, seen);
+    const auto rows = scratch.pack_head(rule, seen, s, h, work.packed);
+    const index_t dims = seen.head_dim(), value_dims = seen.values.head_dim();
+    const query_window& window = rows.window;
+    const double heads = static_cast<double>(rows.queries.heads);
+    bool& undecided = counts(s, h).undecided;
+    undecided = window.is_blind();
+    if (window.tokens == 0 || undecided) return;
+    undecided = !find_anchor(seen, s, h, rows, work, scratch.normalisers_of(rule, seen, s, h));
+    if (undecided) return;
+
+    const Eigen::Map<const Eigen::ArrayXd> anchor(work.anchor, dims);
+    const auto [begin, end] = importance_rule::seen_by(window);
+    const token_range typical = importance_rule::typical(window);
+    double squared_spread = 0;
+    for_each_chunk(window, s, h, [&](index_t, const key_block& block, const key_block& next) {
+      const auto [first, last] = block.tokens;
+      const index_t count = last - first;
+      rows.fill_bare_logits(block.tokens, block_addresses(what.keys, block, next), work.tile);
+
+      constexpr auto most = static_cast<std::size_t>(chunk_tokens);
+      float spread[most] = {};
+      add_spread(work.tile.values, rows.queries.heads, window.rows, count, spread);
+      for (index_t t = (std::max)(first, typical.begin); t < (std::min)(last, typical.end); ++t) {
+        const double mean = static_cast<double>(spread[t - first]) / heads;
+        squared_spread += mean * mean;
+      }
+
+      double peaks[most] = {};
+      for (index_t g = 0; g < rows.queries.heads; ++g) {
+        float peak[most] = {};
+        for (index_t r = 0; r < window.rows; ++r) {
+          float* attention = work.tile.values + (g * window.rows + r) * tile_stride;
+          rows.attend(g * window.rows + r, block.tokens, attention);
+          for (index_t t = 0; t < count; ++t) peak[t] = (std::max)(peak[t], attention[t]);
+        }
+        for (index_t t = 0; t < count; ++t) peaks[t] += static_cast<double>(peak[t]);
+      }
+
+      double weights[most];
+      widen_rows(what.keys, s, h, block.tokens, work.rows, dims);
+      for (index_t t = 0; t < count; ++t) {
+        const float* key = work.rows + t * dims;
+        const double length = length_of_row(key, dims);
+        const double along =
+            (Eigen::Map<const Eigen::ArrayXf>(key, dims).cast<double>() * anchor).sum();
+        const double distance = length > 0 || std::isnan(length) ? 1 - along / length : 1;
+        weights[t] = (peaks[t] / heads + rule.prior) * (distance < 0 ? 0 : distance);
+      }
+      widen_rows(seen.values, s, h, block.tokens, work.rows, value_dims);
+      for (index_t t = 0; t < count; ++t) {
+        scores(s, h, first + t) =
+            static_cast<float>(weights[t] * length_of_row(work.rows + t * value_dims, value_dims));
+      }
+    });
+
+    // One row has no spread: then all heads count the same.
+    const double sigma =
+        window.rows > 1
+            ? std::sqrt(squared_spread / static_cast<double>(typical.end - typical.begin))
+            : 1;
+    for (index_t t = 0; t < begin; ++t) scores(s, h, t) = 0;
+    for (index_t t = begin; t < end; ++t) {
+      float& score = scores(s, h, t);
+      score = static_cast<float>(static_cast<double>(score) * sigma);
+      undecided |= !std::isfinite(score);
+    }
+  });
+}
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

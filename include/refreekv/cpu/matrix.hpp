@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// A product of small matrices that needs no memory of its own: Eigen's packs its operands, on the
+// stack or, where they are large, on the heap.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "refreekv/cpu/element.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// Elements that hold `count` floats in whole registers of any target.
+constexpr index_t whole_registers(index_t count) noexcept { return (count + 15) / 16 * 16; }
+
+/// A factor of which single elements are read.
+struct left_factor {
+  const float* data;
+  index_t row_stride, column_stride;
+};
+
+/// Rows of whole_registers of floats, of which all are read.
+struct right_factor {
+  const float* data;
+  index_t row_stride;
+};
+
+/// sums [rows, columns] += left [rows, depth] . right [depth, columns], where `columns` stands for
+/// as many as whole_registers of them. The order of additions is that of the depth.
+template <int rows_together>
+REFREEKV_ALWAYS_INLINE void add_product_rows(const left_factor& left, const right_factor& right,
+                                             index_t depth, index_t columns, float* sums,
+                                             index_t sums_stride) noexcept {
+  for (index_t c = 0; c < columns; c += lane_count) {
+    lanes sum[static_cast<std::size_t>(rows_together)];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows_together; ++r) sum[r] = load(sums + r * sums_stride + c);
+#pragma GCC unroll 1
+    for (index_t k = 0; k < depth; ++k) {
+      const lanes factor = load(right.data + k * right.row_stride + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows_together; ++r) {
+        sum[r] += left.data[r * left.row_stride + k * left.column_stride] * factor;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows_together; ++r) store(sum[r], sums + r * sums_stride + c);
+  }
+}
+
+inline void add_product(left_factor left, const right_factor& right, index_t rows, index_t depth,
+                        index_t columns, float* sums, index_t sums_stride) noexcept {
+  for (; rows >= 8; rows -= 8, sums += 8 * sums_stride, left.data += 8 * left.row_stride) {
+    add_product_rows<8>(left, right, depth, columns, sums, sums_stride);
+  }
+  for (; rows > 0; --rows, sums += sums_stride, left.data += left.row_stride) {
+    add_product_rows<1>(left, right, depth, columns, sums, sums_stride);
+  }
+}
+
+/// The map by which a ridge regression finds how a key has to change from how much too large its
+/// logits are: map [row, dim] = -(X^T X + ridge * tr(X^T X) / dims * I)^-1 x, for each row x of
+/// X [row, dim]. 0 where X is. X and the map have dim_stride floats between rows. normal: [dims,
+/// dims]; columns: [dims, map_columns]. O((rows + dims) * dims^2), in double: the quotient of the
+/// largest and the smallest eigenvalue is up to dims / ridge.
+inline constexpr int map_columns = 32;
+inline void fit_map(const float* x, index_t rows, index_t dims, index_t dim_stride, double ridge,
+                    double* normal, double* columns, float* map) noexcept {
+  using vector = Eigen::Map<Eigen::ArrayXd>;
+  using constant_row = Eigen::Map<const Eigen::ArrayXf>;
+  std::fill_n(normal, dims * dims, 0.0);
+  std::fill_n(map, rows * dim_stride, 0.0f);
+  for (index_t r = 0; r < rows; ++r) {
+    vector row(columns, dims);
+    row = constant_row(x + r * dim_stride, dims).cast<double>();
+    for (index_t i = 0; i < dims; ++i) {
+      vector(normal + i * dims, i + 1) += columns[i] * row.head(i + 1);
+    }
+  }
+  double trace = 0;
+  for (index_t i = 0; i < dims; ++i) trace += normal[i * dims + i];
+  if (!(trace > 0 && std::isfinite(trace))) return;
+  // Cholesky's factor takes the place of the matrix, row by row.
+  for (index_t i = 0; i < dims; ++i) {
+    double* row = normal + i * dims;
+    row[i] += ridge * trace / static_cast<double>(dims);
+    for (index_t k = 0; k <= i; ++k) {
+      const double* other = normal + k * dims;
+      const double rest =
+          row[k] - (vector(row, k) * Eigen::Map<const Eigen::ArrayXd>(other, k)).sum();
+      row[k] = k < i ? rest / other[k] : std::sqrt(rest);
+    }
+  }
+  using solution = Eigen::Map<Eigen::Array<double, map_columns, 1>>;
+  const auto column = [&](index_t i) { return solution(columns + i * map_columns); };
+  for (index_t first = 0; first < rows; first += map_columns) {
+    const index_t count = (std::min)(rows - first, index_t{map_columns});
+    for (index_t i = 0; i < dims; ++i) {
+      for (index_t c = 0; c < map_columns; ++c) {
+        columns[i * map_columns + c] =
+            c < count ? static_cast<double>(x[(first + c) * dim_stride + i]) : 0;
+      }
+    }
+    for (index_t i = 0; i < dims; ++i) {
+      solution own = column(i);
+      for (index_t k = 0; k < i; ++k) own -= normal[i * dims + k] * column(k);
+      own /= normal[i * dims + i];
+    }
+    for (index_t i = dims - 1; i >= 0; --i) {
+      solution own = column(i);
+      for (index_t k = i + 1; k < dims; ++k) own -= normal[k * dims + i] * column(k);
+      own /= normal[i * dims + i];
+    }
+    for (index_t c = 0; c < count; ++c) {
+      for (index_t i = 0; i < dims; ++i) {
+        map[(first + c) * dim_stride + i] = static_cast<float>(-columns[i * map_columns + c]);
+      }
+    }
+  }
+}
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// faithful (ours): no budget; a layer keeps what its outputs need, and its heads share that out.
+//
+// A token is worth (peak + prior) * distance * |v| * sigma: the most attention that any row of the
+// window gives it, with a floor for what the window never looked at, times how far its key lies
+// from the others', how long its value is, and how much its head's logits move from row to row. All
+// tokens of a layer's KV heads stand in one ranking. Of the tokens that a block of positions loses,
+// one row is made that stands in for them. A layer keeps the smallest of its sizes at which
+// sqrt(error * lost) <= tolerance: the relative error of the window's outputs, and the share of
+// the scores that goes.
+#pragma once
+
+#include "refreekv/aliasing.hpp"
+#include "refreekv/policy.hpp"
+
+namespace refreekv::inline v0::policy {
+
+/// To be observed with_values(...): values count, as keys do.
+struct faithful {
+  template <class Memory>
+  using decision = kept_with_stand_ins<Memory>;
+
+  /// Of sqrt(error * lost), or of lost where the error is not measured (0.2 is as strict then).
+  double tolerance = 0.1;
+  count_t sinks = 4;    ///< first tokens that always stay
+  count_t recent = 8;   ///< last tokens that stay; no more than a quarter of them, but one
+  count_t window = 32;  ///< last queries that are looked at, at least 1; all there are if fewer
+  /// Attention that every token counts as having had, in [1e-6, 1]: the next queries are not those
+  /// of the window.
+  double prior = 0.02;
+  count_t block = 64;      ///< positions that share a stand-in, in [1, 256]
+  count_t sizes = 16;      ///< that a layer chooses from, in [1, 64]
+  count_t error_rows = 4;  ///< the error is measured on the last row and every fourth before it
+  double ridge = 0.05;     ///< of the regression that finds stand-ins' keys, in [1e-6, 1]
+  /// Rows that stand in for what goes. Without them a decision is positions alone.
+  bool stand_ins = true;
+  bool error_term = true;  ///< without it lost alone decides, which takes half the time
+  /// kv_head: one ranking for the layer, so that KV heads keep different numbers of tokens. layer:
+  /// all keep the same number, for engines with one length a layer, at a price in fidelity.
+  cut_scope scope = cut_scope::kv_head;
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (!(tolerance >= 0 && tolerance <= 1)) return "tolerance must be in [0, 1]";
+    if (sinks > max_count) return "sinks must be >= 0";
+    if (recent > max_count) return "recent must be >= 0";
+    if (window < 1 || window > max_count) return "window must be >= 1";
+    if (!(prior >= 1e-6 && prior <= 1)) return "prior must be in [1e-6, 1]";
+    if (block < 1 || block > chunk_tokens) return "block must be in [1, 256]";
+    if (sizes < 1 || sizes > max_sizes) return "sizes must be in [1, 64]";
+    if (error_rows < 1 || error_rows > max_count) return "error_rows must be >= 1";
+    if (!(ridge >= 1e-6 && ridge <= 1)) return "ridge must be in [1e-6, 1]";
+    return nullptr;
+  }
+  template <attention_observation Seen>
+    requires requires(const Seen& seen) { seen.values; }
+  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+    if (!stand_ins) return nullptr;
+    if (seen.info.attention.alibi_slopes.data() != nullptr) {
+      return "stand-ins have no position, which ALiBi needs: set stand_ins = false";
+    }
+    if (detail::share_memory(seen.keys, seen.values) != nullptr) {
+      return "values are a part of the keys (MLA), where no row can stand in for both: set "
+             "stand_ins = false";
+    }
+    return nullptr;
+  }
+
+  /// Stand-ins need memory, which is the caller's.
+  template <attention_observation Seen>
+  [[nodiscard]] constexpr const char* invalid(
+      const Seen& seen, const decision<typename Seen::memory>& kept) const noexcept {
+    if (!stand_ins) return nullptr;
+    const auto& [keys, values, counts] = kept.stand_ins;
+    if (!kept.stand_ins.wanted()) {
+      return "no memory for stand-ins: pass kept_with_stand_ins, or set stand_ins = false";
+    }
+    if (counts.extent(0) != seen.sequences() || counts.extent(1) != seen.kv_heads()) {
+      return "stand-in counts must be [sequence, kv_head]";
+    }
+    const index_t most = most_stand_ins(seen.capacity());
+    if (const char* why = detail::misshapen_rows(keys, counts, seen.head_dim(), most)) return why;
+    return detail::misshapen_rows(values, counts, seen.values.head_dim(), most);
+  }
+
+  /// The most stand-ins that a KV head of so many tokens may have: one a block.
+  [[nodiscard]] constexpr index_t most_stand_ins(index_t tokens) const noexcept {
+    return stand_ins ? (tokens + block - 1) / block : 0;
+  }
+
+  template <class Backend>
+  struct buffers {
+    float* scores;      ///< [sequence, kv_head, capacity]
+    grade* grades;      ///< [sequence, kv_head, capacity]
+    double* lost;       ///< [sequence, sizes + 1]
+    position_t* sizes;  ///< [sequence]
+    typename ops<Backend>::importance_scratch scratch;
+  };
+
+  template <backend Backend, attention_observation Seen>
+  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
+                                      const Seen& seen) const noexcept {
+    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
+    return {from.take<float>(sequences, kv_heads, seen.capacity()),
+            from.take<grade>(sequences, kv_heads, seen.capacity()),
+            from.take<double>(sequences, index_t{sizes} + 1), from.take<position_t>(sequences),
+            ops<Backend>::take_importance_scratch(from, on, rule(seen), seen)};
+  }
+
+  /// Ranks with other heads of a layer decide without each other: each shares out what its own
+  /// heads need.
+  template <backend Backend, attention_observation Seen>
+  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
+                const decision<typename Seen::memory>& kept, const reduction auto&) const noexcept {
+    using run = ops<Backend>;
+    using memory = typename Seen::memory;
+    const importance_rule own = rule(seen);
+    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
+    const scores_view<memory> scores(work.scores, {sequences, kv_heads, seen.capacity()});
+    const view<grade, 3, memory> grades(work.grades, {sequences, kv_heads, seen.capacity()});
+    status s = run::weigh_tokens(on, own, seen, scores, kept.counts, work.scratch);
+    if (s == status::ok) {
+      s = run::grade_tokens(on, own, seen, scores, grades, work.lost, kept.counts, work.scratch);
+    }
+    if (s == status::ok) {
+      s = run::find_sizes(on, own, seen, grades, work.lost, work.sizes, work.scratch);
+    }
+    if (s == status::ok && stand_ins) {
+      s = run::fit_stand_ins(on, own, seen, grades, work.sizes, kept.stand_ins, work.scratch);
+    }
+    if (s == status::ok) s = run::keep_grades(on, seen, grades, work.sizes, kept);
+    return s;
+  }
+
+ private:
+  template <class Seen>
+  [[nodiscard]] constexpr importance_rule rule(const Seen& seen) const noexcept {
+    return {tolerance,  detail::most_rows(seen, window),
+            sinks,      recent,
+            block,      sizes,
+            error_rows, prior,
+            ridge,      stand_ins,
+            error_term, scope};
+  }
+};
+
+}  // namespace refreekv::inline v0::policy

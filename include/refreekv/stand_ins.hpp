@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// A decision that leaves single tokens, and rows that stand in for those that go.
+#pragma once
+
+#include "refreekv/fit.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Keys and values of which each stands in for several tokens of its KV head that went. To
+/// attention they are tokens as all others, but that every later query sees them. They have no
+/// position: keys are as rotated ones are, and the next position goes on from what it was.
+template <class Memory = host_memory>
+struct stand_in_rows {
+  view<float, 4, Memory> keys;         ///< [sequence, kv_head, stand_in, head_dim]
+  view<float, 4, Memory> values;       ///< [sequence, kv_head, stand_in, head_dim of the values]
+  view<position_t, 2, Memory> counts;  ///< [sequence, kv_head]
+
+  /// Where none are wanted there is no pointer.
+  [[nodiscard]] constexpr bool wanted() const noexcept { return counts.data() != nullptr; }
+};
+
+/// The tokens that stay, and what stands in for the others. Kept positions alone will do for a rule
+/// whose stand-ins are off.
+template <class Memory = host_memory>
+struct kept_with_stand_ins : kept_positions<Memory> {
+  stand_in_rows<Memory> stand_ins = {};
+
+  constexpr kept_with_stand_ins(const kept_positions<Memory>& kept,
+                                const stand_in_rows<Memory>& rows = {}) noexcept
+      : kept_positions<Memory>(kept), stand_ins(rows) {}
+
+  /// Slots that a KV head's tokens and stand-ins take together.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t length(index_t sequence,
+                                                              index_t kv_head) const noexcept {
+    return index_t{this->counts(sequence, kv_head).count} +
+           (stand_ins.counts.data() == nullptr ? 0 : stand_ins.counts(sequence, kv_head));
+  }
+};
+
+/// The slot of a KV head's first stand-in once `how` is done: behind the tokens that stay, or in
+/// front of them where those move up.
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_stand_in(const kept_count& kept,
+                                                                    index_t stand_ins,
+                                                                    compaction how) noexcept {
+  return how == compaction::sinks_up ? kept.dropped() - stand_ins : index_t{kept.count};
+}
+
+namespace detail {
+
+template <class Memory>
+[[nodiscard]] constexpr const char* misshapen_rows(const view<float, 4, Memory>& rows,
+                                                   const view<position_t, 2, Memory>& counts,
+                                                   index_t head_dim, index_t most) noexcept {
+  if (rows.malformed() || rows.extent(0) != counts.extent(0) ||
+      rows.extent(1) != counts.extent(1) || rows.extent(2) < most || rows.extent(3) != head_dim ||
+      (head_dim > 1 && rows.stride(3) != 1)) {
+    return "stand-ins must be [sequence, kv_head, stand_in, head_dim], rows contiguous, with a "
+           "place for each that there may be";
+  }
+  return nullptr;
+}
+
+/// Whether stand-ins have their place in the sources they are written to. O(sequences * kv_heads).
+template <kv_source Keys, kv_source Values>
+[[nodiscard]] constexpr const char* unfit(const kept_with_stand_ins<typename Keys::memory>& kept,
+                                          const Keys& keys, const Values& values) noexcept {
+  const auto& [key_rows, value_rows, counts] = kept.stand_ins;
+  if (counts.malformed() || counts.extent(0) != keys.sequences() ||
+      counts.extent(1) != keys.kv_heads()) {
+    return "stand-in counts must be [sequence, kv_head]";
+  }
+  if (const char* why = misshapen_rows(key_rows, counts, keys.head_dim(), 0)) return why;
+  if (const char* why = misshapen_rows(value_rows, counts, values.head_dim(), 0)) return why;
+  if constexpr (std::same_as<typename Keys::memory, host_memory>) {
+    for (index_t s = 0; s < keys.sequences(); ++s) {
+      for (index_t h = 0; h < keys.kv_heads(); ++h) {
+        if (counts(s, h) < 0 || counts(s, h) > kept.counts(s, h).dropped() ||
+            counts(s, h) > key_rows.extent(2) || counts(s, h) > value_rows.extent(2)) {
+          return "more stand-ins than tokens that go, or than rows";
+        }
+      }
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace detail
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs select of a policy that observes values and leaves stand-ins, between canaries.
+#pragma once
+
+#include "ranked_selection.hpp"
+
+/// Rows of floats [sequence, kv_head, stand_in, dim], with room between them that must not change.
+class guarded_rows {
+ public:
+  guarded_rows(index_t sequences, index_t kv_heads, index_t rows, index_t dims)
+      : sequences_(sequences),
+        kv_heads_(kv_heads),
+        rows_(rows),
+        dims_(dims),
+        values_(size(sequences * kv_heads * rows * (dims + gap) + gap), untouched) {}
+
+  refreekv::view<float, 4> rows() {
+    const index_t row = dims_ + gap;
+    return {values_.data() + gap,
+            {sequences_, kv_heads_, rows_, dims_},
+            {kv_heads_ * rows_ * row, rows_ * row, row, 1}};
+  }
+  bool intact() const {
+    for (std::size_t i = 0; i < values_.size(); ++i) {
+      if (static_cast<index_t>(i) % (dims_ + gap) < gap && values_[i] != untouched) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr index_t gap = 2;
+  static constexpr float untouched = -7;
+
+  index_t sequences_, kv_heads_, rows_, dims_;
+  std::vector<float> values_;
+};
+
+using float_rows = std::vector<std::vector<float>>;  // [stand_in, dim]
+
+struct valued_selection : ranked_selection {
+  std::vector<float_rows> keys, values;  // of stand-ins, [sequence, kv_head]
+
+  friend bool operator==(const valued_selection& a, const valued_selection& b) = default;
+};
+
+/// Memory of a decision with stand-ins.
+class guarded_decision {
+ public:
+  template <class Policy, class Seen>
+  guarded_decision(const Policy& rule, const Seen& seen)
+      : positions_(seen.sequences(), seen.kv_heads(), seen.capacity()),
+        keys_(seen.sequences(), seen.kv_heads(), rule.most_stand_ins(seen.capacity()),
+              seen.head_dim()),
+        values_(seen.sequences(), seen.kv_heads(), rule.most_stand_ins(seen.capacity()),
+                seen.values.head_dim()),
+        counts_(size(seen.sequences() * seen.kv_heads()) + 1, -7),
+        sequences_(seen.sequences()),
+        kv_heads_(seen.kv_heads()),
+        wanted_(rule.stand_ins) {}
+
+  refreekv::kept_with_stand_ins<> kept() {
+    if (!wanted_) return positions_.kept();
+    return {positions_.kept(),
+            {keys_.rows(), values_.rows(), {counts_.data(), {sequences_, kv_heads_}}}};
+  }
+  bool intact() const {
+    return positions_.intact() && keys_.intact() && values_.intact() && counts_.back() == -7;
+  }
+  bool unwritten() const {
+    return positions_.unwritten() &&
+           std::all_of(counts_.begin(), counts_.end(), [](position_t c) { return c == -7; });
+  }
+
+ private:
+  guarded_positions positions_;
+  guarded_rows keys_, values_;
+  std::vector<position_t> counts_;
+  index_t sequences_, kv_heads_;
+  bool wanted_;
+};
+
+inline float_rows rows_of(const refreekv::view<float, 4>& rows, index_t s, index_t h,
+                          index_t count) {
+  float_rows out;
+  for (index_t i = 0; i < count; ++i) {
+    const float* row = rows.at(s, h, i);
+    out.emplace_back(row, row + rows.extent(3));
+  }
+  return out;
+}
+
+/// `missing` bytes short of what workspace_size asks for.
+template <class Policy, class Backend, class Seen>
+valued_selection run_valued(const Policy& rule, const Backend& backend, const Seen& seen,
+                            std::size_t missing = 0) {
+  guarded_bytes memory(refreekv::workspace_size(rule, backend, seen) - missing);
+  guarded_decision guarded(rule, seen);
+  const refreekv::kept_with_stand_ins<> kept = guarded.kept();
+  valued_selection out;
+  out.status = refreekv::select(rule, backend, seen, kept, memory.middle());
+  out.kv_heads = seen.kv_heads();
+  REQUIRE(memory.intact());
+  REQUIRE(guarded.intact());
+  if (out.status != refreekv::status::ok) {
+    REQUIRE(guarded.unwritten());
+    return out;
+  }
+  for (index_t s = 0; s < seen.sequences(); ++s) {
+    for (index_t h = 0; h < seen.kv_heads(); ++h) {
+      const refreekv::kept_count& count = kept.counts(s, h);
+      out.counts.push_back(count);
+      REQUIRE(count.tokens == seen.tokens(s));
+      REQUIRE(count.count >= 0);
+      REQUIRE(count.count <= seen.tokens(s));
+      out.kept.push_back(positions_of(kept, s, h));
+      const index_t stand_ins = kept.length(s, h) - count.count;
+      REQUIRE(stand_ins >= 0);
+      REQUIRE(stand_ins <= count.dropped());
+      out.keys.push_back(rows_of(kept.stand_ins.keys, s, h, stand_ins));
+      out.values.push_back(rows_of(kept.stand_ins.values, s, h, stand_ins));
+    }
+  }
+  return out;
+}
