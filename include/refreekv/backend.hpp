@@ -132,8 +132,9 @@ namespace refreekv::inline v0 {
 ///   head that is undecided makes its sequence undecided, of which all stays.
 ///   O(tokens * log(sizes)) expected.
 ///
-/// - `find_sizes(B, rule, seen, grades, lost, sizes, scratch)`: sizes(s) = the smallest that is
-///   enough. The error of a size is the mean over the measured rows of the layer of |o' - o| / (|o|
+/// - `find_sizes(B, rule, seen, grades, lost, sizes, to, scratch)`: sizes(s) = the smallest that is
+///   enough; `to` is where stand-ins will be, which it may work in. The error of a size is the mean
+///   over the measured rows of the layer of |o' - o| / (|o|
 ///   + 1e-9), where o is the row's output, the sum of its attention times values, and o' the same
 ///   of what the size leaves: the tokens that it keeps and its stand-ins. O(q_heads * rows * tokens
 ///   * head_dim).

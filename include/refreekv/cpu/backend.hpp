@@ -232,7 +232,8 @@ struct ops<cpu_backend<Executor>> {
   template <class Seen>
   static status find_sizes(const backend_type& b, const importance_rule& rule, const Seen& seen,
                            const view<const grade, 3>& grades, const double* lost,
-                           position_t* sizes, const importance_scratch& scratch) noexcept {
+                           position_t* sizes, const stand_in_rows<>&,
+                           const importance_scratch& scratch) noexcept {
     cpu_detail::find_sizes(b.on, rule, seen, grades, lost, sizes, scratch);
     return status::ok;
   }

@@ -122,7 +122,8 @@ struct faithful {
       s = run::grade_tokens(on, own, seen, scores, grades, work.lost, kept.counts, work.scratch);
     }
     if (s == status::ok) {
-      s = run::find_sizes(on, own, seen, grades, work.lost, work.sizes, work.scratch);
+      s = run::find_sizes(on, own, seen, grades, work.lost, work.sizes, kept.stand_ins,
+                          work.scratch);
     }
     if (s == status::ok && stand_ins) {
       s = run::fit_stand_ins(on, own, seen, grades, work.sizes, kept.stand_ins, work.scratch);
