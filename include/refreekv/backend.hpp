@@ -122,8 +122,8 @@ namespace refreekv::inline v0 {
 ///   largest attention of any row, distance is 1 - the cosine of the key and the mean direction of
 ///   its head's keys (1 of a key that is 0), and sigma is the root of the mean square over the
 ///   `typical` tokens of the standard deviation over the rows of their logits without mask and
-///   position (1 for one row). `undecided` becomes whether a score of the head is not finite, a row
-///   has no softmax, or there is no row. O(q_heads * rows * tokens * head_dim).
+///   position (1 for one row). `undecided` becomes whether a score or a query of the head is not
+///   finite, a row has no softmax, or there is no row. O(q_heads * rows * tokens * head_dim).
 ///
 /// - `grade_tokens(B, rule, seen, scores, grades, lost, counts, scratch)`: ranks the candidates of
 ///   all KV heads together, or of each, by the rule's scope: largest score first, then lower head,

@@ -86,6 +86,12 @@ struct importance_rule {
   }
 };
 
+/// Whether the sum of so many directions has one: what is left where they cancel is rounding.
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool has_direction(double length,
+                                                                index_t tokens) noexcept {
+  return !(length <= 1e-12 * static_cast<double>(tokens));
+}
+
 /// A logit before the soft cap made it what it is; what is near the cap or above it counts as 0.9
 /// of it, as no key could reach more.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double uncapped(double logit, double cap) noexcept {

@@ -142,6 +142,22 @@ struct importance_scratch {
   }
 };
 
+/// Whether the queries of a KV head's rows are finite: a soft cap would hide one that is not.
+template <class Query, class Keys>
+[[nodiscard]] bool are_finite(const query_observation<Query, Keys>& seen, index_t sequence,
+                              index_t kv_head, index_t rows) noexcept {
+  const index_t heads = seen.q_heads() / seen.kv_heads();
+  bool finite = true;
+  for (index_t i = 0; i < heads * rows; ++i) {
+    const Query* query =
+        seen.queries.at(sequence, seen.window() - rows + i % rows, kv_head * heads + i / rows);
+    for (index_t d = 0; d < seen.head_dim(); ++d) {
+      finite &= std::isfinite(widen(query[d * seen.queries.stride(3)]));
+    }
+  }
+  return finite;
+}
+
 /// Calls f(chunk, block of it, block after it) for the tokens that any row of a window sees.
 template <class F>
 void for_each_chunk(const query_window& window, index_t sequence, index_t kv_head,
@@ -152,7 +168,7 @@ void for_each_chunk(const query_window& window, index_t sequence, index_t kv_hea
     const token_range chunk = chunks[c];
     return key_block{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
   };
-  for (index_t c = begin / chunk_tokens; c < chunks.count(); ++c) {
+  for (index_t c = chunks.of(begin); c < chunks.count(); ++c) {
     f(c, block_of(c), block_of((std::min)(c + 1, chunks.count() - 1)));
   }
 }
@@ -190,7 +206,7 @@ bool find_anchor(const Seen& seen, index_t sequence, index_t kv_head,
         }
       });
   const double length = std::sqrt(anchor.square().sum());
-  if (length > 0) anchor /= length;
+  anchor *= has_direction(length, rows.window.tokens) ? 1 / length : 0;
   const auto& sinks = what.info.attention.sink_logits;
   bool exist = true;
   for (index_t i = 0; i < count; ++i) {
@@ -237,7 +253,7 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
     const query_window& window = rows.window;
     const double heads = static_cast<double>(rows.queries.heads);
     bool& undecided = counts(s, h).undecided;
-    undecided = window.is_blind();
+    undecided = window.is_blind() || !are_finite(what, s, h, window.rows);
     if (window.tokens == 0 || undecided) return;
     undecided = !find_anchor(seen, s, h, rows, work, scratch.normalisers_of(rule, seen, s, h));
     if (undecided) return;

@@ -24,13 +24,14 @@ struct fitting_parts {
   float* gaps;      ///< [q_head of the KV head, rows, column]
   float* keys;      ///< [head_dim, column]
   float* values;    ///< [head_dim of the values, column]
-  // For the error. A slot is a token, or a stand-in that comes or goes with a grade.
+  // For the error. A slot is a token or a stand-in; parts are what the tokens of a grade add to an
+  // output, [0, sizes], and then what the stand-ins of a size do.
   float* attention;  ///< [measured row, tile_stride]
   float* own;        ///< [measured row, column]: attention to the stand-ins
-  float* slots;      ///< [measured row, block + 2 * (sizes + 1)]
-  float* slot_rows;  ///< [block + 2 * (sizes + 1), value_stride]
-  float* outputs;    ///< [sizes + 1, measured row, value_stride]
-  double* shares;    ///< [sizes + 1, measured row]
+  float* slots;      ///< [measured row, block]
+  float* slot_rows;  ///< [block, value_stride]
+  float* outputs;    ///< [part, measured row, value_stride]
+  double* shares;    ///< [part, measured row]
 
   template <class Seen>
   static fitting_parts take(arena& from, const importance_rule& rule, const Seen& seen) noexcept {
@@ -38,7 +39,7 @@ struct fitting_parts {
     const index_t heads = seen.q_heads() / seen.kv_heads(), rows = heads * rule.rows;
     const index_t dims = seen.head_dim(), value_dims = seen.values.head_dim(), block = rule.block;
     const index_t key_stride = whole_registers(dims), value_stride = whole_registers(value_dims);
-    const index_t sizes = index_t{rule.sizes} + 1, slots = block + 2 * sizes;
+    const index_t parts = 2 * index_t{rule.sizes} + 1;
     const index_t measured = heads * rule.measured(rule.rows);
     const index_t columns = whole_registers(rule.error_term ? rule.sizes : 1);
     fitting_parts p{};
@@ -62,10 +63,10 @@ struct fitting_parts {
     if (rule.error_term) {
       p.attention = from.take<float>(measured, tile_stride);
       p.own = from.take<float>(measured, columns);
-      p.slots = from.take<float>(measured, slots);
-      p.slot_rows = from.take<float>(slots, value_stride);
-      p.outputs = from.take<float>(sizes, measured, value_stride);
-      p.shares = from.take<double>(sizes, measured);
+      p.slots = from.take<float>(measured, block);
+      p.slot_rows = from.take<float>(block, value_stride);
+      p.outputs = from.take<float>(parts, measured, value_stride);
+      p.shares = from.take<double>(parts, measured);
     }
     return p;
   }
@@ -128,9 +129,10 @@ class graded_head {
   /// rows.
   void measure(double* errors) noexcept {
     const index_t sizes = rule_.sizes, measured = rows_.queries.heads * measured_;
-    std::fill_n(work_.outputs, (sizes + 1) * measured * value_stride_, 0.0f);
-    std::fill_n(work_.shares, (sizes + 1) * measured, 0.0);
-    std::fill_n(work_.slot_rows, (rule_.block + 2 * (sizes + 1)) * value_stride_, 0.0f);
+    const index_t parts = 2 * sizes + 1;
+    std::fill_n(work_.outputs, parts * measured * value_stride_, 0.0f);
+    std::fill_n(work_.shares, parts * measured, 0.0);
+    std::fill_n(work_.slot_rows, rule_.block * value_stride_, 0.0f);
     for_each_block([&](token_range block) {
       fill_bare_logits(block);
       for (index_t e = 0; e < measured; ++e) {
@@ -140,12 +142,12 @@ class graded_head {
         rows_.attend(row_of(e), block, attention);
       }
       widen_rows(seen_.values, sequence_, kv_head_, block, work_.value_rows, value_stride_);
-      const bool fitted = rule_.stand_ins && drops_any(block, 0);
-      if (fitted) {
+      add_tokens(block);
+      if (rule_.stand_ins && drops_any(block, 0)) {
         fit_block(block, 0, sizes);
         attend_to_stand_ins(sizes);
+        add_stand_ins(block);
       }
-      add_outputs(block, fitted);
     });
     sum_errors(errors);
   }
@@ -298,52 +300,57 @@ class graded_head {
     }
   }
 
-  /// Adds a block's outputs to those of the grades they come with. What a stand-in adds to its size
-  /// goes again with the next grade, which has another one.
-  void add_outputs(token_range block, bool fitted) noexcept {
-    const index_t sizes = rule_.sizes, measured = measured_rows(), columns = whole_registers(sizes);
-    const index_t most = rule_.block + 2 * (sizes + 1), value_dims = seen_.values.head_dim();
-    index_t in_block[max_sizes + 1] = {};  // how many tokens a size drops
-    for (index_t size = 0; size < sizes; ++size) {
-      for (index_t t = block.begin; t < block.end; ++t) in_block[size] += drops(t, size) ? 1 : 0;
-    }
-    for (index_t g = 0; g <= sizes; ++g) {
+  /// Adds the output of a block's tokens to those of their grades.
+  void add_tokens(token_range block) noexcept {
+    for (index_t g = 0; g <= rule_.sizes; ++g) {
       index_t slots = 0;
-      const auto add = [&](const float* attention, index_t stride, float sign, const float* row,
-                           index_t step) {
-        for (index_t e = 0; e < measured; ++e) {
-          work_.slots[e * most + slots] = sign * attention[e * stride];
-        }
-        float* to = work_.slot_rows + slots * value_stride_;
-        for (index_t d = 0; d < value_dims; ++d) to[d] = row[d * step];
-        ++slots;
-      };
-      const auto add_stand_in = [&](index_t size, float sign) {
-        if (size < 0 || size >= sizes || !fitted || in_block[size] == 0 || !stands_in(size)) return;
-        add(work_.own + size, columns, sign, work_.values + size, columns);
-      };
-      add_stand_in(g, 1);
-      add_stand_in(g - 1, -1);
       for (index_t t = block.begin; t < block.end; ++t) {
         if (grades_[t] != g) continue;
-        add(work_.attention + (t - block.begin), tile_stride, 1,
-            work_.value_rows + (t - block.begin) * value_stride_, 1);
+        add_slot(slots++, work_.attention + (t - block.begin), tile_stride,
+                 work_.value_rows + (t - block.begin) * value_stride_, 1);
       }
-      for (index_t e = 0; e < measured; ++e) {
-        double& share = work_.shares[g * measured + e];
-        for (index_t i = 0; i < slots; ++i) share += static_cast<double>(work_.slots[e * most + i]);
-      }
-      add_product({work_.slots, most, 1}, {work_.slot_rows, value_stride_}, measured, slots,
-                  value_stride_, work_.outputs + g * measured * value_stride_, value_stride_);
+      add_slots(g, slots);
     }
+  }
+
+  /// Adds the output of a block's stand-ins to those of their sizes. Sizes have nothing in common:
+  /// of one that fits badly the attention may be so large that others would drown in it.
+  void add_stand_ins(token_range block) noexcept {
+    const index_t sizes = rule_.sizes, columns = whole_registers(sizes);
+    for (index_t size = 0; size < sizes && drops_any(block, size) && stands_in(size); ++size) {
+      add_slot(0, work_.own + size, columns, work_.values + size, columns);
+      add_slots(sizes + 1 + size, 1);
+    }
+  }
+
+  /// Makes a row of values, and the attention to it, the next of those that are added together.
+  void add_slot(index_t slot, const float* attention, index_t attention_stride, const float* row,
+                index_t step) noexcept {
+    for (index_t e = 0; e < measured_rows(); ++e) {
+      work_.slots[e * rule_.block + slot] = attention[e * attention_stride];
+    }
+    float* to = work_.slot_rows + slot * value_stride_;
+    for (index_t d = 0; d < seen_.values.head_dim(); ++d) to[d] = row[d * step];
+  }
+  void add_slots(index_t part, index_t slots) noexcept {
+    const index_t measured = measured_rows();
+    for (index_t e = 0; e < measured; ++e) {
+      double& share = work_.shares[part * measured + e];
+      for (index_t i = 0; i < slots; ++i) {
+        share += static_cast<double>(work_.slots[e * rule_.block + i]);
+      }
+    }
+    add_product({work_.slots, rule_.block, 1}, {work_.slot_rows, value_stride_}, measured, slots,
+                value_stride_, work_.outputs + part * measured * value_stride_, value_stride_);
   }
 
   void sum_errors(double* errors) noexcept {
     const index_t sizes = rule_.sizes, measured = measured_rows();
-    const auto output = [&](index_t size, index_t e) {
-      return Eigen::Map<Eigen::ArrayXf>(work_.outputs + (size * measured + e) * value_stride_,
+    const auto output = [&](index_t part, index_t e) {
+      return Eigen::Map<Eigen::ArrayXf>(work_.outputs + (part * measured + e) * value_stride_,
                                         seen_.values.head_dim());
     };
+    // From what a grade adds to what a size keeps.
     for (index_t size = 1; size <= sizes; ++size) {
       for (index_t e = 0; e < measured; ++e) {
         output(size, e) += output(size - 1, e);
@@ -359,12 +366,16 @@ class graded_head {
         const auto logit = static_cast<double>(sinks(rows_.queries.first_head + e / measured_));
         sink = std::exp2(logit / std::numbers::ln2 - static_cast<double>(row.unit)) / row.sum;
       }
-      const auto whole =
-          output(sizes, e).template cast<double>() / (work_.shares[sizes * measured + e] + sink);
+      const double all = work_.shares[sizes * measured + e] + sink;
+      const auto whole = output(sizes, e).template cast<double>() / all;
       const double length = std::sqrt(whole.square().sum());
       for (index_t size = 0; size < sizes; ++size) {
+        const index_t instead = sizes + 1 + size;
+        const double left =
+            work_.shares[size * measured + e] + work_.shares[instead * measured + e] + sink;
         const auto rest =
-            output(size, e).template cast<double>() / (work_.shares[size * measured + e] + sink);
+            (output(size, e).template cast<double>() + output(instead, e).template cast<double>()) /
+            left;
         errors[size] += std::sqrt((rest - whole).square().sum()) / (length + 1e-9);
       }
     }
