@@ -91,7 +91,7 @@ double distance(const std::vector<float>& ours, const reference::scores& theirs)
     sum += std::pow(double{ours[d]} - theirs[d], 2);
     norm += theirs[d] * theirs[d];
   }
-  return std::sqrt(sum) / (std::sqrt(norm) + 0.01);  // what nearly cancels has fewer digits
+  return std::sqrt(sum) / (std::sqrt(norm) + 0.05);  // what nearly cancels has fewer digits
 }
 
 /// Empty, or in what a sequence's decision is not the oracle's, nor one that rounding explains.

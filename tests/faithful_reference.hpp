@@ -204,13 +204,15 @@ class faithful_layer {
         undecided_ = undecided_ || !std::isfinite(score);
       }
     }
-    // Rows that are not a number are so for all that they see, even where scores look finite.
-    for (const double a : attention_.values) undecided_ = undecided_ || std::isnan(a);
     // A soft cap would make a finite logit of an infinite query.
     for (index_t h = 0; h < kv_heads(); ++h) {
       for_each_row(h, [&](index_t q_head, index_t r) {
         for (index_t d = 0; d < p_.head_dim; ++d) {
           undecided_ = undecided_ || !std::isfinite(query(q_head, r, d));
+        }
+        // Rows that are not a number are so for all that they see.
+        for (index_t t = 0; t < tokens_; ++t) {
+          undecided_ = undecided_ || std::isnan(attention_.at(q_head, r, t));
         }
       });
     }
