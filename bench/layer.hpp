@@ -57,7 +57,7 @@ class layer {
         window_(window),
         query_(window * g.q_heads * g.head_dim) {
     for (T& x : keys_) x = T(1.7f * noise());
-    for (T& x : values_) x = T(0);
+    for (T& x : values_) x = T(noise());
     for (T& x : query_) x = T(noise());
   }
 

@@ -65,6 +65,41 @@ class decision_memory<kept_positions<>> {
   std::vector<kept_count> counts_;
 };
 
+template <>
+class decision_memory<kept_with_stand_ins<>> {
+ public:
+  decision_memory(index_t kv_heads, index_t tokens, index_t stand_ins = 0, index_t head_dim = 0)
+      : positions_(kv_heads, tokens),
+        kv_heads_(kv_heads),
+        stand_ins_(stand_ins),
+        head_dim_(head_dim),
+        rows_(static_cast<std::size_t>(2 * kv_heads * stand_ins * head_dim)),
+        counts_(static_cast<std::size_t>(kv_heads)) {}
+  kept_with_stand_ins<> kept() {
+    if (stand_ins_ == 0) return positions_.kept();
+    const index_t half = kv_heads_ * stand_ins_ * head_dim_;
+    return {positions_.kept(),
+            {{rows_.data(), {1, kv_heads_, stand_ins_, head_dim_}},
+             {rows_.data() + half, {1, kv_heads_, stand_ins_, head_dim_}},
+             {counts_.data(), {1, kv_heads_}}}};
+  }
+  kept_with_stand_ins<> decided() { return kept(); }
+  /// Of all KV heads, each of which keeps its own number.
+  double fraction() {
+    double sum = 0;
+    for (index_t h = 0; h < kv_heads_; ++h) {
+      sum += static_cast<double>(kept().length(0, h)) / positions_.kept().counts(0, h).tokens;
+    }
+    return sum / static_cast<double>(kv_heads_);
+  }
+
+ private:
+  decision_memory<kept_positions<>> positions_;
+  index_t kv_heads_, stand_ins_, head_dim_;
+  std::vector<float> rows_;
+  std::vector<position_t> counts_;
+};
+
 /// Memory of a model's layers and of the decisions about them.
 struct model {
   static constexpr index_t in_memory = 16;
@@ -91,6 +126,27 @@ Seen at_layer(Seen seen, index_t l) {
   return seen;
 }
 
+/// What a rule wants to see of a layer.
+template <class Rule>
+auto seen_by(const Rule&, const layer<element>& one) {
+  if constexpr (std::same_as<Rule, policy::faithful>) {
+    return with_values(one.seen(one.keys()), one.values());
+  } else {
+    return one.seen(one.keys());
+  }
+}
+
+template <class Rule>
+auto decision_of_layer(const Rule& rule, const layer<element>& one) {
+  const index_t kv_heads = one.shape().kv_heads;
+  using memory = decision_memory<decision_of<Rule, host_memory>>;
+  if constexpr (requires { rule.most_stand_ins(one.tokens()); }) {
+    return memory(kv_heads, one.tokens(), rule.most_stand_ins(one.tokens()), one.shape().head_dim);
+  } else {
+    return memory(kv_heads, one.tokens());
+  }
+}
+
 struct cost {
   double select = 0, compact = 0, fraction = 0;
 };
@@ -102,15 +158,17 @@ class one_by_one {
   one_by_one(const model& m, const Rule& rule)
       : model_(m),
         rule_(rule),
-        decision_(m.at(0).shape().kv_heads, m.at(0).tokens()),
-        scratch_(workspace_size(rule, m.cpu, m.at(0).seen(m.at(0).keys()))) {}
+        decision_(decision_of_layer(rule, m.at(0))),
+        scratch_(workspace_size(rule, m.cpu, seen_by(rule, m.at(0)))) {}
+
+  std::size_t workspace() const { return scratch_.size(); }
 
   cost run() {
     cost total;
     for (index_t l = 0; l < model_.layers; ++l) {
       const layer<element>& one = model_.at(l);
       timed(total.select, [&] {
-        return select(rule_, model_.cpu, at_layer(one.seen(one.keys()), l), decision_.kept(),
+        return select(rule_, model_.cpu, at_layer(seen_by(rule_, one), l), decision_.kept(),
                       scratch_);
       });
       timed(total.compact, [&] {
@@ -221,6 +279,9 @@ void measure(benchmark::State& state, const model& m, Work&& work) {
   state.counters["compact_ms"] = 1e3 * median(compact);
   state.counters["layers"] = static_cast<double>(m.layers);
   state.counters["kept"] = fraction;
+  if constexpr (requires { work.workspace(); }) {
+    state.counters["workspace"] = static_cast<double>(work.workspace());
+  }
 }
 
 template <class Rule>
@@ -256,6 +317,11 @@ const bool added = [] {
     add("streaming_llm", policy::streaming_llm{.budget = half}, 1, g, layers, all);
     add("h2o_8_rows", policy::h2o{.budget = half, .recent = 8, .window = 8}, 8, g, layers, all);
     add("snapkv", policy::snapkv{.budget = half}, 32, g, layers, all);
+    add("faithful", policy::faithful{}, 32, g, layers, all);
+    add("faithful_no_error", policy::faithful{.tolerance = 0.2, .error_term = false}, 32, g, layers,
+        all);
+    add("faithful_no_stand_ins", policy::faithful{.tolerance = 0.16, .stand_ins = false}, 32, g,
+        layers, all);
     add("pyramidkv", policy::pyramidkv{.budget = half, .layers = static_cast<count_t>(layers)}, 8,
         g, layers, all);
     add("cake", policy::cake{}, 32, g, layers, all);

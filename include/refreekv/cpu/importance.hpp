@@ -8,20 +8,25 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Writes rows of a cache as floats: rows [token, row_stride], of which head_dim are written.
-template <kv_source Source>
-void widen_rows(const Source& source, index_t sequence, index_t kv_head, token_range tokens,
-                float* rows, index_t row_stride) noexcept {
-  const index_t dims = source.head_dim();
+/// Writes a row of a cache as floats, to row [head_dim].
+template <class T>
+void widen_row(const T* from, index_t dim_stride, index_t dims, float* row) noexcept {
+  if (dim_stride == 1) {
+    for (index_t d = 0; d < dims; ++d) row[d] = widen(from[d]);
+  } else {
+    for (index_t d = 0; d < dims; ++d) row[d] = widen(from[d * dim_stride]);
+  }
+}
+
+/// Calls f(token, row as floats [head_dim]) for some tokens of one head, each in `row`.
+template <kv_source Source, class F>
+void for_each_row(const Source& source, index_t sequence, index_t kv_head, token_range tokens,
+                  float* row, const F& f) noexcept {
   for (index_t t = tokens.begin; t < tokens.end;) {
     const auto run = source.run_at(sequence, kv_head, t);
-    for (index_t i = 0; i < run.tokens && t < tokens.end; ++i, ++t, rows += row_stride) {
-      const auto* row = run.data + i * run.token_stride;
-      if (run.dim_stride == 1) {
-        for (index_t d = 0; d < dims; ++d) rows[d] = widen(row[d]);
-      } else {
-        for (index_t d = 0; d < dims; ++d) rows[d] = widen(row[d * run.dim_stride]);
-      }
+    for (index_t i = 0; i < run.tokens && t < tokens.end; ++i, ++t) {
+      widen_row(run.data + i * run.token_stride, run.dim_stride, source.head_dim(), row);
+      f(t, row);
     }
   }
 }
@@ -49,32 +54,45 @@ struct head_rows {
 
   /// Fills the tile with the logits of a block as no mask and no position has changed them.
   template <class Key>
-  void fill_bare_logits(token_range tokens, const block_addresses<Key>& keys,
-                        const tile_scratch& tile) const noexcept {
+  void fill_bare_logits(const block_addresses<Key>& keys, const tile_scratch& tile) const noexcept {
     store_logits<Product>(keys, queries.packed, count(), queries.head_dim, queries.scale,
                           static_cast<Key*>(tile.gathered), tile.values);
     const float cap = queries.attention.soft_cap;
     for (index_t i = 0; cap > 0 && i < count(); ++i) {
-      cap_softly(tile.values + i * tile_stride, tokens.end - tokens.begin,
-                 static_cast<double>(cap));
+      cap_softly(tile.values + i * tile_stride, keys.count(), static_cast<double>(cap));
     }
   }
 
-  /// Turns bare logits of row i into its attention.
+  /// Turns bare logits [tokens] of row i into its attention.
   void attend(index_t i, token_range tokens, float* logits) const noexcept {
-    attention_params<> uncapped = queries.attention;
-    uncapped.soft_cap = 0;
-    const index_t row = i % window.rows, count = tokens.end - tokens.begin;
-    finish_logits(uncapped, window, queries.first_head + i / window.rows, row, tokens, logits);
-    const float unit = unit_of(logits, count);
-    exponentiate(logits, count, unit);
-    const token_range visible = window.visible(row);
+    attention_params<> params = queries.attention;
+    params.soft_cap = 0;  // is in the logits
+    const index_t q_head = queries.first_head + i / window.rows, count = tokens.end - tokens.begin;
+    finish_logits(params, window, q_head, i % window.rows, tokens, logits);
+    const row_normaliser& row = normalisers[i];
+    // A sink's logit may be so large that no token's is within reach of its unit.
+    if (std::abs(row.unit) < unit_limit && params.sink_logits.data() == nullptr) {
+      attend_in_units(logits, count, row);
+    } else {
+      const float unit = unit_of(logits, count);
+      exponentiate(logits, count, unit);
+      normalise_values(logits, count, unit, row);
+    }
+    const token_range visible = window.visible(i % window.rows);
     const index_t from = std::clamp(visible.begin, tokens.begin, tokens.end) - tokens.begin;
     const index_t to = std::clamp(visible.end, tokens.begin, tokens.end) - tokens.begin;
     std::fill(logits, logits + from, 0.0f);
     std::fill(logits + to, logits + count, 0.0f);
-    if (from < to) {
-      normalise_values(logits + from, to - from, unit, normalisers[i]);
+  }
+
+  /// Turns logits [whole registers] into attention, that of the row's largest times 2^-62 or more.
+  /// Requires |unit| < unit_limit.
+  static void attend_in_units(float* logits, index_t count, const row_normaliser& row) noexcept {
+    const lanes lowest = splat((row.unit + lowest_power) * std::numbers::ln2_v<float>);
+    const lanes unit = splat(row.unit + integer_shift);
+    const lanes share = splat(static_cast<float>(1 / row.sum));
+    for (index_t t = 0; t < count; t += lane_count) {
+      store(exponential(larger(load(logits + t), lowest), unit) * share, logits + t);
     }
   }
 };
@@ -91,7 +109,7 @@ struct importance_scratch {
     void* packed;  ///< [q_head of the KV head, rows, packed_dim]
     tile_scratch tile;
     chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
-    float* rows;                   ///< [chunk_tokens, the larger head_dim]
+    float* row;                    ///< [the larger head_dim]
     double* anchor;                ///< [head_dim]
   };
 
@@ -107,7 +125,7 @@ struct importance_scratch {
     p.tile.statistics = from.take<chunk_statistics>(heads, rule.rows);
     p.statistics =
         from.take<chunk_statistics>(heads, rule.rows, chunking{seen.capacity(), 0}.count());
-    p.rows = from.take<float>(chunk_tokens, (std::max)(dims, seen.values.head_dim()));
+    p.row = from.take<float>((std::max)(dims, seen.values.head_dim()));
     p.anchor = from.take<double>(dims);
     return p;
   }
@@ -197,13 +215,12 @@ bool find_anchor(const Seen& seen, index_t sequence, index_t kv_head,
         for (index_t i = 0; i < count; ++i) {
           work.statistics[i * chunks + c] = work.tile.statistics[i];
         }
-        widen_rows(what.keys, sequence, kv_head, block.tokens, work.rows, dims);
-        for (index_t t = 0; t < keys.count(); ++t) {
-          const double length = length_of_row(work.rows + t * dims, dims);
-          if (length <= 0) continue;  // a key without a direction
-          anchor += Eigen::Map<const Eigen::ArrayXf>(work.rows + t * dims, dims).cast<double>() *
-                    (1 / length);
-        }
+        for_each_row(
+            what.keys, sequence, kv_head, block.tokens, work.row, [&](index_t, const float* key) {
+              const double length = length_of_row(key, dims);
+              if (length <= 0) return;  // a key without a direction
+              anchor += Eigen::Map<const Eigen::ArrayXf>(key, dims).cast<double>() * (1 / length);
+            });
       });
   const double length = std::sqrt(anchor.square().sum());
   anchor *= has_direction(length, rows.window.tokens) ? 1 / length : 0;
@@ -265,7 +282,7 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
     for_each_chunk(window, s, h, [&](index_t, const key_block& block, const key_block& next) {
       const auto [first, last] = block.tokens;
       const index_t count = last - first;
-      rows.fill_bare_logits(block.tokens, block_addresses(what.keys, block, next), work.tile);
+      rows.fill_bare_logits(block_addresses(what.keys, block, next), work.tile);
 
       constexpr auto most = static_cast<std::size_t>(chunk_tokens);
       float spread[most] = {};
@@ -281,26 +298,24 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
         for (index_t r = 0; r < window.rows; ++r) {
           float* attention = work.tile.values + (g * window.rows + r) * tile_stride;
           rows.attend(g * window.rows + r, block.tokens, attention);
-          for (index_t t = 0; t < count; ++t) peak[t] = (std::max)(peak[t], attention[t]);
+          for (index_t t = 0; t < count; t += lane_count) {
+            store(larger(load(peak + t), load(attention + t)), peak + t);
+          }
         }
         for (index_t t = 0; t < count; ++t) peaks[t] += static_cast<double>(peak[t]);
       }
 
-      double weights[most];
-      widen_rows(what.keys, s, h, block.tokens, work.rows, dims);
-      for (index_t t = 0; t < count; ++t) {
-        const float* key = work.rows + t * dims;
+      for_each_row(what.keys, s, h, block.tokens, work.row, [&](index_t t, const float* key) {
         const double length = length_of_row(key, dims);
         const double along =
             (Eigen::Map<const Eigen::ArrayXf>(key, dims).cast<double>() * anchor).sum();
         const double distance = length > 0 || std::isnan(length) ? 1 - along / length : 1;
-        weights[t] = (peaks[t] / heads + rule.prior) * (distance < 0 ? 0 : distance);
-      }
-      widen_rows(seen.values, s, h, block.tokens, work.rows, value_dims);
-      for (index_t t = 0; t < count; ++t) {
-        scores(s, h, first + t) =
-            static_cast<float>(weights[t] * length_of_row(work.rows + t * value_dims, value_dims));
-      }
+        double& weight = peaks[t - first];
+        weight = (weight / heads + rule.prior) * (distance < 0 ? 0 : distance);
+      });
+      for_each_row(seen.values, s, h, block.tokens, work.row, [&](index_t t, const float* value) {
+        scores(s, h, t) = static_cast<float>(peaks[t - first] * length_of_row(value, value_dims));
+      });
     });
 
     // One row has no spread: then all heads count the same.

@@ -49,6 +49,20 @@ class block_addresses {
     std::fill(at_ + last + 1, at_ + tiles + later_, at_[last]);
   }
 
+  /// Of single tokens [count], of which there is one.
+  template <row_source Keys>
+  block_addresses(const Keys& keys, index_t sequence, index_t kv_head, const position_t* tokens,
+                  index_t count) noexcept
+      : count_(count) {
+    for (index_t i = 0; i < count; ++i) {
+      const auto run = keys.run_at(sequence, kv_head, tokens[i]);
+      at_[i] = run.data;
+      dim_stride_ = run.dim_stride;
+    }
+    const index_t tiles = (count + tile_tokens - 1) / tile_tokens * tile_tokens;
+    std::fill(at_ + count, at_ + tiles, at_[count - 1]);
+  }
+
   [[nodiscard]] index_t count() const noexcept { return count_; }
   [[nodiscard]] index_t dim_stride() const noexcept { return dim_stride_; }
   /// From token t on.
@@ -78,6 +92,9 @@ class block_addresses {
 };
 template <class Keys>
 block_addresses(const Keys&, const key_block&, const key_block&) -> block_addresses<key_of<Keys>>;
+template <class Keys>
+block_addresses(const Keys&, index_t, index_t, const position_t*,
+                index_t) -> block_addresses<key_of<Keys>>;
 
 /// How the queries and keys of an observation are multiplied.
 template <class Seen>

@@ -58,62 +58,64 @@ inline void add_product(left_factor left, const right_factor& right, index_t row
   }
 }
 
-/// The map by which a ridge regression finds how a key has to change from how much too large its
-/// logits are: map [row, dim] = -(X^T X + ridge * tr(X^T X) / dims * I)^-1 x, for each row x of
-/// X [row, dim]. 0 where X is. X and the map have dim_stride floats between rows. normal: [dims,
-/// dims]; columns: [dims, map_columns]. O((rows + dims) * dims^2), in double: the quotient of the
-/// largest and the smallest eigenvalue is up to dims / ridge.
+/// Columns of a map that are solved for together.
 inline constexpr int map_columns = 32;
-inline void fit_map(const float* x, index_t rows, index_t dims, index_t dim_stride, double ridge,
-                    double* normal, double* columns, float* map) noexcept {
+
+/// The map by which a ridge regression finds how a key has to change from how much too large its
+/// logits are. x [row, dims], with dim_stride floats between rows, becomes -(X^T X + ridge *
+/// tr(X^T X) / dims * I)^-1 x, row by row; 0 where X is. normal: [dims, dims]; solved: [dims,
+/// map_columns]. O((rows + dims) * dims^2), in double: the quotient of the largest and the smallest
+/// eigenvalue is up to dims / ridge.
+inline void fit_map(float* x, index_t rows, index_t dims, index_t dim_stride, double ridge,
+                    double* normal, double* solved) noexcept {
   using vector = Eigen::Map<Eigen::ArrayXd>;
-  using constant_row = Eigen::Map<const Eigen::ArrayXf>;
   std::fill_n(normal, dims * dims, 0.0);
-  std::fill_n(map, rows * dim_stride, 0.0f);
   for (index_t r = 0; r < rows; ++r) {
-    vector row(columns, dims);
-    row = constant_row(x + r * dim_stride, dims).cast<double>();
+    vector row(solved, dims);
+    row = Eigen::Map<const Eigen::ArrayXf>(x + r * dim_stride, dims).cast<double>();
     for (index_t i = 0; i < dims; ++i) {
-      vector(normal + i * dims, i + 1) += columns[i] * row.head(i + 1);
+      vector(normal + i * dims, i + 1) += solved[i] * row.head(i + 1);
     }
   }
   double trace = 0;
   for (index_t i = 0; i < dims; ++i) trace += normal[i * dims + i];
-  if (!(trace > 0 && std::isfinite(trace))) return;
+  if (!(trace > 0 && std::isfinite(trace))) {
+    std::fill_n(x, rows * dim_stride, 0.0f);
+    return;
+  }
   // Cholesky's factor takes the place of the matrix, row by row.
   for (index_t i = 0; i < dims; ++i) {
     double* row = normal + i * dims;
     row[i] += ridge * trace / static_cast<double>(dims);
     for (index_t k = 0; k <= i; ++k) {
-      const double* other = normal + k * dims;
-      const double rest =
-          row[k] - (vector(row, k) * Eigen::Map<const Eigen::ArrayXd>(other, k)).sum();
-      row[k] = k < i ? rest / other[k] : std::sqrt(rest);
+      const vector other(normal + k * dims, k);
+      const double rest = row[k] - (vector(row, k) * other).sum();
+      row[k] = k < i ? rest / normal[k * dims + k] : std::sqrt(rest);
     }
   }
-  using solution = Eigen::Map<Eigen::Array<double, map_columns, 1>>;
-  const auto column = [&](index_t i) { return solution(columns + i * map_columns); };
+  using columns = Eigen::Map<Eigen::Array<double, map_columns, 1>>;
+  const auto solution = [&](index_t i) { return columns(solved + i * map_columns); };
   for (index_t first = 0; first < rows; first += map_columns) {
     const index_t count = (std::min)(rows - first, index_t{map_columns});
     for (index_t i = 0; i < dims; ++i) {
       for (index_t c = 0; c < map_columns; ++c) {
-        columns[i * map_columns + c] =
+        solved[i * map_columns + c] =
             c < count ? static_cast<double>(x[(first + c) * dim_stride + i]) : 0;
       }
     }
     for (index_t i = 0; i < dims; ++i) {
-      solution own = column(i);
-      for (index_t k = 0; k < i; ++k) own -= normal[i * dims + k] * column(k);
+      columns own = solution(i);
+      for (index_t k = 0; k < i; ++k) own -= normal[i * dims + k] * solution(k);
       own /= normal[i * dims + i];
     }
     for (index_t i = dims - 1; i >= 0; --i) {
-      solution own = column(i);
-      for (index_t k = i + 1; k < dims; ++k) own -= normal[k * dims + i] * column(k);
+      columns own = solution(i);
+      for (index_t k = i + 1; k < dims; ++k) own -= normal[k * dims + i] * solution(k);
       own /= normal[i * dims + i];
     }
     for (index_t c = 0; c < count; ++c) {
       for (index_t i = 0; i < dims; ++i) {
-        map[(first + c) * dim_stride + i] = static_cast<float>(-columns[i * map_columns + c]);
+        x[(first + c) * dim_stride + i] = static_cast<float>(-solved[i * map_columns + c]);
       }
     }
   }

@@ -8,30 +8,34 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// What one worker fits stand-ins and measures errors in.
+/// What one worker fits stand-ins and measures errors in. Strides are whole_registers of what they
+/// stride over.
 struct fitting_parts {
   void* packed;  ///< [q_head of the KV head, rows, packed_dim]
   tile_scratch tile;
   float* value_rows;  ///< [block, value_stride]
-  // For stand-ins. A column is a size.
+  // For stand-ins of some sizes at a time.
   float* key_rows;  ///< [block, key_stride]
-  float* queries;   ///< [q_head of the KV head, rows, key_stride], times the scale
-  float* map;       ///< the same shape: see fit_map
+  float* queries;   ///< [head_dim, row_stride], times the scale: columns are the KV head's rows
+  float* map;       ///< [q_head of the KV head, rows, key_stride]: see fit_map
   double* normal;   ///< [head_dim, head_dim]
   double* solved;   ///< [head_dim, map_columns]
-  float* dropped;   ///< [block, column]: 1 where the size drops the token, 0 elsewhere
-  float* weights;   ///< [block, column]: attention of what is dropped, which sums to 1
-  float* gaps;      ///< [q_head of the KV head, rows, column]
-  float* keys;      ///< [head_dim, column]
-  float* values;    ///< [head_dim of the values, column]
-  // For the error. A slot is a token or a stand-in; parts are what the tokens of a grade add to an
-  // output, [0, sizes], and then what the stand-ins of a size do.
-  float* attention;  ///< [measured row, tile_stride]
-  float* own;        ///< [measured row, column]: attention to the stand-ins
-  float* slots;      ///< [measured row, block]
-  float* slot_rows;  ///< [block, value_stride]
-  float* outputs;    ///< [part, measured row, value_stride]
-  double* shares;    ///< [part, measured row]
+  float* dropped;   ///< [block, size_stride]: 1 where the size drops the token, 0 elsewhere
+  float* weights;   ///< [size, block_stride]: attention of what is dropped, which sums to 1
+  float* masses;    ///< [q_head of the KV head, rows, size_stride]
+  float* gaps;      ///< [size, row_stride]
+  float* keys;      ///< [size, key_stride]
+  float* values;    ///< [size, value_stride]
+  // For the error. Parts are what the tokens of a grade add to an output, [0, sizes], and then what
+  // the stand-ins of a size do.
+  float* measured_queries;  ///< [head_dim, measured_stride]: those columns of `queries`
+  double* log_sums;         ///< [measured row]: log sum exp of a row's logits
+  float* attention;         ///< [measured row, tile_stride]
+  float* own;               ///< [size, measured_stride]: attention to the stand-ins
+  float* slots;             ///< [measured row, block]: attention to tokens of one grade
+  float* slot_rows;         ///< [block, value_stride]: their values
+  float* outputs;           ///< [part, measured row, value_stride]
+  double* shares;           ///< [part, measured row]
 
   template <class Seen>
   static fitting_parts take(arena& from, const importance_rule& rule, const Seen& seen) noexcept {
@@ -39,9 +43,8 @@ struct fitting_parts {
     const index_t heads = seen.q_heads() / seen.kv_heads(), rows = heads * rule.rows;
     const index_t dims = seen.head_dim(), value_dims = seen.values.head_dim(), block = rule.block;
     const index_t key_stride = whole_registers(dims), value_stride = whole_registers(value_dims);
-    const index_t parts = 2 * index_t{rule.sizes} + 1;
     const index_t measured = heads * rule.measured(rule.rows);
-    const index_t columns = whole_registers(rule.error_term ? rule.sizes : 1);
+    const index_t sizes = rule.error_term ? index_t{rule.sizes} : 1, parts = 2 * sizes + 1;
     fitting_parts p{};
     p.packed = from.take<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
     p.tile.gathered = from.take<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
@@ -50,19 +53,22 @@ struct fitting_parts {
     p.value_rows = from.take<float>(block, value_stride);
     if (rule.stand_ins) {
       p.key_rows = from.take<float>(block, key_stride);
-      p.queries = from.take<float>(rows, key_stride);
+      p.queries = from.take<float>(dims, whole_registers(rows));
       p.map = from.take<float>(rows, key_stride);
       p.normal = from.take<double>(dims, dims);
       p.solved = from.take<double>(dims, index_t{map_columns});
-      p.dropped = from.take<float>(block, columns);
-      p.weights = from.take<float>(block, columns);
-      p.gaps = from.take<float>(rows, columns);
-      p.keys = from.take<float>(dims, columns);
-      p.values = from.take<float>(value_dims, columns);
+      p.dropped = from.take<float>(block, whole_registers(sizes));
+      p.weights = from.take<float>(sizes, whole_registers(block));
+      p.masses = from.take<float>(rows, whole_registers(sizes));
+      p.gaps = from.take<float>(sizes, whole_registers(rows));
+      p.keys = from.take<float>(sizes, key_stride);
+      p.values = from.take<float>(sizes, value_stride);
     }
     if (rule.error_term) {
+      p.measured_queries = from.take<float>(dims, whole_registers(measured));
+      p.log_sums = from.take<double>(measured);
       p.attention = from.take<float>(measured, tile_stride);
-      p.own = from.take<float>(measured, columns);
+      p.own = from.take<float>(sizes, whole_registers(measured));
       p.slots = from.take<float>(measured, block);
       p.slot_rows = from.take<float>(block, value_stride);
       p.outputs = from.take<float>(parts, measured, value_stride);
@@ -87,8 +93,10 @@ class graded_head {
         rows_(scratch.pack_head(rule, seen, sequence, kv_head, work_.packed)),
         key_stride_(whole_registers(seen.head_dim())),
         value_stride_(whole_registers(seen.values.head_dim())),
+        row_stride_(whole_registers(rows_.count())),
         first_measured_((rows_.window.rows - 1) % rule.error_rows),
-        measured_(rule.measured(rows_.window.rows)) {
+        measured_(rule.measured(rows_.window.rows)),
+        measured_stride_(whole_registers(measured_rows())) {
     for (index_t t = 0; t < rows_.window.tokens; ++t) {
       if (grades[t] != grade_never) ++dropped_[grades[t]];
     }
@@ -102,24 +110,18 @@ class graded_head {
     if (rule.stand_ins) fit_head();
   }
 
-  /// Writes the stand-ins of a size, to keys and values [stand_in, dim] with contiguous rows, and
-  /// returns how many there are.
+  /// Writes the stand-ins of a size, and returns how many there are.
   index_t write_stand_ins(index_t size, const stand_in_rows<>& to) noexcept {
     if (!stands_in(size)) return 0;
     index_t written = 0;
     for_each_block([&](token_range block) {
-      bool any = false;
-      for (index_t t = block.begin; t < block.end; ++t) any |= drops(t, size);
-      if (!any) return;
-      fill_bare_logits(block);
-      widen_rows(seen_.values, sequence_, kv_head_, block, work_.value_rows, value_stride_);
-      fit_block(block, size, 1);
-      const auto write = [&](const view<float, 4>& rows, const float* from, index_t dims) {
-        float* row = rows.at(sequence_, kv_head_, written);
-        for (index_t d = 0; d < dims; ++d) row[d] = from[d * whole_registers(1)];
-      };
-      write(to.keys, work_.keys, seen_.head_dim());
-      write(to.values, work_.values, seen_.values.head_dim());
+      list(block, [&](index_t t) { return drops(t, size); });
+      if (listed_ == 0) return;
+      read_block();
+      fit_block(size, 1);
+      std::copy_n(work_.keys, seen_.head_dim(), to.keys.at(sequence_, kv_head_, written));
+      std::copy_n(work_.values, seen_.values.head_dim(),
+                  to.values.at(sequence_, kv_head_, written));
       ++written;
     });
     return written;
@@ -128,26 +130,26 @@ class graded_head {
   /// Into errors [sizes + 1] the relative error of each size's outputs, summed over the measured
   /// rows.
   void measure(double* errors) noexcept {
-    const index_t sizes = rule_.sizes, measured = rows_.queries.heads * measured_;
-    const index_t parts = 2 * sizes + 1;
+    const index_t sizes = rule_.sizes, measured = measured_rows(), parts = 2 * sizes + 1;
     std::fill_n(work_.outputs, parts * measured * value_stride_, 0.0f);
     std::fill_n(work_.shares, parts * measured, 0.0);
     std::fill_n(work_.slot_rows, rule_.block * value_stride_, 0.0f);
     for_each_block([&](token_range block) {
-      fill_bare_logits(block);
+      list(block, [](index_t) { return true; });
+      read_block();
       for (index_t e = 0; e < measured; ++e) {
         float* attention = work_.attention + e * tile_stride;
-        std::copy_n(work_.tile.values + row_of(e) * tile_stride, block.end - block.begin,
+        std::copy_n(work_.tile.values + row_of(e) * tile_stride, whole_registers(listed_),
                     attention);
         rows_.attend(row_of(e), block, attention);
       }
-      widen_rows(seen_.values, sequence_, kv_head_, block, work_.value_rows, value_stride_);
-      add_tokens(block);
-      if (rule_.stand_ins && drops_any(block, 0)) {
-        fit_block(block, 0, sizes);
-        attend_to_stand_ins(sizes);
-        add_stand_ins(block);
-      }
+      add_tokens();
+      bool any = false;
+      for (index_t i = 0; i < listed_; ++i) any |= drops(tokens_[i], 0);
+      if (!rule_.stand_ins || !any) return;
+      fit_block(0, sizes);
+      attend_to_stand_ins();
+      add_stand_ins();
     });
     sum_errors(errors);
   }
@@ -163,12 +165,6 @@ class graded_head {
 
   [[nodiscard]] bool drops(index_t token, index_t size) const noexcept {
     return grades_[token] > size && grades_[token] != grade_never;
-  }
-  [[nodiscard]] bool drops_any(token_range block, index_t size) const noexcept {
-    for (index_t t = block.begin; t < block.end; ++t) {
-      if (drops(t, size)) return true;
-    }
-    return false;
   }
   /// One token is its own best stand-in.
   [[nodiscard]] bool stands_in(index_t size) const noexcept { return dropped_[size] >= 2; }
@@ -187,161 +183,208 @@ class graded_head {
     }
   }
 
-  void fill_bare_logits(token_range block) noexcept {
-    const key_block where{sequence_, kv_head_, block};
-    const index_t next = (std::min)(block.end + rule_.block, rows_.window.tokens);
-    const bool last = block.end == rows_.window.tokens;
-    const key_block after{sequence_, kv_head_, last ? block : token_range{block.end, next}};
-    rows_.fill_bare_logits(block, block_addresses(observed(seen_).keys, where, after), work_.tile);
+  /// Makes tokens of a block the ones that are worked on, in the tile's columns.
+  template <class Wanted>
+  void list(token_range block, const Wanted& wanted) noexcept {
+    listed_ = 0;
+    for (index_t t = block.begin; t < block.end; ++t) {
+      if (wanted(t)) tokens_[listed_++] = static_cast<position_t>(t);
+    }
+  }
+
+  /// Fills the tile with the bare logits of the listed tokens, and their rows.
+  void read_block() noexcept {
+    const auto& keys = observed(seen_).keys;
+    rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_),
+                           work_.tile);
+    for (index_t i = 0; i < listed_; ++i) {
+      const auto value = seen_.values.run_at(sequence_, kv_head_, tokens_[i]);
+      widen_row(value.data, value.dim_stride, seen_.values.head_dim(),
+                work_.value_rows + i * value_stride_);
+      if (!rule_.stand_ins) continue;
+      const auto key = keys.run_at(sequence_, kv_head_, tokens_[i]);
+      widen_row(key.data, key.dim_stride, seen_.head_dim(), work_.key_rows + i * key_stride_);
+    }
   }
 
   /// What all blocks of a head share: its queries, and the map that corrects keys by them.
   void fit_head() noexcept {
     const auto& what = observed(seen_);
-    const index_t dims = seen_.head_dim(), heads = rows_.queries.heads, count = rows_.window.rows;
-    std::fill_n(work_.queries, heads * count * key_stride_, 0.0f);
+    const index_t dims = seen_.head_dim(), rows = rows_.count(), count = rows_.window.rows;
     std::fill_n(work_.key_rows, rule_.block * key_stride_, 0.0f);
-    for (index_t i = 0; i < heads * count; ++i) {
-      const index_t row = seen_.window() - count + i % count;
-      const auto* query = what.queries.at(sequence_, row, rows_.queries.first_head + i / count);
+    std::fill_n(work_.value_rows, rule_.block * value_stride_, 0.0f);
+    std::fill_n(work_.queries, dims * row_stride_, 0.0f);
+    std::fill_n(work_.map, rows * key_stride_, 0.0f);
+    for (index_t i = 0; i < rows; ++i) {
+      const auto* query = what.queries.at(sequence_, seen_.window() - count + i % count,
+                                          rows_.queries.first_head + i / count);
       for (index_t d = 0; d < dims; ++d) {
-        work_.queries[i * key_stride_ + d] =
-            rows_.queries.scale * widen(query[d * what.queries.stride(3)]);
+        const float x = rows_.queries.scale * widen(query[d * what.queries.stride(3)]);
+        work_.map[i * key_stride_ + d] = x;
+        work_.queries[d * row_stride_ + i] = x;
       }
     }
-    fit_map(work_.queries, heads * count, dims, key_stride_, rule_.ridge, work_.normal,
-            work_.solved, work_.map);
+    fit_map(work_.map, rows, dims, key_stride_, rule_.ridge, work_.normal, work_.solved);
+    if (!rule_.error_term) return;
+    for (index_t e = 0; e < measured_rows(); ++e) {
+      const row_normaliser& row = rows_.normalisers[row_of(e)];
+      work_.log_sums[e] = static_cast<double>(row.unit) * std::numbers::ln2 + std::log(row.sum);
+    }
+    std::fill_n(work_.measured_queries, dims * measured_stride_, 0.0f);
+    for (index_t d = 0; d < dims; ++d) {
+      for (index_t e = 0; e < measured_rows(); ++e) {
+        work_.measured_queries[d * measured_stride_ + e] =
+            work_.queries[d * row_stride_ + row_of(e)];
+      }
+    }
   }
 
-  /// Fits one row for what each of the sizes [first, first + count) drops of a block, from its bare
-  /// logits, which are used up, and its values: work_.keys and work_.values. With a and S of the
-  /// tokens that are dropped, a being their mean attention, normalised: the value is sum a v, and
-  /// the key is k0 = sum a k moved to where its logits come near log sum exp S, in the ridge
-  /// regression over all rows. Columns that drop nothing of the block hold nothing of use.
-  void fit_block(token_range block, index_t first, index_t count) noexcept {
-    constexpr float none = -std::numeric_limits<float>::infinity();
-    const index_t tokens = block.end - block.begin, columns = whole_registers(count);
-    const index_t rows = rows_.count(), dims = seen_.head_dim();
-    const index_t value_dims = seen_.values.head_dim();
+  /// Fits one row for what each of the sizes [first, first + count) drops of the listed tokens,
+  /// from their bare logits, which are used up, and their rows. With a and S of the tokens that are
+  /// dropped, a being their mean attention, normalised: the value is sum a v, and the key is k0 =
+  /// sum a k moved to where its logits come near log sum exp S, in the ridge regression over all
+  /// rows. Sizes that drop nothing of the block leave nothing of use.
+  void fit_block(index_t first, index_t count) noexcept {
+    constexpr auto most = static_cast<std::size_t>(chunk_tokens);
+    const index_t rows = rows_.count(), block_stride = whole_registers(rule_.block);
+    const index_t size_stride = whole_registers(count);
 
-    double attention[static_cast<std::size_t>(chunk_tokens)];
-    std::fill_n(attention, tokens, 1e-12);  // where no row looks all weigh the same
-    for (index_t i = 0; i < rows; ++i) {
-      float* values = work_.tile.values + i * tile_stride;
-      for (index_t t = 0; t < tokens; ++t) {
-        values[t] = drops(block.begin + t, first) ? values[t] : none;
+    float attention[most];  // the mean over the rows
+    exponentiate_dropped(first, attention);
+    std::fill_n(work_.weights, count * block_stride, 0.0f);
+    std::fill_n(work_.dropped, listed_ * size_stride, 0.0f);
+    for (index_t c = 0; c < count; ++c) {
+      double total = 0;
+      for (index_t i = 0; i < listed_; ++i) {
+        if (drops(tokens_[i], first + c)) total += static_cast<double>(attention[i]);
       }
-      const float unit = unit_of(values, tokens);
-      exponentiate(values, tokens, unit);
-      work_.tile.statistics[i].unit = unit;
-      const token_range visible = rows_.window.visible(i % rows_.window.rows);
-      const index_t from = std::clamp(visible.begin, block.begin, block.end) - block.begin;
-      const index_t to = std::clamp(visible.end, block.begin, block.end) - block.begin;
-      const double share = attention_at(unit, rows_.normalisers[i]) / static_cast<double>(rows);
-      for (index_t t = from; t < to; ++t) attention[t] += share * static_cast<double>(values[t]);
-    }
-
-    double totals[max_sizes] = {};
-    for (index_t t = 0; t < tokens; ++t) {
-      for (index_t c = 0; c < columns; ++c) {
-        const bool is_dropped = c < count && drops(block.begin + t, first + c);
-        work_.dropped[t * columns + c] = is_dropped ? 1 : 0;
-        if (is_dropped) totals[c] += attention[t];
+      for (index_t i = 0; i < listed_; ++i) {
+        if (!drops(tokens_[i], first + c)) continue;
+        work_.dropped[i * size_stride + c] = 1;
+        work_.weights[c * block_stride + i] =
+            static_cast<float>(static_cast<double>(attention[i]) / total);
       }
     }
-    for (index_t t = 0; t < tokens; ++t) {
-      for (index_t c = 0; c < columns; ++c) {
-        work_.weights[t * columns + c] =
-            work_.dropped[t * columns + c] > 0 ? static_cast<float>(attention[t] / totals[c]) : 0;
-      }
-    }
+    std::fill_n(work_.keys, count * key_stride_, 0.0f);
+    std::fill_n(work_.values, count * value_stride_, 0.0f);
+    add_product({work_.weights, block_stride, 1}, {work_.key_rows, key_stride_}, count, listed_,
+                key_stride_, work_.keys, key_stride_);
+    add_product({work_.weights, block_stride, 1}, {work_.value_rows, value_stride_}, count, listed_,
+                value_stride_, work_.values, value_stride_);
 
-    const auto sum = [&](const left_factor& left, const float* right, index_t height, index_t depth,
-                         float* sums) {
-      add_product(left, {right, columns}, height, depth, columns, sums, columns);
-    };
-    std::fill_n(work_.keys, dims * columns, 0.0f);
-    std::fill_n(work_.values, value_dims * columns, 0.0f);
-    std::fill_n(work_.gaps, rows * columns, 0.0f);
-    widen_rows(observed(seen_).keys, sequence_, kv_head_, block, work_.key_rows, key_stride_);
-    sum({work_.key_rows, 1, key_stride_}, work_.weights, dims, tokens, work_.keys);
-    sum({work_.value_rows, 1, value_stride_}, work_.weights, value_dims, tokens, work_.values);
-    sum({work_.tile.values, tile_stride, 1}, work_.dropped, rows, tokens, work_.gaps);
+    // By how much a key's logits are too large: where they are to be, and from there to what they
+    // are.
+    std::fill_n(work_.masses, rows * size_stride, 0.0f);
+    add_product({work_.tile.values, tile_stride, 1}, {work_.dropped, size_stride}, rows, listed_,
+                size_stride, work_.masses, size_stride);
+    Eigen::Map<Eigen::ArrayXf> masses(work_.masses, rows * size_stride);
+    masses = masses.max(1e-37f).log();
     const auto cap = static_cast<double>(rows_.queries.attention.soft_cap);
+    std::fill_n(work_.gaps, count * row_stride_, 0.0f);
     for (index_t i = 0; i < rows; ++i) {
-      Eigen::Map<Eigen::ArrayXf> gap(work_.gaps + i * columns, columns);
-      gap = (gap > 0).select(gap.log() + work_.tile.statistics[i].unit * std::numbers::ln2_v<float>,
-                             0.0f);
-      for (index_t c = 0; cap > 0 && c < count; ++c) {
-        gap[c] = static_cast<float>(uncapped(static_cast<double>(gap[c]), cap));
+      const float unit = work_.tile.statistics[i].unit * std::numbers::ln2_v<float>;
+      for (index_t c = 0; c < count; ++c) {
+        float wanted = work_.masses[i * size_stride + c] + unit;
+        if (cap > 0) wanted = static_cast<float>(uncapped(static_cast<double>(wanted), cap));
+        work_.gaps[c * row_stride_ + i] = -wanted;
       }
-      gap = -gap;
     }
-    sum({work_.queries, key_stride_, 1}, work_.keys, rows, dims, work_.gaps);
-    sum({work_.map, 1, key_stride_}, work_.gaps, dims, rows, work_.keys);
+    add_product({work_.keys, key_stride_, 1}, {work_.queries, row_stride_}, count, seen_.head_dim(),
+                row_stride_, work_.gaps, row_stride_);
+    add_product({work_.gaps, row_stride_, 1}, {work_.map, key_stride_}, count, rows, key_stride_,
+                work_.keys, key_stride_);
+  }
+
+  /// Turns the bare logits of the listed tokens into exponentials, each row in a unit of its own,
+  /// nearly 0 for those that a size keeps; attention [listed token]: the mean over all rows.
+  void exponentiate_dropped(index_t size, float* attention) noexcept {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    const index_t rows = rows_.count();
+    Eigen::Map<Eigen::ArrayXf> sum(attention, listed_);
+    sum.setZero();
+    const bool all_see = rows_.window.all_see({tokens_[0], index_t{tokens_[listed_ - 1]} + 1});
+    for (index_t r = 0; r < rows; ++r) {
+      float* values = work_.tile.values + r * tile_stride;
+      for (index_t i = 0; i < listed_; ++i) values[i] = drops(tokens_[i], size) ? values[i] : none;
+      const float unit = unit_of(values, listed_);
+      exponentiate(values, listed_, unit);
+      work_.tile.statistics[r].unit = unit;
+      const auto share =
+          static_cast<float>(attention_at(unit, rows_.normalisers[r]) / static_cast<double>(rows));
+      if (all_see) {
+        sum += share * Eigen::Map<const Eigen::ArrayXf>(values, listed_);
+        continue;
+      }
+      const token_range visible = rows_.window.visible(r % rows_.window.rows);
+      for (index_t i = 0; i < listed_; ++i) {
+        const bool seen = visible.begin <= tokens_[i] && tokens_[i] < visible.end;
+        attention[i] += seen ? share * values[i] : 0;
+      }
+    }
+    sum += 1e-12f;  // where no row looks all weigh the same
   }
 
   /// The attention that measured rows give to the stand-ins of a block, in units of the whole
   /// cache's.
-  void attend_to_stand_ins(index_t sizes) noexcept {
-    const index_t columns = whole_registers(sizes), heads = rows_.queries.heads;
+  void attend_to_stand_ins() noexcept {
+    const index_t measured = measured_rows(), sizes = rule_.sizes;
     const float cap = rows_.queries.attention.soft_cap;
-    std::fill_n(work_.own, heads * measured_ * columns, 0.0f);
-    for (index_t g = 0; g < heads; ++g) {
-      add_product(
-          {work_.queries + row_of(g * measured_) * key_stride_, rule_.error_rows * key_stride_, 1},
-          {work_.keys, columns}, measured_, seen_.head_dim(), columns,
-          work_.own + g * measured_ * columns, columns);
-    }
-    for (index_t e = 0; e < heads * measured_; ++e) {
-      float* own = work_.own + e * columns;
-      if (cap > 0) cap_softly(own, sizes, static_cast<double>(cap));
-      normalise_logits(own, sizes, rows_.normalisers[row_of(e)]);
+    std::fill_n(work_.own, sizes * measured_stride_, 0.0f);
+    add_product({work_.keys, key_stride_, 1}, {work_.measured_queries, measured_stride_}, sizes,
+                seen_.head_dim(), measured_stride_, work_.own, measured_stride_);
+    for (index_t size = 0; size < sizes; ++size) {
+      Eigen::Map<Eigen::ArrayXf> own(work_.own + size * measured_stride_, measured);
+      for (index_t e = 0; e < measured; ++e) {
+        if (cap > 0) cap_softly(&own[e], 1, static_cast<double>(cap));
+        own[e] = static_cast<float>(static_cast<double>(own[e]) - work_.log_sums[e]);
+      }
+      own = own.max(-85.0f).exp();
     }
   }
 
   /// Adds the output of a block's tokens to those of their grades.
-  void add_tokens(token_range block) noexcept {
+  void add_tokens() noexcept {
+    const index_t measured = measured_rows();
     for (index_t g = 0; g <= rule_.sizes; ++g) {
       index_t slots = 0;
-      for (index_t t = block.begin; t < block.end; ++t) {
-        if (grades_[t] != g) continue;
-        add_slot(slots++, work_.attention + (t - block.begin), tile_stride,
-                 work_.value_rows + (t - block.begin) * value_stride_, 1);
+      for (index_t i = 0; i < listed_; ++i) {
+        if (grades_[tokens_[i]] != g) continue;
+        for (index_t e = 0; e < measured; ++e) {
+          work_.slots[e * rule_.block + slots] = work_.attention[e * tile_stride + i];
+        }
+        std::copy_n(work_.value_rows + i * value_stride_, seen_.values.head_dim(),
+                    work_.slot_rows + slots * value_stride_);
+        ++slots;
       }
-      add_slots(g, slots);
+      add_output(g, {work_.slots, rule_.block, 1}, work_.slot_rows, slots);
     }
   }
 
   /// Adds the output of a block's stand-ins to those of their sizes. Sizes have nothing in common:
   /// of one that fits badly the attention may be so large that others would drown in it.
-  void add_stand_ins(token_range block) noexcept {
-    const index_t sizes = rule_.sizes, columns = whole_registers(sizes);
-    for (index_t size = 0; size < sizes && drops_any(block, size) && stands_in(size); ++size) {
-      add_slot(0, work_.own + size, columns, work_.values + size, columns);
-      add_slots(sizes + 1 + size, 1);
+  void add_stand_ins() noexcept {
+    for (index_t size = 0; size < rule_.sizes; ++size) {
+      bool any = false;
+      for (index_t i = 0; i < listed_; ++i) any |= drops(tokens_[i], size);
+      if (!any || !stands_in(size)) return;
+      add_output(rule_.sizes + 1 + size, {work_.own + size * measured_stride_, 1, 0},
+                 work_.values + size * value_stride_, 1);
     }
   }
 
-  /// Makes a row of values, and the attention to it, the next of those that are added together.
-  void add_slot(index_t slot, const float* attention, index_t attention_stride, const float* row,
-                index_t step) noexcept {
-    for (index_t e = 0; e < measured_rows(); ++e) {
-      work_.slots[e * rule_.block + slot] = attention[e * attention_stride];
-    }
-    float* to = work_.slot_rows + slot * value_stride_;
-    for (index_t d = 0; d < seen_.values.head_dim(); ++d) to[d] = row[d * step];
-  }
-  void add_slots(index_t part, index_t slots) noexcept {
+  /// attention: [measured row, slot]; rows: [slot, value_stride]
+  void add_output(index_t part, const left_factor& attention, const float* rows,
+                  index_t slots) noexcept {
     const index_t measured = measured_rows();
     for (index_t e = 0; e < measured; ++e) {
       double& share = work_.shares[part * measured + e];
       for (index_t i = 0; i < slots; ++i) {
-        share += static_cast<double>(work_.slots[e * rule_.block + i]);
+        share += static_cast<double>(
+            attention.data[e * attention.row_stride + i * attention.column_stride]);
       }
     }
-    add_product({work_.slots, rule_.block, 1}, {work_.slot_rows, value_stride_}, measured, slots,
-                value_stride_, work_.outputs + part * measured * value_stride_, value_stride_);
+    add_product(attention, {rows, value_stride_}, measured, slots, value_stride_,
+                work_.outputs + part * measured * value_stride_, value_stride_);
   }
 
   void sum_errors(double* errors) noexcept {
@@ -387,9 +430,12 @@ class graded_head {
   const grade* grades_;
   fitting_parts work_;
   head_rows<observed_product<Seen>> rows_;
-  index_t key_stride_, value_stride_;
+  index_t key_stride_, value_stride_, row_stride_;
   index_t first_measured_, measured_;  // rows of each query head
-  index_t dropped_[max_sizes + 1] = {};
+  index_t measured_stride_;
+  index_t dropped_[max_sizes + 1] = {};  // tokens that a size drops
+  index_t listed_ = 0;
+  position_t tokens_[static_cast<std::size_t>(chunk_tokens)];  // [listed_]
 };
 
 template <class Seen>
