@@ -18,23 +18,25 @@ void widen_row(const T* from, index_t dim_stride, index_t dims, float* row) noex
   }
 }
 
-/// Calls f(token, row as floats [head_dim]) for some tokens of one head, each in `row`.
+/// Calls f(token, row as floats [head_dim]) for some tokens of one head, each in `row`, which is
+/// filled up with zeros to whole_registers.
 template <kv_source Source, class F>
 void for_each_row(const Source& source, index_t sequence, index_t kv_head, token_range tokens,
                   float* row, const F& f) noexcept {
+  const index_t dims = source.head_dim();
+  std::fill(row + dims, row + whole_registers(dims), 0.0f);
   for (index_t t = tokens.begin; t < tokens.end;) {
     const auto run = source.run_at(sequence, kv_head, t);
     for (index_t i = 0; i < run.tokens && t < tokens.end; ++i, ++t) {
-      widen_row(run.data + i * run.token_stride, run.dim_stride, source.head_dim(), row);
+      widen_row(run.data + i * run.token_stride, run.dim_stride, dims, row);
       f(t, row);
     }
   }
 }
 
-/// The length of a row, which is finite for any finite floats.
+/// The length of a row of whole_registers, which is finite for any finite floats.
 [[nodiscard]] inline double length_of_row(const float* row, index_t dims) noexcept {
-  return std::sqrt(
-      Eigen::Map<const Eigen::ArrayXf>(row, dims).template cast<double>().square().sum());
+  return std::sqrt(wide_dot(row, row, dims));
 }
 
 /// How an observation's keys and queries are multiplied.
@@ -109,8 +111,8 @@ struct importance_scratch {
     void* packed;  ///< [q_head of the KV head, rows, packed_dim]
     tile_scratch tile;
     chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
-    float* row;                    ///< [the larger head_dim]
-    double* anchor;                ///< [head_dim]
+    float* row;                    ///< [whole_registers of the larger head_dim]
+    double* anchor;                ///< [whole_registers of the head_dim]
   };
 
   template <class Seen>
@@ -125,8 +127,8 @@ struct importance_scratch {
     p.tile.statistics = from.take<chunk_statistics>(heads, rule.rows);
     p.statistics =
         from.take<chunk_statistics>(heads, rule.rows, chunking{seen.capacity(), 0}.count());
-    p.row = from.take<float>((std::max)(dims, seen.values.head_dim()));
-    p.anchor = from.take<double>(dims);
+    p.row = from.take<float>(whole_registers((std::max)(dims, seen.values.head_dim())));
+    p.anchor = from.take<double>(whole_registers(dims));
     return p;
   }
   template <class Seen>
@@ -200,30 +202,37 @@ bool find_anchor(const Seen& seen, index_t sequence, index_t kv_head,
   const auto& what = observed(seen);
   const index_t dims = seen.head_dim(), count = rows.count();
   const index_t chunks = chunking{rows.window.tokens, 0}.count();
-  Eigen::Map<Eigen::ArrayXd> anchor(work.anchor, dims);
-  anchor.setZero();
+  double* anchor = work.anchor;
+  std::fill_n(anchor, whole_registers(dims), 0.0);
   for (index_t i = 0; i < count * chunks; ++i) {
     work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
   }
-  for_each_chunk(
-      rows.window, sequence, kv_head,
-      [&](index_t c, const key_block& block, const key_block& next) {
-        const block_addresses keys(what.keys, block, next);
-        if (!summarise(rows.queries, rows.window, block.tokens, keys, work.tile)) {
-          attend(rows.queries, rows.window, block.tokens, keys, work.tile);
-        }
-        for (index_t i = 0; i < count; ++i) {
-          work.statistics[i * chunks + c] = work.tile.statistics[i];
-        }
-        for_each_row(
-            what.keys, sequence, kv_head, block.tokens, work.row, [&](index_t, const float* key) {
-              const double length = length_of_row(key, dims);
-              if (length <= 0) return;  // a key without a direction
-              anchor += Eigen::Map<const Eigen::ArrayXf>(key, dims).cast<double>() * (1 / length);
-            });
-      });
-  const double length = std::sqrt(anchor.square().sum());
-  anchor *= has_direction(length, rows.window.tokens) ? 1 / length : 0;
+  for_each_chunk(rows.window, sequence, kv_head,
+                 [&](index_t c, const key_block& block, const key_block& next) {
+                   const block_addresses keys(what.keys, block, next);
+                   if (!summarise(rows.queries, rows.window, block.tokens, keys, work.tile)) {
+                     attend(rows.queries, rows.window, block.tokens, keys, work.tile);
+                   }
+                   for (index_t i = 0; i < count; ++i) {
+                     work.statistics[i * chunks + c] = work.tile.statistics[i];
+                   }
+                   for_each_row(what.keys, sequence, kv_head, block.tokens, work.row,
+                                [&](index_t, const float* key) {
+                                  const double length = length_of_row(key, dims);
+                                  if (length <= 0) return;  // a key without a direction
+                                  constexpr index_t step = lane_count / 2;
+                                  for (index_t d = 0; d < dims; d += step) {
+                                    store(load_wide(anchor + d) + load_wide(key + d) * (1 / length),
+                                          anchor + d);
+                                  }
+                                });
+                 });
+  double square = 0;
+  for (index_t d = 0; d < dims; ++d) square += anchor[d] * anchor[d];
+  const double length = std::sqrt(square);
+  for (index_t d = 0; d < dims; ++d) {
+    anchor[d] *= has_direction(length, rows.window.tokens) ? 1 / length : 0;
+  }
   const auto& sinks = what.info.attention.sink_logits;
   bool exist = true;
   for (index_t i = 0; i < count; ++i) {
@@ -275,7 +284,6 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
     undecided = !find_anchor(seen, s, h, rows, work, scratch.normalisers_of(rule, seen, s, h));
     if (undecided) return;
 
-    const Eigen::Map<const Eigen::ArrayXd> anchor(work.anchor, dims);
     const auto [begin, end] = importance_rule::seen_by(window);
     const token_range typical = importance_rule::typical(window);
     double squared_spread = 0;
@@ -307,8 +315,7 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
 
       for_each_row(what.keys, s, h, block.tokens, work.row, [&](index_t t, const float* key) {
         const double length = length_of_row(key, dims);
-        const double along =
-            (Eigen::Map<const Eigen::ArrayXf>(key, dims).cast<double>() * anchor).sum();
+        const double along = wide_dot(key, work.anchor, dims);
         const double distance = length > 0 || std::isnan(length) ? 1 - along / length : 1;
         double& weight = peaks[t - first];
         weight = (weight / heads + rule.prior) * (distance < 0 ? 0 : distance);

@@ -13,6 +13,22 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 /// Elements that hold `count` floats in whole registers of any target.
 constexpr index_t whole_registers(index_t count) noexcept { return (count + 15) / 16 * 16; }
 
+/// The sum of products of two rows of whole_registers(dims), in double.
+template <class Other>
+[[nodiscard]] inline double wide_dot(const float* row, const Other* other, index_t dims) noexcept {
+  constexpr index_t step = lane_count / 2;
+  wide_lanes sums[2] = {load_wide(row) * load_wide(other),
+                        load_wide(row + step) * load_wide(other + step)};
+  for (index_t d = 2 * step; d < dims; d += 2 * step) {
+    sums[0] += load_wide(row + d) * load_wide(other + d);
+    sums[1] += load_wide(row + d + step) * load_wide(other + d + step);
+  }
+  double sum = 0;
+  const wide_lanes both = sums[0] + sums[1];
+  for (int i = 0; i < lane_count / 2; ++i) sum += both[i];
+  return sum;
+}
+
 /// A factor of which single elements are read.
 struct left_factor {
   const float* data;

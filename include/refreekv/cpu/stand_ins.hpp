@@ -115,7 +115,7 @@ class graded_head {
     if (!stands_in(size)) return 0;
     index_t written = 0;
     for_each_block([&](token_range block) {
-      list(block, [&](index_t t) { return drops(t, size); });
+      list(block, [&](grade g) { return g > size; });
       if (listed_ == 0) return;
       read_block();
       fit_block(size, 1);
@@ -135,7 +135,7 @@ class graded_head {
     std::fill_n(work_.shares, parts * measured, 0.0);
     std::fill_n(work_.slot_rows, rule_.block * value_stride_, 0.0f);
     for_each_block([&](token_range block) {
-      list(block, [](index_t) { return true; });
+      list(block, [](grade) { return true; });
       read_block();
       for (index_t e = 0; e < measured; ++e) {
         float* attention = work_.attention + e * tile_stride;
@@ -145,7 +145,7 @@ class graded_head {
       }
       add_tokens();
       bool any = false;
-      for (index_t i = 0; i < listed_; ++i) any |= drops(tokens_[i], 0);
+      for (index_t i = 0; i < listed_; ++i) any |= drops(i, 0);
       if (!rule_.stand_ins || !any) return;
       fit_block(0, sizes);
       attend_to_stand_ins();
@@ -163,9 +163,8 @@ class graded_head {
     return fitting_parts::take(carve, rule, seen);
   }
 
-  [[nodiscard]] bool drops(index_t token, index_t size) const noexcept {
-    return grades_[token] > size && grades_[token] != grade_never;
-  }
+  /// Whether a size drops a listed token.
+  [[nodiscard]] bool drops(index_t i, index_t size) const noexcept { return levels_[i] > size; }
   /// One token is its own best stand-in.
   [[nodiscard]] bool stands_in(index_t size) const noexcept { return dropped_[size] >= 2; }
   /// The row that is measured as the e-th.
@@ -188,7 +187,9 @@ class graded_head {
   void list(token_range block, const Wanted& wanted) noexcept {
     listed_ = 0;
     for (index_t t = block.begin; t < block.end; ++t) {
-      if (wanted(t)) tokens_[listed_++] = static_cast<position_t>(t);
+      if (!wanted(grades_[t])) continue;
+      levels_[listed_] = grades_[t];
+      tokens_[listed_++] = static_cast<position_t>(t);
     }
   }
 
@@ -256,10 +257,10 @@ class graded_head {
     for (index_t c = 0; c < count; ++c) {
       double total = 0;
       for (index_t i = 0; i < listed_; ++i) {
-        if (drops(tokens_[i], first + c)) total += static_cast<double>(attention[i]);
+        if (drops(i, first + c)) total += static_cast<double>(attention[i]);
       }
       for (index_t i = 0; i < listed_; ++i) {
-        if (!drops(tokens_[i], first + c)) continue;
+        if (!drops(i, first + c)) continue;
         work_.dropped[i * size_stride + c] = 1;
         work_.weights[c * block_stride + i] =
             static_cast<float>(static_cast<double>(attention[i]) / total);
@@ -281,12 +282,12 @@ class graded_head {
     masses = masses.max(1e-37f).log();
     const auto cap = static_cast<double>(rows_.queries.attention.soft_cap);
     std::fill_n(work_.gaps, count * row_stride_, 0.0f);
-    for (index_t i = 0; i < rows; ++i) {
-      const float unit = work_.tile.statistics[i].unit * std::numbers::ln2_v<float>;
-      for (index_t c = 0; c < count; ++c) {
-        float wanted = work_.masses[i * size_stride + c] + unit;
-        if (cap > 0) wanted = static_cast<float>(uncapped(static_cast<double>(wanted), cap));
-        work_.gaps[c * row_stride_ + i] = -wanted;
+    for (index_t c = 0; c < count; ++c) {
+      float* gaps = work_.gaps + c * row_stride_;
+      for (index_t i = 0; i < rows; ++i) {
+        const float unit = work_.tile.statistics[i].unit * std::numbers::ln2_v<float>;
+        gaps[i] = -(work_.masses[i * size_stride + c] + unit);
+        if (cap > 0) gaps[i] = static_cast<float>(uncapped(static_cast<double>(gaps[i]), cap));
       }
     }
     add_product({work_.keys, key_stride_, 1}, {work_.queries, row_stride_}, count, seen_.head_dim(),
@@ -298,14 +299,18 @@ class graded_head {
   /// Turns the bare logits of the listed tokens into exponentials, each row in a unit of its own,
   /// nearly 0 for those that a size keeps; attention [listed token]: the mean over all rows.
   void exponentiate_dropped(index_t size, float* attention) noexcept {
-    constexpr float none = -std::numeric_limits<float>::infinity();
     const index_t rows = rows_.count();
     Eigen::Map<Eigen::ArrayXf> sum(attention, listed_);
     sum.setZero();
+    float hidden_of[static_cast<std::size_t>(chunk_tokens)];  // -inf where the size keeps a token
+    for (index_t i = 0; i < listed_; ++i) {
+      hidden_of[i] = drops(i, size) ? 0 : -std::numeric_limits<float>::infinity();
+    }
+    const Eigen::Map<const Eigen::ArrayXf> hidden(hidden_of, listed_);
     const bool all_see = rows_.window.all_see({tokens_[0], index_t{tokens_[listed_ - 1]} + 1});
     for (index_t r = 0; r < rows; ++r) {
       float* values = work_.tile.values + r * tile_stride;
-      for (index_t i = 0; i < listed_; ++i) values[i] = drops(tokens_[i], size) ? values[i] : none;
+      Eigen::Map<Eigen::ArrayXf>(values, listed_) += hidden;
       const float unit = unit_of(values, listed_);
       exponentiate(values, listed_, unit);
       work_.tile.statistics[r].unit = unit;
@@ -348,7 +353,7 @@ class graded_head {
     for (index_t g = 0; g <= rule_.sizes; ++g) {
       index_t slots = 0;
       for (index_t i = 0; i < listed_; ++i) {
-        if (grades_[tokens_[i]] != g) continue;
+        if (levels_[i] != g) continue;
         for (index_t e = 0; e < measured; ++e) {
           work_.slots[e * rule_.block + slots] = work_.attention[e * tile_stride + i];
         }
@@ -365,7 +370,7 @@ class graded_head {
   void add_stand_ins() noexcept {
     for (index_t size = 0; size < rule_.sizes; ++size) {
       bool any = false;
-      for (index_t i = 0; i < listed_; ++i) any |= drops(tokens_[i], size);
+      for (index_t i = 0; i < listed_; ++i) any |= drops(i, size);
       if (!any || !stands_in(size)) return;
       add_output(rule_.sizes + 1 + size, {work_.own + size * measured_stride_, 1, 0},
                  work_.values + size * value_stride_, 1);
@@ -436,6 +441,7 @@ class graded_head {
   index_t dropped_[max_sizes + 1] = {};  // tokens that a size drops
   index_t listed_ = 0;
   position_t tokens_[static_cast<std::size_t>(chunk_tokens)];  // [listed_]
+  grade levels_[static_cast<std::size_t>(chunk_tokens)];       // [listed_]
 };
 
 template <class Seen>
