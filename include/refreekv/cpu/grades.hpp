@@ -128,9 +128,10 @@ void grade_tokens(const Executor& on, const importance_rule& rule, const Seen& s
                   const scores_view<>& scores, const view<grade, 3>& grades, double* lost,
                   const view<kept_count, 2>& counts, const importance_scratch& scratch) noexcept {
   const index_t elements = seen.sequences() * seen.kv_heads() * seen.capacity();
+  auto* sorted = static_cast<float*>(static_cast<void*>(scratch.memory));
   for_each_item(on, seen.sequences(), elements * 32, [&](int, index_t s) {
     grade_sequence(rule, seen, s, scores, grades, lost + s * (rule.sizes + 1), counts,
-                   scratch.sorted + s * seen.kv_heads() * seen.capacity());
+                   sorted + s * seen.kv_heads() * seen.capacity());
   });
 }
 

@@ -56,12 +56,13 @@ struct head_rows {
 
   /// Fills the tile with the logits of a block as no mask and no position has changed them.
   template <class Key>
-  void fill_bare_logits(const block_addresses<Key>& keys, const tile_scratch& tile) const noexcept {
+  void fill_bare_logits(const block_addresses<Key>& keys, const tile_scratch& tile,
+                        index_t stride = tile_stride) const noexcept {
     store_logits<Product>(keys, queries.packed, count(), queries.head_dim, queries.scale,
-                          static_cast<Key*>(tile.gathered), tile.values);
+                          static_cast<Key*>(tile.gathered), tile.values, stride);
     const float cap = queries.attention.soft_cap;
     for (index_t i = 0; cap > 0 && i < count(); ++i) {
-      cap_softly(tile.values + i * tile_stride, keys.count(), static_cast<double>(cap));
+      cap_softly(tile.values + i * stride, keys.count(), static_cast<double>(cap));
     }
   }
 
@@ -102,9 +103,8 @@ struct head_rows {
 /// What the primitives of the faithful rule work in.
 struct importance_scratch {
   row_normaliser* normalisers;  ///< [sequence, q_head, rows]: left by the weighing for those after
-  float* sorted;                ///< [sequence, kv_head, capacity]
   double* errors;               ///< [sequence, kv_head, sizes + 1]; null without an error term
-  std::byte* memory;            ///< of each worker
+  std::byte* memory;            ///< of each worker, or sorted scores [sequence, kv_head, capacity]
   index_t worker_bytes;
 
   struct weighing_parts {

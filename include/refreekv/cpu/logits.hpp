@@ -131,13 +131,13 @@ template <class Query, class Keys>
       packed, kv_head * heads, heads, seen.head_dim(), seen.scale(), seen.info.attention};
 }
 
-/// values [row, tile_stride] = scale * queries [row, packed_dim] . keys [block]. gathered:
+/// values [row, stride] = scale * queries [row, packed_dim] . keys [block]. gathered:
 /// [tile_tokens, head_dim], used where head_dim is not contiguous and large. Writes up to three
 /// results past the block's end.
 template <class Product, class Key>
 void store_logits(const block_addresses<Key>& keys, const typename Product::packed* queries,
-                  index_t rows, index_t head_dim, float scale, Key* gathered,
-                  float* values) noexcept {
+                  index_t rows, index_t head_dim, float scale, Key* gathered, float* values,
+                  index_t stride = tile_stride) noexcept {
   const auto multiply = [&](key_addresses<Key> at, index_t start, index_t count) {
     for_each_tile<Product>(queries, rows, head_dim, [&](auto n, index_t row, const auto* tile) {
       dot_rows<Product, n()>(tile, at, count, head_dim, [&](index_t i, index_t t, const lanes& x) {
@@ -145,8 +145,8 @@ void store_logits(const block_addresses<Key>& keys, const typename Product::pack
         store(x * scale, results);
         const index_t first = i * rows_a_register;
         for (index_t r = first; r < (std::min)(first + rows_a_register, n()); ++r) {
-          std::memcpy(values + (row + r) * tile_stride + start + t,
-                      results + (r - first) * tile_tokens, sizeof(float[4]));
+          std::memcpy(values + (row + r) * stride + start + t, results + (r - first) * tile_tokens,
+                      sizeof(float[4]));
         }
       });
       at.soon = at.later = at.now;  // what is fetched for one tile is there for all

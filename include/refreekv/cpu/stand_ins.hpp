@@ -18,8 +18,8 @@ struct fitting_parts {
   float* key_rows;  ///< [block, key_stride]
   float* queries;   ///< [head_dim, row_stride], times the scale: columns are the KV head's rows
   float* map;       ///< [q_head of the KV head, rows, key_stride]: see fit_map
-  double* normal;   ///< [head_dim, head_dim]
-  double* solved;   ///< [head_dim, map_columns]
+  double* normal;   ///< [head_dim, head_dim], where outputs come later
+  double* solved;   ///< [head_dim, map_columns], the same
   float* dropped;   ///< [block, size_stride]: 1 where the size drops the token, 0 elsewhere
   float* weights;   ///< [size, block_stride]: attention of what is dropped, which sums to 1
   float* masses;    ///< [q_head of the KV head, rows, size_stride]
@@ -30,12 +30,17 @@ struct fitting_parts {
   // the stand-ins of a size do.
   float* measured_queries;  ///< [head_dim, measured_stride]: those columns of `queries`
   double* log_sums;         ///< [measured row]: log sum exp of a row's logits
-  float* attention;         ///< [measured row, tile_stride]
+  float* attention;         ///< [measured row, stride_of]
   float* own;               ///< [size, measured_stride]: attention to the stand-ins
   float* slots;             ///< [measured row, block]: attention to tokens of one grade
   float* slot_rows;         ///< [block, value_stride]: their values
   float* outputs;           ///< [part, measured row, value_stride]
   double* shares;           ///< [part, measured row]
+
+  /// From one row of a tile to the next.
+  static index_t stride_of(const importance_rule& rule) noexcept {
+    return whole_registers(rule.block) + 16;
+  }
 
   template <class Seen>
   static fitting_parts take(arena& from, const importance_rule& rule, const Seen& seen) noexcept {
@@ -48,15 +53,13 @@ struct fitting_parts {
     fitting_parts p{};
     p.packed = from.take<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
     p.tile.gathered = from.take<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
-    p.tile.values = from.take<float>(rows, tile_stride);
+    p.tile.values = from.take<float>(rows, stride_of(rule));
     p.tile.statistics = from.take<chunk_statistics>(rows);
     p.value_rows = from.take<float>(block, value_stride);
     if (rule.stand_ins) {
       p.key_rows = from.take<float>(block, key_stride);
       p.queries = from.take<float>(dims, whole_registers(rows));
       p.map = from.take<float>(rows, key_stride);
-      p.normal = from.take<double>(dims, dims);
-      p.solved = from.take<double>(dims, index_t{map_columns});
       p.dropped = from.take<float>(block, whole_registers(sizes));
       p.weights = from.take<float>(sizes, whole_registers(block));
       p.masses = from.take<float>(rows, whole_registers(sizes));
@@ -67,12 +70,27 @@ struct fitting_parts {
     if (rule.error_term) {
       p.measured_queries = from.take<float>(dims, whole_registers(measured));
       p.log_sums = from.take<double>(measured);
-      p.attention = from.take<float>(measured, tile_stride);
+      p.attention = from.take<float>(measured, stride_of(rule));
       p.own = from.take<float>(sizes, whole_registers(measured));
       p.slots = from.take<float>(measured, block);
       p.slot_rows = from.take<float>(block, value_stride);
-      p.outputs = from.take<float>(parts, measured, value_stride);
       p.shares = from.take<double>(parts, measured);
+    }
+    const auto take_map = [&](arena& to) {
+      p.normal = to.take<double>(dims, dims);
+      p.solved = to.take<double>(dims, index_t{map_columns});
+    };
+    const auto take_outputs = [&](arena& to) {
+      p.outputs = to.take<float>(parts, measured, value_stride);
+    };
+    arena map, outputs;
+    if (rule.stand_ins) take_map(map);
+    if (rule.error_term) take_outputs(outputs);
+    std::byte* by_turns = from.take<std::byte>((std::max)(map.bytes(), outputs.bytes()));
+    if (by_turns != nullptr) {
+      arena first(by_turns), second(by_turns);
+      if (rule.stand_ins) take_map(first);
+      if (rule.error_term) take_outputs(second);
     }
     return p;
   }
@@ -91,6 +109,7 @@ class graded_head {
         grades_(grades),
         work_(parts_of(scratch, worker, rule, seen)),
         rows_(scratch.pack_head(rule, seen, sequence, kv_head, work_.packed)),
+        stride_(fitting_parts::stride_of(rule)),
         key_stride_(whole_registers(seen.head_dim())),
         value_stride_(whole_registers(seen.values.head_dim())),
         row_stride_(whole_registers(rows_.count())),
@@ -138,9 +157,8 @@ class graded_head {
       list(block, [](grade) { return true; });
       read_block();
       for (index_t e = 0; e < measured; ++e) {
-        float* attention = work_.attention + e * tile_stride;
-        std::copy_n(work_.tile.values + row_of(e) * tile_stride, whole_registers(listed_),
-                    attention);
+        float* attention = work_.attention + e * stride_;
+        std::copy_n(work_.tile.values + row_of(e) * stride_, whole_registers(listed_), attention);
         rows_.attend(row_of(e), block, attention);
       }
       add_tokens();
@@ -196,8 +214,8 @@ class graded_head {
   /// Fills the tile with the bare logits of the listed tokens, and their rows.
   void read_block() noexcept {
     const auto& keys = observed(seen_).keys;
-    rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_),
-                           work_.tile);
+    rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_), work_.tile,
+                           stride_);
     for (index_t i = 0; i < listed_; ++i) {
       const auto value = seen_.values.run_at(sequence_, kv_head_, tokens_[i]);
       widen_row(value.data, value.dim_stride, seen_.values.head_dim(),
@@ -276,7 +294,7 @@ class graded_head {
     // By how much a key's logits are too large: where they are to be, and from there to what they
     // are.
     std::fill_n(work_.masses, rows * size_stride, 0.0f);
-    add_product({work_.tile.values, tile_stride, 1}, {work_.dropped, size_stride}, rows, listed_,
+    add_product({work_.tile.values, stride_, 1}, {work_.dropped, size_stride}, rows, listed_,
                 size_stride, work_.masses, size_stride);
     Eigen::Map<Eigen::ArrayXf> masses(work_.masses, rows * size_stride);
     masses = masses.max(1e-37f).log();
@@ -309,7 +327,7 @@ class graded_head {
     const Eigen::Map<const Eigen::ArrayXf> hidden(hidden_of, listed_);
     const bool all_see = rows_.window.all_see({tokens_[0], index_t{tokens_[listed_ - 1]} + 1});
     for (index_t r = 0; r < rows; ++r) {
-      float* values = work_.tile.values + r * tile_stride;
+      float* values = work_.tile.values + r * stride_;
       Eigen::Map<Eigen::ArrayXf>(values, listed_) += hidden;
       const float unit = unit_of(values, listed_);
       exponentiate(values, listed_, unit);
@@ -355,7 +373,7 @@ class graded_head {
       for (index_t i = 0; i < listed_; ++i) {
         if (levels_[i] != g) continue;
         for (index_t e = 0; e < measured; ++e) {
-          work_.slots[e * rule_.block + slots] = work_.attention[e * tile_stride + i];
+          work_.slots[e * rule_.block + slots] = work_.attention[e * stride_ + i];
         }
         std::copy_n(work_.value_rows + i * value_stride_, seen_.values.head_dim(),
                     work_.slot_rows + slots * value_stride_);
@@ -435,7 +453,7 @@ class graded_head {
   const grade* grades_;
   fitting_parts work_;
   head_rows<observed_product<Seen>> rows_;
-  index_t key_stride_, value_stride_, row_stride_;
+  index_t stride_, key_stride_, value_stride_, row_stride_;
   index_t first_measured_, measured_;  // rows of each query head
   index_t measured_stride_;
   index_t dropped_[max_sizes + 1] = {};  // tokens that a size drops
@@ -449,7 +467,6 @@ importance_scratch take_importance_scratch(arena& from, index_t workers,
                                            const importance_rule& rule, const Seen& seen) noexcept {
   importance_scratch s{};
   s.normalisers = from.take<row_normaliser>(seen.sequences(), seen.q_heads(), rule.rows);
-  s.sorted = from.take<float>(seen.sequences(), seen.kv_heads(), seen.capacity());
   if (rule.error_term) {
     s.errors = from.take<double>(seen.sequences(), seen.kv_heads(), index_t{rule.sizes} + 1);
   }
@@ -457,7 +474,11 @@ importance_scratch take_importance_scratch(arena& from, index_t workers,
   (void)importance_scratch::take_weighing(weighing, rule, seen);
   if (rule.error_term || rule.stand_ins) (void)fitting_parts::take(fitting, rule, seen);
   s.worker_bytes = whole_lines((std::max)(weighing.bytes(), fitting.bytes()));
-  s.memory = from.take<std::byte>(workers, s.worker_bytes);
+  arena sorted;
+  (void)sorted.take<float>(seen.sequences(), seen.kv_heads(), seen.capacity());
+  arena all;
+  (void)all.take<std::byte>(workers, s.worker_bytes);
+  s.memory = from.take<std::byte>((std::max)(sorted.bytes(), all.bytes()));
   return s;
 }
 
