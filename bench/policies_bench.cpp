@@ -325,6 +325,7 @@ const bool added = [] {
     add("pyramidkv", policy::pyramidkv{.budget = half, .layers = static_cast<count_t>(layers)}, 8,
         g, layers, all);
     add("cake", policy::cake{}, 32, g, layers, all);
+    add("tova", policy::tova{.budget = half}, 1, g, layers, all);
     add("attention_ranked", policy::attention_ranked{}, 8, g, layers, all);
     add("twilight_once", policy::twilight{}, 1, g, layers, all);
     // Quadratic in the prompt, like attention: one layer, a prompt of 8,192 tokens at most.

@@ -50,6 +50,7 @@ void for_each_policy(const F& f) {
   f("pyramidkv", policy::pyramidkv{.budget = 40, .window = 3, .layers = layers});
   f("cake", policy::cake{.budget = 40, .window = 3, .layers = layers});
   f("cake_decode", policy::cake_decode{.budget = 40, .recent = 3});
+  f("tova", policy::tova{.budget = 40});
   f("attention_ranked", policy::attention_ranked{.threshold = 0.05, .window = 3, .recent = 3});
   f("twilight", policy::twilight{.p = 0.8});
   f("twilight, sink start", policy::twilight{.p = 0.8, .sink_start = true});
@@ -66,6 +67,7 @@ void for_each_large_budget(const F& f) {
   f("pyramidkv", policy::pyramidkv{.budget = all, .window = 3, .layers = layers});
   f("cake", policy::cake{.budget = all, .window = 3, .layers = layers});
   f("cake_decode", policy::cake_decode{.budget = 300, .recent = 3});
+  f("tova", policy::tova{.budget = all});
   f("attention_ranked", policy::attention_ranked{.window = 3, .recent = 300});
 }
 
@@ -82,6 +84,7 @@ safe_tokens safe(const policy::snapkv& rule, index_t) { return {0, rule.window};
 safe_tokens safe(const policy::pyramidkv& rule, index_t) { return {0, rule.window}; }
 safe_tokens safe(const policy::cake& rule, index_t) { return {0, rule.window}; }
 safe_tokens safe(const policy::cake_decode& rule, index_t) { return {0, rule.recent}; }
+safe_tokens safe(const policy::tova&, index_t) { return {0, 1}; }
 safe_tokens safe(const policy::attention_ranked& rule, index_t) { return {0, rule.recent}; }
 safe_tokens safe(const policy::twilight&, index_t) { return {0, 0}; }
 
@@ -396,7 +399,7 @@ TEST_CASE("a workspace one byte short is refused and nothing is written", "[cont
     CHECK(run(rule, on, plain, 1).status == status::small_workspace);
     ++refused;
   });
-  CHECK(refused == 2 * 13);  // all but streaming_llm, on two backends
+  CHECK(refused == 2 * 14);  // all but streaming_llm, on two backends
 }
 
 TEST_CASE("an empty batch is no work", "[contract]") {

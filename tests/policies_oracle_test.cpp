@@ -359,6 +359,18 @@ TEST_CASE("pyramidkv agrees with the oracle", "[oracle]") {
       });
 }
 
+TEST_CASE("tova agrees with the oracle", "[oracle]") {
+  check_random_problems(
+      [](random_source& random) {
+        const token_budget budget = random_budget(random, 0);
+        return drawn<policy::tova>{{budget}, random.one_of<index_t>({1, 3}), budget.of(60)};
+      },
+      [](const policy::tova& rule, index_t, const attention_rows& rows, const kept_heads& kept) {
+        return disagreement(kept, reference::tova(rows, static_cast<index_t>(kept.size()),
+                                                  rule.budget.of(rows.tokens)));
+      });
+}
+
 TEST_CASE("attention_ranked agrees with the oracle", "[oracle]") {
   check_random_problems(
       [](random_source& random) {

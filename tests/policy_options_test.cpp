@@ -49,6 +49,9 @@ TEST_CASE("options outside their range are named", "[policy]") {
   CHECK(why(pyramidkv{.beta = 0}, seen) == "beta");
   CHECK(why(pyramidkv{.layers = 0}, seen) == "layers");
   CHECK(why(pyramidkv{.layers = 9}, seen) == "layer");  // this is the tenth
+  CHECK(why(tova{}, seen) == "");
+  CHECK(why(tova{.budget = wrapped}, seen) == "budget");
+  CHECK(why(tova{.budget = token_budget::share(1.5)}, seen) == "budget");
   CHECK(why(attention_ranked{}, seen) == "");
   CHECK(why(attention_ranked{.threshold = -0.1}, seen) == "threshold");
   CHECK(why(attention_ranked{.window = 0}, seen) == "window");
@@ -92,6 +95,7 @@ TEST_CASE("rules that tell layers apart ask which one they see", "[policy]") {
   CHECK(why(pyramidkv{}, seen) == "layer_info::layer");
   CHECK(why(h2o{}, seen) == "");
   CHECK(why(snapkv{}, seen) == "");
+  CHECK(why(tova{}, seen) == "");
   CHECK(why(cake_decode{}, seen) == "");
 }
 
@@ -109,6 +113,7 @@ TEST_CASE("no budget empties a cache", "[policy]") {
   };
   keeps_the_newest(policy::h2o{.budget = 0});
   keeps_the_newest(policy::h2o{.budget = token_budget::share(0), .recent = 0});
+  keeps_the_newest(policy::tova{.budget = 0});
   keeps_the_newest(policy::cake_decode{.budget = 0, .recent = 0});
   const policy::streaming_llm rule{.sinks = 0, .budget = 5, .room = 10};
   CHECK(rule(30) == kept_range{0, 29, 30});
@@ -195,6 +200,7 @@ TEST_CASE("work that no memory holds is refused, not wrapped", "[policy]") {
   };
   all(policy::h2o{.window = 8});
   all(policy::snapkv{.window = 8});
+  all(policy::tova{});
   all(policy::attention_ranked{});
   all(policy::twilight{});
 #if !defined(REFREEKV_TEST_EMULATED)

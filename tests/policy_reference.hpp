@@ -306,6 +306,20 @@ inline std::optional<index_t> pyramid_budget(index_t tokens, index_t layer, inde
   return most - layer * step;
 }
 
+// TOVA.
+
+/// The last token and, up to `budget` of all, those that its row attends to most in the mean over
+/// all query heads.
+inline std::vector<choice> tova(const attention_rows& rows, index_t kv_heads, index_t budget) {
+  const index_t n = rows.tokens;
+  if (n <= std::max<index_t>(budget, 1) || state_of(rows, kv_heads, 1).there == 0) {
+    return keep_all_heads(kv_heads, n);
+  }
+  const std::vector<scores> mean =
+      group_means(rows.q_heads, 1, [&](index_t h) { return column_sums(rows, h, 1, n - 1); });
+  return {static_cast<size_t>(kv_heads), top_k(mean, budget - 1, n).front()};
+}
+
 // CAKE.
 
 struct cake_layer {

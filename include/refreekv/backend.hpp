@@ -54,7 +54,8 @@ namespace refreekv::inline v0 {
 ///   group. Bits are copied as they are. With kept_positions it gathers the rows of the positions,
 ///   in their order, into slots first_slot(counts(s, h), how) and on. O(rows moved * head_dim).
 ///
-/// - `for_each_sequence(B, sequences, f)`: f(s) for every s; f is a device-callable object.
+/// - `for_each_sequence(B, count, f)`: f(i) for every i in [0, count): sequences, or what a policy
+///   has more of than sequences. f is a device-callable object; on a device each i is a thread's.
 ///
 /// Of policies that score tokens. Scores are views [sequence, head, capacity] of which only entries
 /// below tokens(s) are read or written; quotas are [sequence].

@@ -14,6 +14,7 @@
 #include "refreekv/policy/refreekv.hpp"
 #include "refreekv/policy/snapkv.hpp"
 #include "refreekv/policy/streaming_llm.hpp"
+#include "refreekv/policy/tova.hpp"
 #include "refreekv/policy/twilight.hpp"
 #include "refreekv/prune.hpp"
 #include "refreekv/release.hpp"

@@ -83,6 +83,7 @@ TEST_CASE("stale lengths write nothing outside of what a call was given", "[cuda
     };
     decide(policy::snapkv{.budget = 9, .window = 3});
     decide(policy::h2o{.budget = 9, .recent = 3, .window = 3});
+    decide(policy::tova{.budget = 9});
     decide(policy::attention_ranked{.threshold = 0.1, .window = 3, .recent = 3});
     decide(policy::twilight{.p = 0.8});
 

@@ -31,6 +31,7 @@ void use_all(const r::dense<T>& keys, r::view<const T, 4> queries, r::scores_vie
   use(r::policy::pyramidkv{}, seen);
   use(r::policy::cake{}, r::with_layers(seen, {}));
   use(r::policy::cake_decode{}, seen);
+  use(r::policy::tova{}, seen);
   use(r::policy::twilight{}, r::with_pages(seen, {}));
   const r::int4_keys<> codes{};
   const auto in_codes = r::observe(queries, codes);

@@ -80,6 +80,7 @@ void check_policies(const Backend& on) {
   check_workspace("pyramidkv", policy::pyramidkv{.budget = 60, .window = 3}, on, seen);
   check_workspace("cake", policy::cake{.budget = 60, .window = 3, .layers = layers}, on,
                   with_layers(seen, carried));
+  check_workspace("tova", policy::tova{.budget = 60}, on, seen);
   check_workspace("attention_ranked", policy::attention_ranked{.threshold = 0.1, .window = 3}, on,
                   seen);
   check_workspace("twilight", policy::twilight{.p = 0.5}, on, seen);

@@ -25,6 +25,7 @@ void use_every_policy(const Seen& seen) {
   select_and_size(policy::pyramidkv{}, seen);
   select_and_size(policy::cake{}, with_layers(seen, cake_layers<device>{}));
   select_and_size(policy::cake_decode{}, seen);
+  select_and_size(policy::tova{}, seen);
   select_and_size(policy::attention_ranked{}, seen);
   select_and_size(policy::twilight{}, seen);
   if constexpr (requires { seen.queries; }) {

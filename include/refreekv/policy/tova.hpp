@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// TOVA (arXiv 2401.06104): the tokens that the last one attends to, the same for all heads.
+//
+// A token's score is the attention that it receives from the last row, averaged over all query
+// heads of the layer. The tokens with the highest scores stay, up to the budget, and the last one.
+// While decoding, each step scores all tokens anew and evicts what is over budget.
+#pragma once
+
+#include "refreekv/score_ranking.hpp"
+
+namespace refreekv::inline v0::policy {
+
+struct tova {
+  template <class Memory>
+  using decision = kept_positions<Memory>;
+
+  token_budget budget = 512;  ///< tokens, the last one included: that stays whatever the budget is
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
+    return nullptr;
+  }
+  [[nodiscard]] constexpr const char* invalid(const attention_observation auto&) const noexcept {
+    return nullptr;
+  }
+
+  template <class Backend>
+  struct buffers {
+    float* scores;        ///< [sequence, kv_head, capacity]
+    double* sums;         ///< [sequence, capacity]: over the KV heads
+    token_quota* quotas;  ///< [sequence]
+    typename ops<Backend>::attention_scratch attention;
+    typename ops<Backend>::selection_scratch selection;
+  };
+
+  template <backend Backend, attention_observation Seen>
+  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
+                                      const Seen& seen) const noexcept {
+    const index_t sequences = seen.sequences(), capacity = seen.capacity();
+    return {
+        from.take<float>(sequences, seen.kv_heads(), capacity),
+        from.take<double>(sequences, capacity), from.take<token_quota>(sequences),
+        ops<Backend>::take_attention_scratch(from, on, detail::most_rows(seen, 1), observed(seen)),
+        ops<Backend>::take_selection_scratch(from, on, observed(seen))};
+  }
+
+  /// `reduce` sums scores [sequence, capacity]: ranks keep the same tokens.
+  template <backend Backend, attention_observation Seen, reduction Reduce>
+  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
+                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
+    using run = ops<Backend>;
+    using scores_type = scores_view<typename Seen::memory>;
+    const auto& what = observed(seen);
+    const index_t sequences = seen.sequences(), heads = seen.kv_heads(), capacity = seen.capacity();
+    const index_t entries = sequences * capacity;
+    const scores_type scores(work.scores, {sequences, heads, capacity});
+    // All KV heads read the first one's scores, which become those of the layer.
+    const scores_type shared(work.scores, {sequences, heads, capacity}, {heads * capacity, 0, 1});
+    using quotas = typename score_ranking<tova>::template assign_quota<Seen>;
+    status s = run::for_each_sequence(on, sequences, quotas{seen, work.quotas, *this});
+    if (s == status::ok) {
+      s = run::attention_sums(on, score_rows{detail::most_rows(seen, 1)}, what, scores, kept.counts,
+                              work.attention);
+    }
+    if (s == status::ok) {
+      s = run::for_each_sequence(on, entries, sum_heads<Seen>{seen, scores, work.sums});
+    }
+    if (s == status::ok) s = reduce(work.sums, entries);
+    if (s == status::ok) {
+      s = run::for_each_sequence(on, entries, assign_sum<Seen>{seen, scores, work.sums});
+    }
+    if (s == status::ok) s = run::top_tokens(on, work.quotas, what, shared, kept, work.selection);
+    return s;
+  }
+
+  /// What stays of a sequence. O(1)
+  [[nodiscard]] REFREEKV_HOST_DEVICE token_quota operator()(index_t tokens) const noexcept {
+    return token_quota::of(budget.of(tokens), 1);
+  }
+
+  // Public, as device code wants them. Each call is for one token, not for a sequence: a thread of
+  // a device that walked along a sequence alone would take longer than the attention before it.
+  template <class Seen>
+  struct sum_heads {
+    Seen seen;
+    scores_view<typename Seen::memory> scores;  // [sequence, kv_head, capacity]
+    double* sums;                               // [sequence, capacity]
+    REFREEKV_HOST_DEVICE void operator()(index_t i) const noexcept {
+      const index_t s = i / seen.capacity(), t = i % seen.capacity();
+      const index_t heads = t < seen.tokens(s) ? seen.kv_heads() : 0;
+      double sum = 0;
+      for (index_t h = 0; h < heads; ++h) sum += static_cast<double>(scores(s, h, t));
+      sums[i] = sum;
+    }
+  };
+  template <class Seen>
+  struct assign_sum {
+    Seen seen;
+    scores_view<typename Seen::memory> scores;
+    const double* sums;
+    REFREEKV_HOST_DEVICE void operator()(index_t i) const noexcept {
+      const index_t s = i / seen.capacity(), t = i % seen.capacity();
+      if (t < seen.tokens(s)) scores(s, 0, t) = static_cast<float>(sums[i]);
+    }
+  };
+};
+
+}  // namespace refreekv::inline v0::policy
