@@ -13,7 +13,8 @@ struct keep_everything {};
 using pruning_rule =
     std::variant<refreekv::policy::refreekv, refreekv::policy::streaming_llm, refreekv::policy::h2o,
                  refreekv::policy::snapkv, refreekv::policy::pyramidkv, refreekv::policy::cake,
-                 refreekv::policy::attention_ranked, refreekv::policy::twilight, keep_everything>;
+                 refreekv::policy::tova, refreekv::policy::attention_ranked,
+                 refreekv::policy::twilight, keep_everything>;
 
 // A policy whose decision is a prefix and a suffix of each layer.
 template <class Rule>

@@ -19,6 +19,7 @@ const named_rules& policies() {
                                {"h2o", policy::h2o{}},
                                {"snapkv", policy::snapkv{}},
                                {"pyramidkv", policy::pyramidkv{}},
+                               {"tova", policy::tova{}},
                                {"attention_ranked", policy::attention_ranked{}},
                                {"twilight", policy::twilight{}},
                                {"none", keep_everything{}}};
@@ -61,9 +62,10 @@ void rule_options::add_to(CLI::App& app) {
   add("--full-layers", full_layers_, "first layers that are not pruned",
       "refreekv, attention_ranked, twilight");
   add("--budget", budget_, "tokens that stay, or their share of the prompt: 0.5, 50%",
-      "streaming_llm, h2o, snapkv, pyramidkv");
+      "streaming_llm, h2o, snapkv, pyramidkv, tova");
   add("--room", room_, "tokens about to come that must fit", "streaming_llm");
-  add("--window", window_, "last queries that are looked at", "all but streaming_llm and twilight");
+  add("--window", window_, "last queries that are looked at",
+      "all but streaming_llm, tova and twilight");
   add_choice("--pool", pool_, "snapkv, pyramidkv",
              pools{{"average", kv::pool_kind::average}, {"max", kv::pool_kind::max}});
   add("--pool-width", pool_width_, "neighbours that a score takes in", "snapkv, pyramidkv");

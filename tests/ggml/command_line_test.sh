@@ -21,7 +21,7 @@ refuses 2 "threshold must be in" "${run[@]}" --threshold 2
 refuses 2 "prompt" --model "$model"
 
 for policy in "refreekv" "streaming_llm --budget 14" "h2o --budget 50%" "snapkv --budget 50%" \
-              "pyramidkv --budget 50%" "none"; do
+              "pyramidkv --budget 50%" "tova --budget 50%" "none"; do
   # shellcheck disable=SC2086
   "$program" "${run[@]}" --tokens 8 --compare --json "$work/run.json" --policy $policy > "$work/out" ||
     failures=$((failures + 1))

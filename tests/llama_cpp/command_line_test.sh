@@ -14,7 +14,7 @@ yes "and so on" | head -c 100000 > "$work/long.txt"
 refuses 1 "context is 8192" --model "$model" --prompt-file "$work/long.txt"
 refuses 1 "quantized V cache requires flash_attn" "${run[@]}" --values q8_0 --flash-attention off
 refuses 2 "no cut for each KV head" "${run[@]}" --scope kv_head
-for policy in h2o snapkv pyramidkv attention_ranked twilight; do
+for policy in h2o snapkv pyramidkv tova attention_ranked twilight; do
   refuses 2 "share their cells" "${run[@]}" --policy $policy
 done
 refuses 2 "threshold must be in" "${run[@]}" --threshold 2
