@@ -39,6 +39,8 @@ std::vector<variant> of_methods_with_budgets() {
       {"cake", "window 32, cascade", true,
        [](const circumstances& c) { return policy::cake{.budget = share_of(c), .window = 32}; },
        "cake"},
+      {"tova", "", true, [](const circumstances& c) { return policy::tova{.budget = share_of(c)}; },
+       "tova"},
   };
 }
 
