@@ -141,4 +141,15 @@ std::vector<std::string> method_names() {
   return names;
 }
 
+const variant* find_adaptive(const std::string& name) {
+  for (const variant& each : all_variants()) {
+    if (each.has_budget) continue;
+    const bool is_default = each.options.empty() || each.options.starts_with("the default");
+    if (name == each.method + ", " + each.options || (name == each.method && is_default)) {
+      return &each;
+    }
+  }
+  return nullptr;
+}
+
 }  // namespace evaluate

@@ -18,7 +18,7 @@ struct circumstances {
 
 struct variant {
   std::string method;   // the policy's name
-  std::string options;  // that are not the policy's defaults
+  std::string options;  // that are not the policy's defaults, or "the default" and what it is
   bool has_budget;
   std::function<smollm2::pruning_rule(const circumstances&)> rule;
   std::string line;  // in the picture: variants of one line differ in how much they keep
@@ -29,5 +29,9 @@ const std::vector<variant>& all_variants();
 
 // Names of methods, each once.
 std::vector<std::string> method_names();
+
+// A variant that needs no budget, by its name: "METHOD, OPTIONS", or "METHOD" for its default. Null
+// where there is none.
+const variant* find_adaptive(const std::string& name);
 
 }  // namespace evaluate

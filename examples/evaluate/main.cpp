@@ -4,11 +4,11 @@
 #include <functional>
 #include <iostream>
 
-#include "catalogue.hpp"
 #include "command_line.hpp"
 #include "loaded_model.hpp"
-#include "options.hpp"
+#include "pass_keys.hpp"
 #include "picture.hpp"
+#include "plan.hpp"
 #include "progress_bar.hpp"
 #include "prompt_files.hpp"
 #include "tables.hpp"
@@ -17,60 +17,33 @@ namespace {
 
 using namespace evaluate;
 
-struct tokenized_prompt {
-  std::string name;
-  std::vector<int> tokens;
-};
-
-// Prompts that are too long are left out, with a word on stderr.
-std::vector<tokenized_prompt> tokenize(const options& opts, const smollm2::loaded_model& model) {
+// Prompts that cannot be used are left out, with a word on stderr.
+std::vector<tokenized_prompt> prompts_of(const options& opts, const smollm2::loaded_model& model) {
   const std::size_t context = model.network.config().context;
   if (opts.tokens >= context) {
     throw std::runtime_error("--tokens: the model's context is " + std::to_string(context));
   }
   const std::size_t longest = std::min(opts.max_tokens.value_or(context), context - opts.tokens);
+
+  std::vector<prompt_text> texts = read_prompts(opts.prompts, opts.limit);
+  const auto tokens_of = [&](const std::string& text) { return model.tokens.encode(text).size(); };
+  const std::vector<prompt_text> keys = pass_key_prompts(opts.pass_keys, opts.seed, tokens_of);
+  texts.insert(texts.end(), keys.begin(), keys.end());
+
   std::vector<tokenized_prompt> prompts;
-  for (const prompt_text& prompt : read_prompts(opts.prompts, opts.limit)) {
-    std::vector<int> tokens =
-        opts.raw ? model.tokens.encode(prompt.text) : model.tokens.encode_chat(prompt.text);
-    if (tokens.empty() || tokens.size() > longest) {
-      std::cerr << "evaluate: skips " << prompt.name << ", which has " << tokens.size()
+  for (const prompt_text& text : texts) {
+    auto prompt = tokenize(text, model.tokens, opts.raw, opts.question_later);
+    if (!prompt) {
+      std::cerr << "evaluate: skips " << text.name << ", which has one paragraph only\n";
+    } else if (prompt->pruned.empty() || prompt->tokens() > longest) {
+      std::cerr << "evaluate: skips " << text.name << ", which has " << prompt->tokens()
                 << " tokens; 1 to " << longest << " fit\n";
     } else {
-      prompts.push_back({prompt.name, std::move(tokens)});
+      prompts.push_back(*std::move(prompt));
     }
   }
   if (prompts.empty()) throw std::runtime_error("no prompt is left to evaluate on");
   return prompts;
-}
-
-// A row of the table before it has results.
-struct planned_row {
-  const variant* what;
-  std::optional<named_budget> budget;  // nothing for methods that have none
-};
-
-std::vector<planned_row> plan(const options& opts) {
-  std::vector<planned_row> rows;
-  for (const variant& each : all_variants()) {
-    if (std::find(opts.methods.begin(), opts.methods.end(), each.method) == opts.methods.end()) {
-      continue;
-    }
-    if (!each.has_budget) rows.push_back({&each, std::nullopt});
-    for (std::size_t i = 0; each.has_budget && i < opts.budgets.size(); ++i) {
-      rows.push_back({&each, opts.budgets[i]});
-    }
-  }
-  return rows;
-}
-
-// The most queries that any row looks at.
-std::size_t window_of(const std::vector<planned_row>& rows, const circumstances& facts) {
-  std::size_t window = 1;
-  for (const planned_row& row : rows) {
-    window = std::max(window, smollm2::window_of(row.what->rule(facts)));
-  }
-  return window;
 }
 
 using progress_hook = std::function<void(const std::string& what, double fraction)>;
@@ -79,40 +52,47 @@ using progress_hook = std::function<void(const std::string& what, double fractio
 void evaluate_on(const tokenized_prompt& prompt, const std::vector<planned_row>& rows,
                  const smollm2::llama& model, const options& opts, const progress_hook& show,
                  results& all) {
-  circumstances facts{prompt.tokens.size(), 1};
+  const std::size_t tokens = prompt.pruned.size();
   constexpr double prefill_part = 0.1;
-  const prompt_run full(model, prompt.tokens, window_of(rows, facts), opts.tokens, opts.full_layers,
+  const prompt_run full(model, prompt, window_of(rows, tokens), opts.tokens, opts.full_layers,
                         [&](double done) { show("prefill", prefill_part * done); });
-  const double default_share = full.kept_fraction(refreekv::policy::refreekv{}, opts.threads);
+  std::vector<measurement> measured(rows.size());
+  std::size_t done = 0;
+  const auto measure = [&](std::size_t r, double share) {
+    const double part = static_cast<double>(done++) / static_cast<double>(rows.size());
+    show("row " + std::to_string(done) + " of " + std::to_string(rows.size()),
+         prefill_part + (1 - prefill_part) * part);
+    measured[r] = full.measure(rows[r].what->rule({tokens, share}), opts.threads);
+  };
   for (std::size_t r = 0; r < rows.size(); ++r) {
-    const double done = static_cast<double>(r) / static_cast<double>(rows.size());
-    show("row " + std::to_string(r + 1) + " of " + std::to_string(rows.size()),
-         prefill_part + (1 - prefill_part) * done);
-    if (rows[r].budget) facts.share = rows[r].budget->share.value_or(default_share);
-    all.rows[r].of_prompts.push_back(full.measure(rows[r].what->rule(facts), opts.threads));
+    if (!rows[r].reference) measure(r, rows[r].share);
   }
-  all.prompts.push_back({prompt.name, prompt.tokens.size(), full.tokens()});
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    if (rows[r].reference) measure(r, measured[*rows[r].reference].kept_fraction);
+  }
+  for (std::size_t r = 0; r < rows.size(); ++r) all.rows[r].of_prompts.push_back(measured[r]);
+  all.prompts.push_back({prompt.name, tokens, full.tokens(), full.has_key(), full.recalls_key()});
 }
 
 results evaluate_all(const options& opts) {
   const smollm2::loaded_model model = smollm2::load_model(opts.model, opts.threads);
-  const std::vector<tokenized_prompt> prompts = tokenize(opts, model);
+  const std::vector<tokenized_prompt> prompts = prompts_of(opts, model);
   const std::vector<planned_row> rows = plan(opts);
   results all;
   for (const planned_row& row : rows) {
-    const std::string budget = row.budget ? row.budget->name : "";
-    all.rows.push_back({row.what->method, row.what->options, budget, row.what->line, {}});
+    all.rows.push_back(
+        {row.what->method, row.what->options, row.budget, row.reference, row.what->line, {}});
   }
 
   smollm2::progress_bar progress;
   double all_tokens = 0, done_tokens = 0;
   for (const tokenized_prompt& prompt : prompts) {
-    all_tokens += static_cast<double>(prompt.tokens.size());
+    all_tokens += static_cast<double>(prompt.tokens());
   }
   const std::string of_prompts = " of " + std::to_string(prompts.size()) + ", ";
   for (const tokenized_prompt& prompt : prompts) {
     const std::string which = "prompt " + std::to_string(all.prompts.size() + 1) + of_prompts;
-    const auto tokens = static_cast<double>(prompt.tokens.size());
+    const auto tokens = static_cast<double>(prompt.tokens());
     const auto show = [&](const std::string& what, double fraction) {
       progress.show(which + what, (done_tokens + fraction * tokens) / all_tokens);
     };

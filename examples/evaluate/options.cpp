@@ -6,23 +6,21 @@
 #include <thread>
 
 #include "budget_option.hpp"
-#include "catalogue.hpp"
 #include "command_line.hpp"
 
 namespace evaluate {
 
 namespace {
 
-constexpr const char* default_share = "refreekv";
-
 named_budget budget_of(const std::string& text) {
-  if (text == default_share) return {"as much as refreekv", std::nullopt};
-  const std::optional<double> share = smollm2::parse_share(text);
-  if (!share) {
-    throw smollm2::usage_error("--budgets: '" + text + "' is no share such as 0.5 or 50%, nor '" +
-                               default_share + "'");
+  if (const auto share = smollm2::parse_share(text)) {
+    return {smollm2::percent(*share), *share, nullptr};
   }
-  return {smollm2::percent(*share), share};
+  if (const variant* reference = find_adaptive(text)) return {"as much as " + text, 1, reference};
+  throw smollm2::usage_error(
+      "--budgets: '" + text +
+      "' is no share such as 0.5 or 50%, nor a row without a budget such as refreekv or 'refreekv, "
+      "threshold 5 %'");
 }
 
 }  // namespace
@@ -31,22 +29,27 @@ std::optional<options> parse_options(int argc, char** argv) {
   options result;
   result.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   result.limit = std::numeric_limits<std::size_t>::max();
-  std::vector<std::string> budgets{"0.9", "0.5", "0.2", default_share};
+  std::vector<std::string> budgets{"0.9", "0.5", "0.2", "refreekv"};
 
   CLI::App app(
       "Compares methods that prune a key/value cache: how far each moves a model's predictions.");
   app.option_defaults()->always_capture_default();
   app.add_option("--model", result.model, "a Llama model in GGUF")->required();
-  app.add_option("--prompts", result.prompts, "files, and folders of *.txt files")->required();
+  app.add_option("--prompts", result.prompts, "files, and folders of *.txt files");
   app.add_option("--limit", result.limit, "prompts to take, evenly spread over all")
       ->check(CLI::Range(std::size_t{1}, std::numeric_limits<std::size_t>::max()))
       ->default_str("all");
+  app.add_option("--pass-keys", result.pass_keys,
+                 "prompts to make up, of 1,000 to 3,500 tokens with a five-digit key to find");
+  app.add_option("--seed", result.seed, "of those");
+  app.add_flag("--question-later", result.question_later,
+               "feed the last paragraph of each prompt, its question, after the pruning");
   app.add_option("--methods", result.methods)
       ->check(CLI::IsMember(method_names()))
       ->default_str("all");
   app.add_option("--budgets", budgets,
-                 "shares of the prompt for the methods that need one; 'refreekv': what ReFreeKV's "
-                 "default keeps of it");
+                 "of the methods that need one: shares of the prompt, or rows without a budget, "
+                 "'METHOD' or 'METHOD, OPTIONS', for what they keep of it");
   app.add_option("--tokens", result.tokens, "tokens that the full cache generates to compare at")
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20));
   app.add_option("--full-layers", result.full_layers,
@@ -59,6 +62,9 @@ std::optional<options> parse_options(int argc, char** argv) {
   app.add_option("--json", result.json, "write the same to this file");
   app.add_option("--plot", result.plot, "draw FILE.svg and FILE.png (needs gnuplot)");
   if (!smollm2::parse(app, argc, argv)) return std::nullopt;
+  if (result.prompts.empty() && result.pass_keys == 0) {
+    throw smollm2::usage_error("--prompts or --pass-keys is required (see --help)");
+  }
 
   if (result.methods.empty()) result.methods = method_names();
   const auto& names = result.methods;

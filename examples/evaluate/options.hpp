@@ -2,22 +2,29 @@
 // The command line.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "catalogue.hpp"
+
 namespace evaluate {
 
 struct named_budget {
   std::string name;
-  std::optional<double> share;  // nothing: what ReFreeKV's default keeps of the same prompt
+  double share;              // of the prompt
+  const variant* reference;  // not null: as much as it keeps of the same prompt
 };
 
 struct options {
   std::filesystem::path model;
   std::vector<std::filesystem::path> prompts;
   std::size_t limit;
+  std::size_t pass_keys = 0;  // prompts with a key to find
+  std::uint64_t seed = 1;     // of those
+  bool question_later = false;
   std::vector<std::string> methods;
   std::vector<named_budget> budgets;
   std::size_t tokens = 24;      // to compare

@@ -30,7 +30,7 @@ std::vector<prompt_text> read_prompts(const std::vector<fs::path>& paths, std::s
   std::vector<prompt_text> prompts;
   for (std::size_t i = 0; i < count; ++i) {
     const fs::path& file = files[i * files.size() / count];
-    prompts.push_back({file.stem().string(), smollm2::read_file(file)});
+    prompts.push_back({file.stem().string(), smollm2::read_file(file), "", ""});
   }
   return prompts;
 }

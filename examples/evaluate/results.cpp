@@ -21,6 +21,7 @@ measurement results::mean(const result_row& row) const {
     mean.against_full.largest_kl =
         std::max(mean.against_full.largest_kl, each.against_full.largest_kl);
     mean.against_full.same_top_token += weight * each.against_full.same_top_token;
+    mean.keys += each.keys;
     mean.select_seconds += weight * each.select_seconds;
     mean.cache_bytes += weight * each.cache_bytes;
   }
@@ -29,6 +30,24 @@ measurement results::mean(const result_row& row) const {
     *sum /= weights;
   }
   return mean;
+}
+
+double results::median_kl(const result_row& row) const {
+  std::vector<double> of_prompts;
+  for (const measurement& each : row.of_prompts) of_prompts.push_back(each.against_full.mean_kl);
+  std::sort(of_prompts.begin(), of_prompts.end());
+  const std::size_t count = of_prompts.size();
+  return (of_prompts[(count - 1) / 2] + of_prompts[count / 2]) / 2;
+}
+
+std::size_t results::farther(const result_row& row) const {
+  const result_row& reference = rows[*row.reference];
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    const double own = row.of_prompts[i].against_full.mean_kl;
+    if (own > reference.of_prompts[i].against_full.mean_kl) ++count;
+  }
+  return count;
 }
 
 }  // namespace evaluate

@@ -17,6 +17,7 @@ refuses 1 "context is 8192" "${run[@]}" --tokens 8192
 refuses 2 "prompts" --model "$model"
 refuses 2 "methods" "${run[@]}" --methods nonsense
 refuses 2 "budgets" "${run[@]}" --budgets 2
+refuses 2 "budgets: 'snapkv' is no share" "${run[@]}" --budgets snapkv
 refuses 2 "tokens" "${run[@]}" --tokens 0
 refuses 2 "limit" "${run[@]}" --limit 0
 refuses 2 "cake shares" "${run[@]}" --full-layers 2
@@ -45,5 +46,30 @@ EOF
   2> "$work/err" || failures=$((failures + 1))
 grep -q "skips legs" "$work/err" && grep -q "^streaming_llm *25 %" "$work/out" ||
   { cat "$work/out" "$work/err"; failures=$((failures + 1)); }
+
+# Questions after the pruning, a key, and sizes of a row that is not asked for.
+printf 'Ann has two dogs.\n\nBob has three birds.\n\nWhat has Ann?' > "$work/prompts/ann.txt"
+"$program" "${run[@]}" --tokens 4 --methods none tova --question-later --pass-keys 1 --seed 2 \
+  --budgets "refreekv, threshold 10 %" 0.5 --json "$work/later.json" > "$work/out" 2> "$work/err" ||
+  failures=$((failures + 1))
+grep -q "skips colours, which has one paragraph" "$work/err" && grep -q " farther  keys " "$work/out" ||
+  { cat "$work/out" "$work/err"; failures=$((failures + 1)); }
+python3 - "$work/later.json" << 'EOF' || failures=$((failures + 1))
+import json, sys
+run = json.load(open(sys.argv[1]))
+assert [prompt["name"] for prompt in run["prompts"]] == ["ann", "pass_key_01"], run["prompts"]
+assert [prompt["has_key"] for prompt in run["prompts"]] == [False, True]
+assert 950 < run["prompts"][1]["tokens"] < 1100 and run["prompts"][0]["compared_tokens"] == 4
+full, sized, half, reference = run["rows"]
+assert full["method"] == "none" and full["mean"]["largest_kl_nats"] < 1e-6
+assert full["mean"]["keys"] == run["prompts"][1]["recalls_key"]
+assert reference["options"] == "threshold 10 %" and "farther" not in reference
+assert sized["budget"] == "as much as refreekv, threshold 10 %" and "farther" not in half
+farther = 0
+for own, other in zip(sized["of_prompts"], reference["of_prompts"]):
+    assert abs(own["kept_fraction"] - other["kept_fraction"]) < 0.02, (own, other)
+    farther += own["mean_kl_nats"] > other["mean_kl_nats"]
+assert sized["farther"] == farther
+EOF
 
 [ $failures = 0 ] && echo "the command line behaves"
