@@ -146,8 +146,12 @@ std::string disagreement(const policy::faithful& rule, const faithful_layer& ora
   const auto expected = oracle.kept(chosen);
   if (stays != expected && !oracle.is_near_tie(chosen)) return "other tokens";
 
+  std::size_t most = 0;  // of any KV head, which all have where they have one length
+  for (index_t h = 0; rule.scope == refreekv::cut_scope::layer && h < kv_heads; ++h) {
+    most = std::max(most, oracle.blocks(stays[size(h)]).size());
+  }
   for (index_t h = 0; h < kv_heads; ++h) {
-    const auto [keys, values] = oracle.stand_ins(h, stays[size(h)]);
+    const auto [keys, values] = oracle.stand_ins(h, stays[size(h)], most);
     const auto& our_keys = ours.keys[size(s * kv_heads + h)];
     const auto& our_values = ours.values[size(s * kv_heads + h)];
     if (our_keys.size() != keys.size()) {

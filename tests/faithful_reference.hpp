@@ -110,24 +110,41 @@ class faithful_layer {
     return {lost / total, error / measured};
   }
 
-  /// Stand-ins of one KV head for what it loses: keys and values.
-  std::pair<vectors, vectors> stand_ins(index_t h, const std::vector<bool>& stays) const {
-    std::pair<vectors, vectors> out;
-    std::vector<index_t> dropped;
+  /// Tokens that one row stands in for, of one KV head: those that it loses of each block.
+  std::vector<std::vector<index_t>> blocks(const std::vector<bool>& stays) const {
+    std::vector<std::vector<index_t>> out;
+    index_t dropped = 0;
     for (index_t t = begin_; t < tokens_; ++t) {
-      if (!stays[static_cast<size_t>(t)]) dropped.push_back(t);
+      if (stays[static_cast<size_t>(t)]) continue;
+      if (out.empty() || out.back().back() / rule_.block != t / rule_.block) out.emplace_back();
+      out.back().push_back(t);
+      ++dropped;
     }
-    if (!rule_.stand_ins || dropped.size() < 2) return out;
+    if (!rule_.stand_ins || dropped < 2) out.clear();
+    return out;
+  }
+
+  /// Stand-ins of one KV head for what it loses, `count` of them where that is more than a block's
+  /// one: keys and values.
+  std::pair<vectors, vectors> stand_ins(index_t h, const std::vector<bool>& stays,
+                                        size_t count = 0) const {
+    std::pair<vectors, vectors> out;
+    const auto lost = blocks(stays);
+    if (lost.empty()) return out;
     const vectors map = correction(h);
-    for (size_t i = 0; i < dropped.size();) {
-      std::vector<index_t> block;
-      const index_t number = dropped[i] / rule_.block;
-      for (; i < dropped.size() && dropped[i] / rule_.block == number; ++i) {
-        block.push_back(dropped[i]);
+    size_t spare = std::max(count, lost.size()) - lost.size();
+    for (const auto& block : lost) {
+      const size_t parts = std::min(block.size(), 1 + spare);
+      spare -= parts - 1;
+      for (size_t part = 0; part < parts; ++part) {
+        std::vector<index_t> own;
+        for (size_t i = 0; i < block.size(); ++i) {
+          if (i * parts / block.size() == part) own.push_back(block[i]);
+        }
+        const auto [key, value] = stand_in(h, own, map);
+        out.first.push_back(key);
+        out.second.push_back(value);
       }
-      const auto [key, value] = stand_in(h, block, map);
-      out.first.push_back(key);
-      out.second.push_back(value);
     }
     return out;
   }

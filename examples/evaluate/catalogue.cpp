@@ -66,6 +66,29 @@ std::vector<variant> of_adaptive_methods() {
   return variants;
 }
 
+std::vector<variant> of_faithful() {
+  std::vector<variant> variants;
+  const auto add = [&](const std::string& options, const policy::faithful& rule,
+                       const std::string& line) {
+    variants.push_back(
+        {"faithful", options, false, [rule](const circumstances&) { return rule; }, line});
+  };
+  add("the default: tolerance 0.1", {}, "faithful");
+  for (const auto& [name, tolerance] :
+       {std::pair{"0.03", 0.03}, {"0.06", 0.06}, {"0.16", 0.16}, {"0.24", 0.24}}) {
+    add(std::string("tolerance ") + name, {.tolerance = tolerance}, "faithful");
+  }
+  add("tolerance 0.2 of the lost scores alone", {.tolerance = 0.2, .error_term = false},
+      "faithful, no error term");
+  add("tolerance 0.16, no stand-ins", {.tolerance = 0.16, .stand_ins = false},
+      "faithful, no stand-ins");
+  for (const auto& [name, tolerance] : {std::pair{"0.1", 0.1}, {"0.16", 0.16}}) {
+    add(std::string("KV heads of one length, tolerance ") + name,
+        {.tolerance = tolerance, .scope = kv::cut_scope::layer}, "faithful, one length");
+  }
+  return variants;
+}
+
 // ReFreeKV with one set of options at a fixed threshold.
 variant refreekv_variant(const std::string& options, const policy::refreekv& rule,
                          const std::string& line) {
@@ -123,7 +146,8 @@ const std::vector<variant>& all_variants() {
   static const std::vector<variant> variants = [] {
     std::vector<variant> all{
         {"none", "", false, [](const circumstances&) { return smollm2::keep_everything{}; }, ""}};
-    for (const auto& group : {of_methods_with_budgets(), of_adaptive_methods(), of_refreekv()}) {
+    for (const auto& group :
+         {of_methods_with_budgets(), of_faithful(), of_adaptive_methods(), of_refreekv()}) {
       all.insert(all.end(), group.begin(), group.end());
     }
     return all;

@@ -27,8 +27,11 @@ refreekv::dense<refreekv::f16_bits> source_of(const ggml_tensor* tensor, std::si
 }  // namespace
 
 const char* why_unsuitable(const smollm2::pruning_rule& rule) {
-  const auto* range = std::get_if<refreekv::policy::refreekv>(&rule);
-  const bool differs = (range != nullptr && range->scope == refreekv::cut_scope::kv_head) ||
+  const auto by_head = [](const auto* each) {
+    return each != nullptr && each->scope == refreekv::cut_scope::kv_head;
+  };
+  const bool differs = by_head(std::get_if<refreekv::policy::refreekv>(&rule)) ||
+                       by_head(std::get_if<refreekv::policy::faithful>(&rule)) ||
                        std::holds_alternative<refreekv::policy::attention_ranked>(rule) ||
                        std::holds_alternative<refreekv::policy::twilight>(rule);
   return differs ? one_length : nullptr;
@@ -37,7 +40,7 @@ const char* why_unsuitable(const smollm2::pruning_rule& rule) {
 smollm2::layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries,
                                      layer_cache& cache) {
   const smollm2::stopwatch watch;
-  smollm2::layer_pruning result{{}, {}, cache.length(), cache.bytes(), cache.bytes(), 0, 0};
+  smollm2::layer_pruning result{{}, {}, {}, cache.length(), cache.bytes(), cache.bytes(), 0, 0};
   if (std::holds_alternative<smollm2::keep_everything>(rule_)) return result;
 
   const auto keys = source_of(cache.keys(), cache.length(), config_.kv_heads);
@@ -46,7 +49,7 @@ smollm2::layer_pruning pruner::prune(std::size_t layer, std::span<const float> q
   const index_t rows = static_cast<index_t>(queries.size()) / (q_heads * dim);
   const auto seen = refreekv::observe(refreekv::view(queries.data(), {1, rows, q_heads, dim}), keys,
                                       {.layer = static_cast<index_t>(layer)});
-  runner_.decide(rule_, seen, result);
+  runner_.decide(rule_, seen, values, result);
   const auto slots = runner_.compact(result, keys, values);
   result.library_seconds = watch.seconds();
 

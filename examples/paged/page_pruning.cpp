@@ -20,7 +20,7 @@ refreekv::kept_range decide(const refreekv::policy::refreekv& rule, std::size_t 
                             static_cast<index_t>(cache.head_dim())}),
       cache.rows().keys, {.layer = static_cast<index_t>(layer)});
   smollm2::layer_pruning result{};
-  smollm2::rule_runner(1).decide(smollm2::pruning_rule(rule), seen, result);
+  smollm2::rule_runner(1).decide(rule, seen, result);
   return std::accumulate(result.kept.begin(), result.kept.end(), result.kept.front(),
                          refreekv::unite);
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "layer_pruning.hpp"
 
+#include <numeric>
+
 namespace smollm2 {
 
 namespace {
@@ -16,7 +18,10 @@ double mean_kept_fraction(const std::vector<Kept>& kept) {
 
 double layer_pruning::kept_fraction() const {
   if (!kept.empty()) return mean_kept_fraction(kept);
-  return counts.empty() ? 1 : mean_kept_fraction(counts);
+  if (counts.empty()) return 1;
+  const double rows = std::accumulate(stand_ins.begin(), stand_ins.end(), 0.0);
+  const auto slots = static_cast<double>(tokens * counts.size());
+  return mean_kept_fraction(counts) + (slots > 0 ? rows / slots : 0);
 }
 
 }  // namespace smollm2

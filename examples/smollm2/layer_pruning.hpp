@@ -13,6 +13,7 @@ struct layer_pruning {
   // Both are empty where nothing was decided.
   std::vector<refreekv::kept_range> kept;
   std::vector<refreekv::kept_count> counts;
+  std::vector<refreekv::position_t> stand_ins;  // [kv_head], or empty: rows in place of what went
   std::size_t tokens;
   std::size_t bytes_before;  // as allocated
   std::size_t bytes_after;

@@ -86,14 +86,15 @@ pruner::pruner(const pruning_rule& rule, std::size_t q_heads, int threads,
 template <class F>
 layer_pruning pruner::shrink(layer_cache& cache, const F& decide_and_compact) {
   const stopwatch watch;
-  layer_pruning result{{}, {}, cache.length(0), cache.bytes(), cache.bytes(), 0, 0};
+  layer_pruning result{{}, {}, {}, cache.length(0), cache.bytes(), cache.bytes(), 0, 0};
   std::vector<slot_range> slots;  // [group]
   for (const head_range& heads : parts_of(cache)) {
-    layer_pruning part{{}, {}, cache.length(heads.first), 0, 0, 0, 0};
+    layer_pruning part{{}, {}, {}, cache.length(heads.first), 0, 0, 0, 0};
     const std::vector<slot_range> kept = decide_and_compact(heads, part);
     slots.insert(slots.end(), kept.begin(), kept.end());
     result.kept.insert(result.kept.end(), part.kept.begin(), part.kept.end());
     result.counts.insert(result.counts.end(), part.counts.begin(), part.counts.end());
+    result.stand_ins.insert(result.stand_ins.end(), part.stand_ins.begin(), part.stand_ins.end());
   }
   result.library_seconds = watch.seconds();
   retain(slots, cache);
@@ -104,7 +105,7 @@ layer_pruning pruner::shrink(layer_cache& cache, const F& decide_and_compact) {
 
 layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, layer_cache& cache) {
   if (std::holds_alternative<keep_everything>(rule_)) {
-    return {{}, {}, cache.length(0), cache.bytes(), cache.bytes(), 0, 0};
+    return {{}, {}, {}, cache.length(0), cache.bytes(), cache.bytes(), 0, 0};
   }
   if (!cache.head_stride() && shares_a_cut(rule_)) {
     throw std::runtime_error("heads that differ in length have no cut in common");
@@ -114,7 +115,8 @@ layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, l
     left_[layer].append(cache.length(0) - left_[layer].length(0));
   }
   return shrink(cache, [&](const head_range& heads, layer_pruning& part) {
-    runner_.decide(rule_, observe_layer(layer, queries, q_heads_, cache, heads), part);
+    runner_.decide(rule_, observe_layer(layer, queries, q_heads_, cache, heads),
+                   values_of(cache, heads), part);
     if (!keep_.empty()) protect(left_[layer], heads.first, heads.count, part.kept);
     return runner_.compact(part, keys_of(cache, heads), values_of(cache, heads));
   });

@@ -11,16 +11,20 @@ namespace smollm2 {
 
 struct keep_everything {};
 using pruning_rule =
-    std::variant<refreekv::policy::refreekv, refreekv::policy::streaming_llm, refreekv::policy::h2o,
-                 refreekv::policy::snapkv, refreekv::policy::pyramidkv, refreekv::policy::cake,
-                 refreekv::policy::tova, refreekv::policy::attention_ranked,
-                 refreekv::policy::twilight, keep_everything>;
+    std::variant<refreekv::policy::refreekv, refreekv::policy::faithful,
+                 refreekv::policy::streaming_llm, refreekv::policy::h2o, refreekv::policy::snapkv,
+                 refreekv::policy::pyramidkv, refreekv::policy::cake, refreekv::policy::tova,
+                 refreekv::policy::attention_ranked, refreekv::policy::twilight, keep_everything>;
 
 // A policy whose decision is a prefix and a suffix of each layer.
 template <class Rule>
 concept range_rule = requires { typename Rule::template decision<refreekv::host_memory>; } &&
                      std::same_as<refreekv::decision_of<Rule, refreekv::host_memory>,
                                   refreekv::kept_ranges<refreekv::host_memory>>;
+
+// A policy that looks at values, too, and may leave stand-ins for what goes.
+template <class Rule>
+concept valued_rule = std::same_as<Rule, refreekv::policy::faithful>;
 
 // Null, or what is wrong with the rule's options.
 const char* why_invalid(const pruning_rule& rule);

@@ -15,6 +15,7 @@ using named_rules = std::vector<std::pair<std::string, pruning_rule>>;
 
 const named_rules& policies() {
   static const named_rules all{{"refreekv", policy::refreekv{}},
+                               {"faithful", policy::faithful{}},
                                {"streaming_llm", policy::streaming_llm{}},
                                {"h2o", policy::h2o{}},
                                {"snapkv", policy::snapkv{}},
@@ -54,11 +55,15 @@ void rule_options::add_to(CLI::App& app) {
   add_choice(
       "--norm", norm_, "refreekv",
       norms{{"candidates", kv::norm_scope::candidates}, {"full_row", kv::norm_scope::full_row}});
-  add_choice("--scope", scope_, "refreekv",
+  add_choice("--scope", scope_, "refreekv, faithful",
              scopes{{"layer", kv::cut_scope::layer}, {"kv_head", kv::cut_scope::kv_head}});
   add("--threshold", threshold_, "share of the norm that may go, in [0, 1]",
       "refreekv, attention_ranked");
-  add("--sinks", sinks_, "first tokens that always stay", "refreekv, streaming_llm");
+  add("--tolerance", tolerance_, "of the outputs' error and the lost scores, in [0, 1]",
+      "faithful");
+  add("--stand-ins", stand_ins_, "0: none; 1: rows in place of what goes", "faithful");
+  add("--error-term", error_term_, "0: the lost scores alone decide", "faithful");
+  add("--sinks", sinks_, "first tokens that always stay", "refreekv, faithful, streaming_llm");
   add("--full-layers", full_layers_, "first layers that are not pruned",
       "refreekv, attention_ranked, twilight");
   add("--budget", budget_, "tokens that stay, or their share of the prompt: 0.5, 50%",
@@ -78,6 +83,9 @@ pruning_rule rule_options::rule() const {
   std::visit(
       [&](auto& rule) {
         if constexpr (requires { rule.threshold; }) replace(rule.threshold, threshold_);
+        if constexpr (requires { rule.tolerance; }) replace(rule.tolerance, tolerance_);
+        if constexpr (requires { rule.stand_ins; }) replace(rule.stand_ins, stand_ins_);
+        if constexpr (requires { rule.error_term; }) replace(rule.error_term, error_term_);
         if constexpr (requires { rule.p; }) replace(rule.p, p_);
         if constexpr (requires { rule.sinks; }) replace(rule.sinks, sinks_);
         if constexpr (requires { rule.window; }) replace(rule.window, window_);

@@ -21,7 +21,8 @@ class rule_options {
  private:
   std::string policy_ = "refreekv";
   // What is not given is what the policy says.
-  std::optional<double> threshold_, p_;
+  std::optional<double> threshold_, tolerance_, p_;
+  std::optional<bool> stand_ins_, error_term_;
   std::optional<refreekv::count_t> sinks_, window_, full_layers_, room_, pool_width_;
   std::optional<std::string> budget_;
   std::optional<refreekv::row_average> average_;

@@ -43,17 +43,21 @@ class rule_runner {
     } else {
       result.counts.resize(static_cast<std::size_t>(groups));
       positions_.resize(std::max(positions_.size(), result.counts.size() * result.tokens));
+      if constexpr (valued_rule<Rule>) make_room(rule, seen, result);
       require_ok(refreekv::select(rule, backend, seen, positions_of(result), scratch_));
     }
   }
 
   // Any rule that needs to see no other layer. With keep_everything nothing is decided.
-  template <class Seen>
-  void decide(const pruning_rule& rule, const Seen& seen, layer_pruning& result) {
+  template <class Seen, class Values>
+  void decide(const pruning_rule& rule, const Seen& seen, const Values& values,
+              layer_pruning& result) {
     std::visit(
         [&]<class Rule>(const Rule& each) {
           if constexpr (std::same_as<Rule, refreekv::policy::cake>) {
             throw std::runtime_error("cake shares its budget among layers: it needs all of them");
+          } else if constexpr (valued_rule<Rule>) {
+            decide(each, refreekv::with_values(seen, values), result);
           } else if constexpr (!std::same_as<Rule, keep_everything>) {
             decide(each, seen, result);
           }
@@ -62,14 +66,18 @@ class rule_runner {
   }
 
   // After decide: moves what stays together in every source of `rows`, keys and values of all KV
-  // heads, and returns in which slots it now is, [group].
+  // heads, and returns in which slots it now is, [group]. Stand-ins are behind it, and count.
   template <class... Rows>
   std::vector<slot_range> compact(layer_pruning& result, const Rows&... rows) {
     const refreekv::cpu_backend backend{pool_};
     if (!result.counts.empty()) {
       constexpr auto how = refreekv::compaction::suffix_down;
       require_ok(refreekv::compact(backend, positions_of(result), how, rows...));
-      return slots_of(result.counts, how);
+      std::vector<slot_range> slots = slots_of(result.counts, how);
+      for (std::size_t h = 0; h < result.stand_ins.size(); ++h) {
+        slots[h].length += static_cast<std::size_t>(result.stand_ins[h]);
+      }
+      return slots;
     }
     constexpr auto how = refreekv::compaction::sinks_up;
     const auto groups = static_cast<refreekv::index_t>(result.kept.size());
@@ -89,17 +97,38 @@ class rule_runner {
     return slots;
   }
 
-  // The tokens that result.counts counts.
-  refreekv::kept_positions<> positions_of(layer_pruning& result) {
+  // Room for as many stand-ins as the rule may leave.
+  template <class Seen>
+  void make_room(const refreekv::policy::faithful& rule, const Seen& seen, layer_pruning& result) {
+    const refreekv::index_t heads = seen.kv_heads();
+    const refreekv::index_t most = rule.most_stand_ins(seen.capacity());
+    if (most == 0) return;
+    result.stand_ins.resize(static_cast<std::size_t>(heads));
+    const auto fit = [&](std::vector<float>& memory, refreekv::index_t dim) {
+      memory.resize(std::max(memory.size(), static_cast<std::size_t>(heads * most * dim)));
+      return refreekv::view(memory.data(), {1, heads, most, dim});
+    };
+    stand_ins_ = {
+        fit(stand_in_keys_, seen.head_dim()), fit(stand_in_values_, seen.values.head_dim()), {}};
+  }
+
+  // The tokens that result.counts counts, and the stand-ins that result.stand_ins does.
+  refreekv::kept_with_stand_ins<> positions_of(layer_pruning& result) {
     const auto heads = static_cast<refreekv::index_t>(result.counts.size());
     const auto tokens = static_cast<refreekv::index_t>(result.tokens);
-    return {refreekv::view(positions_.data(), {1, heads, tokens}),
-            refreekv::view(result.counts.data(), {1, heads})};
+    const refreekv::kept_positions<> kept{refreekv::view(positions_.data(), {1, heads, tokens}),
+                                          refreekv::view(result.counts.data(), {1, heads})};
+    if (result.stand_ins.empty()) return kept;
+    return {
+        kept,
+        {stand_ins_.keys, stand_ins_.values, refreekv::view(result.stand_ins.data(), {1, heads})}};
   }
 
   refreekv::thread_pool pool_;
-  std::vector<std::byte> scratch_;               // grows with the largest layer, then stays
-  std::vector<refreekv::position_t> positions_;  // [kv_head, tokens], the same
+  std::vector<std::byte> scratch_;                      // grows with the largest layer, then stays
+  std::vector<refreekv::position_t> positions_;         // [kv_head, tokens], the same
+  std::vector<float> stand_in_keys_, stand_in_values_;  // the same
+  refreekv::stand_in_rows<> stand_ins_;                 // of the layer that was decided on
 };
 
 }  // namespace smollm2

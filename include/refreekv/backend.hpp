@@ -142,7 +142,10 @@ namespace refreekv::inline v0 {
 ///
 /// - `fit_stand_ins(B, rule, seen, grades, sizes, to, scratch)`: writes what stands in for what
 ///   sizes(s) drops, one row for each block of rule.block positions of which a KV head drops
-///   anything, in their order; none where it drops fewer than 2 tokens in all. With a, k, v of
+///   anything, in their order; none where it drops fewer than 2 tokens in all. With
+///   cut_scope::layer all heads get the largest number of any: those that have fewer share the
+///   dropped tokens of their first blocks, in order and as evenly as can be, among as many rows as
+///   it takes. With a, k, v of
 ///   those that are dropped, a being the mean over all rows of their attention plus 1e-12,
 ///   normalised, and S a row's logit without mask and position: the value is sum a v, and the key
 ///   is k0 = sum a k, moved so that S comes near log sum exp S of those dropped, by ridge

@@ -96,6 +96,20 @@ struct fitting_parts {
   }
 };
 
+/// How many rows stand in for what a size drops of one KV head: one for each block that loses a
+/// token, but none for a single token, which is its own best stand-in. O(tokens).
+[[nodiscard]] inline index_t stand_ins_of(const importance_rule& rule, const query_window& window,
+                                          const grade* grades, index_t size) noexcept {
+  index_t tokens = 0, blocks = 0, last = -1;
+  for (index_t t = importance_rule::seen_by(window).begin; t < window.tokens; ++t) {
+    if (grades[t] <= size) continue;
+    ++tokens;
+    blocks += t / rule.block != last ? 1 : 0;
+    last = t / rule.block;
+  }
+  return tokens < 2 ? 0 : blocks;
+}
+
 /// One KV head whose tokens have grades.
 template <class Seen>
 class graded_head {
@@ -129,21 +143,26 @@ class graded_head {
     if (rule.stand_ins) fit_head();
   }
 
-  /// Writes the stand-ins of a size, and returns how many there are.
-  index_t write_stand_ins(index_t size, const stand_in_rows<>& to) noexcept {
-    if (!stands_in(size)) return 0;
-    index_t written = 0;
+  /// Writes the stand-ins of a size: one for each block that loses a token, and where there are to
+  /// be more than that, as many as can be for each part of the first ones.
+  void write_stand_ins(index_t size, index_t count, const stand_in_rows<>& to) noexcept {
+    index_t written = 0, spare = count - stand_ins_of(rule_, rows_.window, grades_, size);
     for_each_block([&](token_range block) {
       list(block, [&](grade g) { return g > size; });
       if (listed_ == 0) return;
-      read_block();
-      fit_block(size, 1);
-      std::copy_n(work_.keys, seen_.head_dim(), to.keys.at(sequence_, kv_head_, written));
-      std::copy_n(work_.values, seen_.values.head_dim(),
-                  to.values.at(sequence_, kv_head_, written));
-      ++written;
+      const index_t all = listed_, parts = (std::min)(all, 1 + spare);
+      spare -= parts - 1;
+      for (index_t part = 0; part < parts; ++part) {
+        index_t before = 0;
+        list(block, [&](grade g) { return g > size && before++ * parts / all == part; });
+        read_block();
+        fit_block(size, 1);
+        std::copy_n(work_.keys, seen_.head_dim(), to.keys.at(sequence_, kv_head_, written));
+        std::copy_n(work_.values, seen_.values.head_dim(),
+                    to.values.at(sequence_, kv_head_, written));
+        ++written;
+      }
     });
-    return written;
   }
 
   /// Into errors [sizes + 1] the relative error of each size's outputs, summed over the measured
@@ -183,7 +202,6 @@ class graded_head {
 
   /// Whether a size drops a listed token.
   [[nodiscard]] bool drops(index_t i, index_t size) const noexcept { return levels_[i] > size; }
-  /// One token is its own best stand-in.
   [[nodiscard]] bool stands_in(index_t size) const noexcept { return dropped_[size] >= 2; }
   /// The row that is measured as the e-th.
   [[nodiscard]] index_t row_of(index_t e) const noexcept {
@@ -514,17 +532,24 @@ template <class Executor, class Seen>
 void fit_stand_ins(const Executor& on, const importance_rule& rule, const Seen& seen,
                    const view<const grade, 3>& grades, const position_t* sizes,
                    const stand_in_rows<>& to, const importance_scratch& scratch) noexcept {
-  for_each_head(
-      on, seen, attention_work(observed(seen), rule.rows), [&](int worker, index_t s, index_t h) {
-        const grade* own = grades.at(s, h);
-        const auto is_dropped = [&](grade g) { return g > sizes[s] && g != grade_never; };
-        index_t written = 0;
-        if (std::any_of(own, own + seen.tokens(s), is_dropped)) {
-          written =
-              graded_head(rule, seen, s, h, scratch, worker, own).write_stand_ins(sizes[s], to);
-        }
-        to.counts(s, h) = static_cast<position_t>(written);
-      });
+  for (index_t s = 0; s < seen.sequences(); ++s) {
+    const query_window window = window_of(observed(seen), s, rule.rows);
+    index_t most = 0;
+    for (index_t h = 0; h < seen.kv_heads(); ++h) {
+      to.counts(s, h) =
+          static_cast<position_t>(stand_ins_of(rule, window, grades.at(s, h), sizes[s]));
+      most = (std::max)(most, index_t{to.counts(s, h)});
+    }
+    for (index_t h = 0; rule.scope == cut_scope::layer && h < seen.kv_heads(); ++h) {
+      to.counts(s, h) = static_cast<position_t>(most);
+    }
+  }
+  for_each_head(on, seen, attention_work(observed(seen), rule.rows),
+                [&](int worker, index_t s, index_t h) {
+                  if (to.counts(s, h) == 0) return;
+                  graded_head(rule, seen, s, h, scratch, worker, grades.at(s, h))
+                      .write_stand_ins(sizes[s], to.counts(s, h), to);
+                });
 }
 
 /// Writes rows [sequence, kv_head, stand_in, dim] into the slots beside what a compaction kept.
