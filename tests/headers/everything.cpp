@@ -26,6 +26,12 @@ void use_all(const r::dense<T>& keys, r::view<const T, 4> queries, r::scores_vie
   use(r::policy::refreekv{}, seen, keys);
   use(r::policy::attention_ranked{}, seen);
   use(r::policy::streaming_llm{}, r::observe(keys));
+  const auto valued = r::with_values(seen, keys);
+  const r::policy::faithful rule{};
+  const r::kept_with_stand_ins<> both{};
+  (void)r::why_invalid(rule, valued, both);
+  (void)r::prune(rule, r::cpu_backend{2}, valued, both, {}, r::compaction::sinks_up);
+  (void)r::compact(r::cpu_backend{}, both, r::compaction::sinks_up, keys, keys);
   use(r::policy::h2o{}, r::with_scores(seen, scores), keys);
   use(r::policy::snapkv{}, seen);
   use(r::policy::pyramidkv{}, seen);

@@ -182,8 +182,8 @@ template <class Query, class Keys>
 template <class F>
 void for_each_chunk(const query_window& window, index_t sequence, index_t kv_head,
                     const F& f) noexcept {
-  const auto [begin, end] = importance_rule::seen_by(window);
-  const chunking chunks{end, 0};
+  const index_t begin = importance_rule::seen_by(window).begin;
+  const chunking chunks{window.tokens, 0};
   const auto block_of = [&](index_t c) {
     const token_range chunk = chunks[c];
     return key_block{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
@@ -263,7 +263,8 @@ inline void add_spread(const float* logits, index_t heads, index_t rows, index_t
       sum += own - first;
       square += (own - first).square();
     }
-    result += (square * share - (sum * share).square()).max(0.0f).sqrt();
+    const auto variance = square * share - (sum * share).square();
+    result += (variance.max)(0.0f).sqrt();
   }
 }
 
@@ -288,8 +289,7 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
     const token_range typical = importance_rule::typical(window);
     double squared_spread = 0;
     for_each_chunk(window, s, h, [&](index_t, const key_block& block, const key_block& next) {
-      const auto [first, last] = block.tokens;
-      const index_t count = last - first;
+      const index_t first = block.tokens.begin, last = block.tokens.end, count = last - first;
       rows.fill_bare_logits(block_addresses(what.keys, block, next), work.tile);
 
       constexpr auto most = static_cast<std::size_t>(chunk_tokens);

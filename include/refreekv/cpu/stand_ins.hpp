@@ -32,8 +32,8 @@ struct fitting_parts {
   double* log_sums;         ///< [measured row]: log sum exp of a row's logits
   float* attention;         ///< [measured row, stride_of]
   float* own;               ///< [size, measured_stride]: attention to the stand-ins
-  float* slots;             ///< [measured row, block]: attention to tokens of one grade
-  float* slot_rows;         ///< [block, value_stride]: their values
+  float* graded;            ///< [measured row, block]: attention to tokens of one grade
+  float* graded_rows;       ///< [block, value_stride]: their values
   float* outputs;           ///< [part, measured row, value_stride]
   double* shares;           ///< [part, measured row]
 
@@ -72,8 +72,8 @@ struct fitting_parts {
       p.log_sums = from.take<double>(measured);
       p.attention = from.take<float>(measured, stride_of(rule));
       p.own = from.take<float>(sizes, whole_registers(measured));
-      p.slots = from.take<float>(measured, block);
-      p.slot_rows = from.take<float>(block, value_stride);
+      p.graded = from.take<float>(measured, block);
+      p.graded_rows = from.take<float>(block, value_stride);
       p.shares = from.take<double>(parts, measured);
     }
     const auto take_map = [&](arena& to) {
@@ -171,7 +171,7 @@ class graded_head {
     const index_t sizes = rule_.sizes, measured = measured_rows(), parts = 2 * sizes + 1;
     std::fill_n(work_.outputs, parts * measured * value_stride_, 0.0f);
     std::fill_n(work_.shares, parts * measured, 0.0);
-    std::fill_n(work_.slot_rows, rule_.block * value_stride_, 0.0f);
+    std::fill_n(work_.graded_rows, rule_.block * value_stride_, 0.0f);
     for_each_block([&](token_range block) {
       list(block, [](grade) { return true; });
       read_block();
@@ -315,7 +315,7 @@ class graded_head {
     add_product({work_.tile.values, stride_, 1}, {work_.dropped, size_stride}, rows, listed_,
                 size_stride, work_.masses, size_stride);
     Eigen::Map<Eigen::ArrayXf> masses(work_.masses, rows * size_stride);
-    masses = masses.max(1e-37f).log();
+    masses = (masses.max)(1e-37f).log();
     const auto cap = static_cast<double>(rows_.queries.attention.soft_cap);
     std::fill_n(work_.gaps, count * row_stride_, 0.0f);
     for (index_t c = 0; c < count; ++c) {
@@ -379,7 +379,7 @@ class graded_head {
         if (cap > 0) cap_softly(&own[e], 1, static_cast<double>(cap));
         own[e] = static_cast<float>(static_cast<double>(own[e]) - work_.log_sums[e]);
       }
-      own = own.max(-85.0f).exp();
+      own = (own.max)(-85.0f).exp();
     }
   }
 
@@ -387,17 +387,17 @@ class graded_head {
   void add_tokens() noexcept {
     const index_t measured = measured_rows();
     for (index_t g = 0; g <= rule_.sizes; ++g) {
-      index_t slots = 0;
+      index_t count = 0;
       for (index_t i = 0; i < listed_; ++i) {
         if (levels_[i] != g) continue;
         for (index_t e = 0; e < measured; ++e) {
-          work_.slots[e * rule_.block + slots] = work_.attention[e * stride_ + i];
+          work_.graded[e * rule_.block + count] = work_.attention[e * stride_ + i];
         }
         std::copy_n(work_.value_rows + i * value_stride_, seen_.values.head_dim(),
-                    work_.slot_rows + slots * value_stride_);
-        ++slots;
+                    work_.graded_rows + count * value_stride_);
+        ++count;
       }
-      add_output(g, {work_.slots, rule_.block, 1}, work_.slot_rows, slots);
+      add_output(g, {work_.graded, rule_.block, 1}, work_.graded_rows, count);
     }
   }
 
@@ -413,18 +413,18 @@ class graded_head {
     }
   }
 
-  /// attention: [measured row, slot]; rows: [slot, value_stride]
+  /// attention: [measured row, row]; rows: [row, value_stride]
   void add_output(index_t part, const left_factor& attention, const float* rows,
-                  index_t slots) noexcept {
+                  index_t count) noexcept {
     const index_t measured = measured_rows();
     for (index_t e = 0; e < measured; ++e) {
       double& share = work_.shares[part * measured + e];
-      for (index_t i = 0; i < slots; ++i) {
+      for (index_t i = 0; i < count; ++i) {
         share += static_cast<double>(
             attention.data[e * attention.row_stride + i * attention.column_stride]);
       }
     }
-    add_product(attention, {rows, value_stride_}, measured, slots, value_stride_,
+    add_product(attention, {rows, value_stride_}, measured, count, value_stride_,
                 work_.outputs + part * measured * value_stride_, value_stride_);
   }
 
@@ -552,7 +552,7 @@ void fit_stand_ins(const Executor& on, const importance_rule& rule, const Seen& 
                 });
 }
 
-/// Writes rows [sequence, kv_head, stand_in, dim] into the slots beside what a compaction kept.
+/// Writes rows [sequence, kv_head, stand_in, dim] beside what a compaction kept.
 template <class Executor, kv_source Source>
 void write_stand_ins(const Executor& on, const Source& source,
                      const view<const kept_count, 2>& kept, const view<const float, 4>& rows,
