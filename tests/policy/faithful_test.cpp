@@ -144,7 +144,8 @@ TEST_CASE("short prompts, one KV head, many query heads", "[faithful]") {
       INFO(n << " tokens, " << group << " query heads");
       layer l({n}, 1, group);
       with_decision<float>(
-          l, {.tolerance = 1}, 0, [&](const auto&, const auto&, const auto& kept, const auto&) {
+          l, {.tolerance = 1, .error_term = false}, 0,
+          [&](const auto&, const auto&, const auto& kept, const auto&) {
             // At a tolerance of 1 what need not stay goes: 4 sinks, and a quarter of the last 8.
             const index_t last = std::max<index_t>(1, std::min<index_t>(8, n / 4));
             CHECK(kept.counts(0, 0).count == std::min<index_t>(n, 4 + last));
