@@ -54,6 +54,7 @@ int main() {
       const policy::cake cake{.budget = 40, .window = 20, .layers = 10};
       const policy::attention_ranked ranked{.threshold = 0.1};
       const policy::twilight twilight;
+      const policy::faithful faithful{.tolerance = 0.3};
       const index_t capacity = seen.capacity();
       std::vector<position_t> tokens(size(3 * 2 * capacity));
       std::vector<kept_count> counts(3 * 2);
@@ -63,6 +64,17 @@ int main() {
       std::vector<double> preferences(3 * 10);
       const cake_layers<> layers{
           {scores.data(), {3, 2, capacity}}, {preferences.data(), {3, 10}}, 10};
+      layer_info<> without_slopes = p.info();
+      without_slopes.attention.alibi_slopes = {};
+      const dense_cache<Eigen::half> values(p.keys);
+      const auto valued =
+          with_values(observe(p.query_view(), cache.source(), without_slopes), values.source());
+      const index_t most = faithful.most_stand_ins(capacity);
+      std::vector<float> rows_of_keys(size(3 * 2 * most * 80)), rows_of_values(rows_of_keys);
+      std::vector<position_t> row_counts(3 * 2);
+      const kept_with_stand_ins<> with_rows(positions, {{rows_of_keys.data(), {3, 2, most, 80}},
+                                                        {rows_of_values.data(), {3, 2, most, 80}},
+                                                        {row_counts.data(), {3, 2}}});
       const auto room_for = [&](const auto& policy, const auto& what) {
         return std::vector<std::byte>(workspace_size(policy, on, what));
       };
@@ -70,6 +82,7 @@ int main() {
       auto cake_scratch = room_for(cake, with_layers(seen, layers));
       auto ranked_scratch = room_for(ranked, seen);
       auto twilight_scratch = room_for(twilight, rows);
+      auto faithful_scratch = room_for(faithful, valued);
       auto shard_scratch = room_for(rule, shard_seen);
       forbidden = true;
       Eigen::internal::set_is_malloc_allowed(false);
@@ -87,10 +100,12 @@ int main() {
       const status tenth = select(rule, on, shard_seen, cuts, shard_scratch, alone);
       const status eleventh =
           own_ranges(on, shard_seen.keys, view<const kept_range, 2>(cuts), cuts);
+      const status twelfth =
+          prune(faithful, on, valued, with_rows, faithful_scratch, compaction::suffix_down);
       Eigen::internal::set_is_malloc_allowed(true);
       forbidden = false;
-      for (const status s :
-           {first, second, third, fourth, fifth, sixth, seventh, eighth, ninth, tenth, eleventh}) {
+      for (const status s : {first, second, third, fourth, fifth, sixth, seventh, eighth, ninth,
+                             tenth, eleventh, twelfth}) {
         if (s != status::ok) std::abort();
       }
       ++runs;

@@ -84,6 +84,10 @@ void check_policies(const Backend& on) {
   check_workspace("attention_ranked", policy::attention_ranked{.threshold = 0.1, .window = 3}, on,
                   seen);
   check_workspace("twilight", policy::twilight{.p = 0.5}, on, seen);
+  std::vector<float> values(keys);
+  check_workspace(
+      "faithful", policy::faithful{.tolerance = 0.5, .stand_ins = false}, on,
+      with_values(seen, dense(view(values.data(), {sequences, kv_heads, tokens, head_dim}))));
 }
 
 /// No memory holds it, though each product modulo 2^32 is small.
