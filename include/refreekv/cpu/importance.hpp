@@ -251,15 +251,16 @@ inline void add_spread(const float* logits, index_t heads, index_t rows, index_t
   using row = Eigen::Map<const Eigen::ArrayXf>;
   float sums[static_cast<std::size_t>(chunk_tokens)],
       squares[static_cast<std::size_t>(chunk_tokens)];
-  Eigen::Map<Eigen::ArrayXf> sum(sums, tokens), square(squares, tokens), result(spread, tokens);
+  const auto size = static_cast<Eigen::Index>(tokens);
+  Eigen::Map<Eigen::ArrayXf> sum(sums, size), square(squares, size), result(spread, size);
   const float share = 1 / static_cast<float>(rows);
   for (index_t g = 0; g < heads; ++g) {
     // Relative to the first row: squares of logits that lie close together would cancel.
-    const row first(logits + g * rows * tile_stride, tokens);
+    const row first(logits + g * rows * tile_stride, size);
     sum.setZero();
     square.setZero();
     for (index_t r = 1; r < rows; ++r) {
-      const row own(logits + (g * rows + r) * tile_stride, tokens);
+      const row own(logits + (g * rows + r) * tile_stride, size);
       sum += own - first;
       square += (own - first).square();
     }

@@ -84,13 +84,14 @@ inline constexpr int map_columns = 32;
 /// eigenvalue is up to dims / ridge.
 inline void fit_map(float* x, index_t rows, index_t dims, index_t dim_stride, double ridge,
                     double* normal, double* solved) noexcept {
-  using vector = Eigen::Map<Eigen::ArrayXd>;
+  const auto vector = [](double* data, index_t count) {
+    return Eigen::Map<Eigen::ArrayXd>(data, static_cast<Eigen::Index>(count));
+  };
   std::fill_n(normal, dims * dims, 0.0);
   for (index_t r = 0; r < rows; ++r) {
-    vector row(solved, dims);
-    row = Eigen::Map<const Eigen::ArrayXf>(x + r * dim_stride, dims).cast<double>();
+    for (index_t d = 0; d < dims; ++d) solved[d] = static_cast<double>(x[r * dim_stride + d]);
     for (index_t i = 0; i < dims; ++i) {
-      vector(normal + i * dims, i + 1) += solved[i] * row.head(i + 1);
+      vector(normal + i * dims, i + 1) += solved[i] * vector(solved, i + 1);
     }
   }
   double trace = 0;
@@ -104,8 +105,7 @@ inline void fit_map(float* x, index_t rows, index_t dims, index_t dim_stride, do
     double* row = normal + i * dims;
     row[i] += ridge * trace / static_cast<double>(dims);
     for (index_t k = 0; k <= i; ++k) {
-      const vector other(normal + k * dims, k);
-      const double rest = row[k] - (vector(row, k) * other).sum();
+      const double rest = row[k] - (vector(row, k) * vector(normal + k * dims, k)).sum();
       row[k] = k < i ? rest / normal[k * dims + k] : std::sqrt(rest);
     }
   }

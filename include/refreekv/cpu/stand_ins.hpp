@@ -314,7 +314,7 @@ class graded_head {
     std::fill_n(work_.masses, rows * size_stride, 0.0f);
     add_product({work_.tile.values, stride_, 1}, {work_.dropped, size_stride}, rows, listed_,
                 size_stride, work_.masses, size_stride);
-    Eigen::Map<Eigen::ArrayXf> masses(work_.masses, rows * size_stride);
+    Eigen::Map<Eigen::ArrayXf> masses(work_.masses, static_cast<Eigen::Index>(rows * size_stride));
     masses = (masses.max)(1e-37f).log();
     const auto cap = static_cast<double>(rows_.queries.attention.soft_cap);
     std::fill_n(work_.gaps, count * row_stride_, 0.0f);
@@ -336,24 +336,25 @@ class graded_head {
   /// nearly 0 for those that a size keeps; attention [listed token]: the mean over all rows.
   void exponentiate_dropped(index_t size, float* attention) noexcept {
     const index_t rows = rows_.count();
-    Eigen::Map<Eigen::ArrayXf> sum(attention, listed_);
+    const auto listed = static_cast<Eigen::Index>(listed_);
+    Eigen::Map<Eigen::ArrayXf> sum(attention, listed);
     sum.setZero();
     float hidden_of[static_cast<std::size_t>(chunk_tokens)];  // -inf where the size keeps a token
     for (index_t i = 0; i < listed_; ++i) {
       hidden_of[i] = drops(i, size) ? 0 : -std::numeric_limits<float>::infinity();
     }
-    const Eigen::Map<const Eigen::ArrayXf> hidden(hidden_of, listed_);
+    const Eigen::Map<const Eigen::ArrayXf> hidden(hidden_of, listed);
     const bool all_see = rows_.window.all_see({tokens_[0], index_t{tokens_[listed_ - 1]} + 1});
     for (index_t r = 0; r < rows; ++r) {
       float* values = work_.tile.values + r * stride_;
-      Eigen::Map<Eigen::ArrayXf>(values, listed_) += hidden;
+      Eigen::Map<Eigen::ArrayXf>(values, listed) += hidden;
       const float unit = unit_of(values, listed_);
       exponentiate(values, listed_, unit);
       work_.tile.statistics[r].unit = unit;
       const auto share =
           static_cast<float>(attention_at(unit, rows_.normalisers[r]) / static_cast<double>(rows));
       if (all_see) {
-        sum += share * Eigen::Map<const Eigen::ArrayXf>(values, listed_);
+        sum += share * Eigen::Map<const Eigen::ArrayXf>(values, listed);
         continue;
       }
       const token_range visible = rows_.window.visible(r % rows_.window.rows);
@@ -374,12 +375,15 @@ class graded_head {
     add_product({work_.keys, key_stride_, 1}, {work_.measured_queries, measured_stride_}, sizes,
                 seen_.head_dim(), measured_stride_, work_.own, measured_stride_);
     for (index_t size = 0; size < sizes; ++size) {
-      Eigen::Map<Eigen::ArrayXf> own(work_.own + size * measured_stride_, measured);
+      float* own = work_.own + size * measured_stride_;
+      for (index_t e = 0; cap > 0 && e < measured; e += chunk_tokens) {
+        cap_softly(own + e, (std::min)(chunk_tokens, measured - e), static_cast<double>(cap));
+      }
       for (index_t e = 0; e < measured; ++e) {
-        if (cap > 0) cap_softly(&own[e], 1, static_cast<double>(cap));
         own[e] = static_cast<float>(static_cast<double>(own[e]) - work_.log_sums[e]);
       }
-      own = (own.max)(-85.0f).exp();
+      Eigen::Map<Eigen::ArrayXf> x(own, static_cast<Eigen::Index>(measured));
+      x = (x.max)(-85.0f).exp();
     }
   }
 
@@ -432,7 +436,7 @@ class graded_head {
     const index_t sizes = rule_.sizes, measured = measured_rows();
     const auto output = [&](index_t part, index_t e) {
       return Eigen::Map<Eigen::ArrayXf>(work_.outputs + (part * measured + e) * value_stride_,
-                                        seen_.values.head_dim());
+                                        static_cast<Eigen::Index>(seen_.values.head_dim()));
     };
     // From what a grade adds to what a size keeps.
     for (index_t size = 1; size <= sizes; ++size) {
