@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+// One KV head whose tokens have grades, on the CPU: its blocks, and rows that stand in for what a
+// size drops of them.
+#pragma once
+
+#include "refreekv/cpu/grades.hpp"
+#include "refreekv/stand_ins.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// What one worker fits stand-ins and measures errors in. Strides are whole_registers of what they
+/// stride over.
+struct fitting_parts {
+  void* packed;  ///< [q_head of the KV head, rows, packed_dim]
+  tile_scratch tile;
+  float* value_rows;  ///< [block, value_stride]
+  // For stand-ins of some sizes at a time.
+  float* key_rows;  ///< [block, key_stride]
+  float* queries;   ///< [head_dim, row_stride], times the scale: columns are the KV head's rows
+  float* map;       ///< [q_head of the KV head, rows, key_stride]: see fit_map
+  double* normal;   ///< [head_dim, head_dim], where outputs come later
+  double* solved;   ///< [head_dim, map_columns], the same
+  float* dropped;   ///< [block, size_stride]: 1 where the size drops the token, 0 elsewhere
+  float* weights;   ///< [size, block_stride]: attention of what is dropped, which sums to 1
+  float* masses;    ///< [q_head of the KV head, rows, size_stride]
+  float* gaps;      ///< [size, row_stride]
+  float* keys;      ///< [size, key_stride]
+  float* values;    ///< [size, value_stride]
+  // For the error. Parts are what the tokens of a grade add to an output, [0, sizes], and then what
+  // the stand-ins of a size do.
+  float* measured_queries;  ///< [head_dim, measured_stride]: those columns of `queries`
+  double* log_sums;         ///< [measured row]: log sum exp of a row's logits
+  float* attention;         ///< [measured row, stride_of]
+  float* own;               ///< [size, measured_stride]: attention to the stand-ins
+  float* graded;            ///< [measured row, block]: attention to tokens of one grade
+  float* graded_rows;       ///< [block, value_stride]: their values
+  float* outputs;           ///< [part, measured row, value_stride]
+  double* shares;           ///< [part, measured row]
+
+  /// From one row of a tile to the next.
+  static index_t stride_of(const importance_rule& rule) noexcept {
+    return whole_registers(rule.block) + 16;
+  }
+
+  template <class Seen>
+  static fitting_parts take(arena& from, const importance_rule& rule, const Seen& seen) noexcept {
+    using product = observed_product<Seen>;
+    const index_t heads = seen.q_heads() / seen.kv_heads(), rows = heads * rule.rows;
+    const index_t dims = seen.head_dim(), value_dims = seen.values.head_dim(), block = rule.block;
+    const index_t key_stride = whole_registers(dims), value_stride = whole_registers(value_dims);
+    const index_t measured = heads * rule.measured(rule.rows);
+    const index_t sizes = rule.error_term ? index_t{rule.sizes} : 1, parts = 2 * sizes + 1;
+    fitting_parts p{};
+    p.packed = from.take<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
+    p.tile.gathered = from.take<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
+    p.tile.values = from.take<float>(rows, stride_of(rule));
+    p.tile.statistics = from.take<chunk_statistics>(rows);
+    p.value_rows = from.take<float>(block, value_stride);
+    if (rule.stand_ins) {
+      p.key_rows = from.take<float>(block, key_stride);
+      p.queries = from.take<float>(dims, whole_registers(rows));
+      p.map = from.take<float>(rows, key_stride);
+      p.dropped = from.take<float>(block, whole_registers(sizes));
+      p.weights = from.take<float>(sizes, whole_registers(block));
+      p.masses = from.take<float>(rows, whole_registers(sizes));
+      p.gaps = from.take<float>(sizes, whole_registers(rows));
+      p.keys = from.take<float>(sizes, key_stride);
+      p.values = from.take<float>(sizes, value_stride);
+    }
+    if (rule.error_term) {
+      p.measured_queries = from.take<float>(dims, whole_registers(measured));
+      p.log_sums = from.take<double>(measured);
+      p.attention = from.take<float>(measured, stride_of(rule));
+      p.own = from.take<float>(sizes, whole_registers(measured));
+      p.graded = from.take<float>(measured, block);
+      p.graded_rows = from.take<float>(block, value_stride);
+      p.shares = from.take<double>(parts, measured);
+    }
+    const auto take_map = [&](arena& to) {
+      p.normal = to.take<double>(dims, dims);
+      p.solved = to.take<double>(dims, index_t{map_columns});
+    };
+    const auto take_outputs = [&](arena& to) {
+      p.outputs = to.take<float>(parts, measured, value_stride);
+    };
+    arena map, outputs;
+    if (rule.stand_ins) take_map(map);
+    if (rule.error_term) take_outputs(outputs);
+    std::byte* by_turns = from.take<std::byte>((std::max)(map.bytes(), outputs.bytes()));
+    if (by_turns != nullptr) {
+      arena first(by_turns), second(by_turns);
+      if (rule.stand_ins) take_map(first);
+      if (rule.error_term) take_outputs(second);
+    }
+    return p;
+  }
+};
+
+/// How many rows stand in for what a size drops of one KV head: one for each block that loses a
+/// token, but none for a single token, which is its own best stand-in. O(tokens).
+[[nodiscard]] inline index_t stand_ins_of(const importance_rule& rule, const query_window& window,
+                                          const grade* grades, index_t size) noexcept {
+  index_t tokens = 0, blocks = 0, last = -1;
+  for (index_t t = importance_rule::seen_by(window).begin; t < window.tokens; ++t) {
+    if (grades[t] <= size) continue;
+    ++tokens;
+    blocks += t / rule.block != last ? 1 : 0;
+    last = t / rule.block;
+  }
+  return tokens < 2 ? 0 : blocks;
+}
+
+/// One KV head whose tokens have grades.
+template <class Seen>
+class graded_head {
+ public:
+  graded_head(const importance_rule& rule, const Seen& seen, index_t sequence, index_t kv_head,
+              const importance_scratch& scratch, index_t worker, const grade* grades) noexcept
+      : rule_(rule),
+        seen_(seen),
+        sequence_(sequence),
+        kv_head_(kv_head),
+        grades_(grades),
+        work_(parts_of(scratch, worker, rule, seen)),
+        rows_(scratch.pack_head(rule, seen, sequence, kv_head, work_.packed)),
+        stride_(fitting_parts::stride_of(rule)),
+        key_stride_(whole_registers(seen.head_dim())),
+        value_stride_(whole_registers(seen.values.head_dim())),
+        row_stride_(whole_registers(rows_.count())),
+        first_measured_((rows_.window.rows - 1) % rule.error_rows),
+        measured_(rule.measured(rows_.window.rows)),
+        measured_stride_(whole_registers(measured_rows())) {
+    for (index_t t = 0; t < rows_.window.tokens; ++t) {
+      if (grades[t] != grade_never) ++dropped_[grades[t]];
+    }
+    // From how many tokens have a grade to how many a size drops.
+    index_t larger = 0;
+    for (index_t size = rule.sizes; size >= 0; --size) {
+      const index_t own = dropped_[size];
+      dropped_[size] = larger;
+      larger += own;
+    }
+    if (rule.stand_ins) fit_head();
+  }
+
+  /// Writes the stand-ins of a size: one for each block that loses a token, and where there are to
+  /// be more than that, as many as can be for each part of the first ones.
+  void write_stand_ins(index_t size, index_t count, const stand_in_rows<>& to) noexcept {
+    index_t written = 0, spare = count - stand_ins_of(rule_, rows_.window, grades_, size);
+    for_each_block([&](token_range block) {
+      list(block, [&](grade g) { return g > size; });
+      if (listed_ == 0) return;
+      const index_t all = listed_, parts = (std::min)(all, 1 + spare);
+      spare -= parts - 1;
+      for (index_t part = 0; part < parts; ++part) {
+        index_t before = 0;
+        list(block, [&](grade g) { return g > size && before++ * parts / all == part; });
+        read_block();
+        fit_block(size, 1);
+        std::copy_n(work_.keys, seen_.head_dim(), to.keys.at(sequence_, kv_head_, written));
+        std::copy_n(work_.values, seen_.values.head_dim(),
+                    to.values.at(sequence_, kv_head_, written));
+        ++written;
+      }
+    });
+  }
+
+  [[nodiscard]] index_t measured_rows() const noexcept { return rows_.queries.heads * measured_; }
+
+ protected:
+  static fitting_parts parts_of(const importance_scratch& scratch, index_t worker,
+                                const importance_rule& rule, const Seen& seen) noexcept {
+    arena carve(scratch.memory + worker * scratch.worker_bytes);
+    return fitting_parts::take(carve, rule, seen);
+  }
+
+  /// Whether a size drops a listed token.
+  [[nodiscard]] bool drops(index_t i, index_t size) const noexcept { return levels_[i] > size; }
+  [[nodiscard]] bool stands_in(index_t size) const noexcept { return dropped_[size] >= 2; }
+  /// The row that is measured as the e-th.
+  [[nodiscard]] index_t row_of(index_t e) const noexcept {
+    return e / measured_ * rows_.window.rows + first_measured_ + e % measured_ * rule_.error_rows;
+  }
+
+  template <class F>
+  void for_each_block(const F& f) const noexcept {
+    const auto [begin, end] = importance_rule::seen_by(rows_.window);
+    for (index_t t = begin; t < end;) {
+      const index_t next = (std::min)(end, (t / rule_.block + 1) * rule_.block);
+      f(token_range{t, next});
+      t = next;
+    }
+  }
+
+  /// Makes tokens of a block the ones that are worked on, in the tile's columns.
+  template <class Wanted>
+  void list(token_range block, const Wanted& wanted) noexcept {
+    listed_ = 0;
+    for (index_t t = block.begin; t < block.end; ++t) {
+      if (!wanted(grades_[t])) continue;
+      levels_[listed_] = grades_[t];
+      tokens_[listed_++] = static_cast<position_t>(t);
+    }
+  }
+
+  /// Fills the tile with the bare logits of the listed tokens, and their rows.
+  void read_block() noexcept {
+    const auto& keys = observed(seen_).keys;
+    rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_), work_.tile,
+                           stride_);
+    for (index_t i = 0; i < listed_; ++i) {
+      const auto value = seen_.values.run_at(sequence_, kv_head_, tokens_[i]);
+      widen_row(value.data, value.dim_stride, seen_.values.head_dim(),
+                work_.value_rows + i * value_stride_);
+      if (!rule_.stand_ins) continue;
+      const auto key = keys.run_at(sequence_, kv_head_, tokens_[i]);
+      widen_row(key.data, key.dim_stride, seen_.head_dim(), work_.key_rows + i * key_stride_);
+    }
+  }
+
+  /// What all blocks of a head share: its queries, and the map that corrects keys by them.
+  void fit_head() noexcept {
+    const auto& what = observed(seen_);
+    const index_t dims = seen_.head_dim(), rows = rows_.count(), count = rows_.window.rows;
+    std::fill_n(work_.key_rows, rule_.block * key_stride_, 0.0f);
+    std::fill_n(work_.value_rows, rule_.block * value_stride_, 0.0f);
+    std::fill_n(work_.queries, dims * row_stride_, 0.0f);
+    std::fill_n(work_.map, rows * key_stride_, 0.0f);
+    for (index_t i = 0; i < rows; ++i) {
+      const auto* query = what.queries.at(sequence_, seen_.window() - count + i % count,
+                                          rows_.queries.first_head + i / count);
+      for (index_t d = 0; d < dims; ++d) {
+        const float x = rows_.queries.scale * widen(query[d * what.queries.stride(3)]);
+        work_.map[i * key_stride_ + d] = x;
+        work_.queries[d * row_stride_ + i] = x;
+      }
+    }
+    fit_map(work_.map, rows, dims, key_stride_, rule_.ridge, work_.normal, work_.solved);
+    if (!rule_.error_term) return;
+    for (index_t e = 0; e < measured_rows(); ++e) {
+      const row_normaliser& row = rows_.normalisers[row_of(e)];
+      work_.log_sums[e] = static_cast<double>(row.unit) * std::numbers::ln2 + std::log(row.sum);
+    }
+    std::fill_n(work_.measured_queries, dims * measured_stride_, 0.0f);
+    for (index_t d = 0; d < dims; ++d) {
+      for (index_t e = 0; e < measured_rows(); ++e) {
+        work_.measured_queries[d * measured_stride_ + e] =
+            work_.queries[d * row_stride_ + row_of(e)];
+      }
+    }
+  }
+
+  /// Fits one row for what each of the sizes [first, first + count) drops of the listed tokens,
+  /// from their bare logits, which are used up, and their rows. With a and S of the tokens that are
+  /// dropped, a being their mean attention, normalised: the value is sum a v, and the key is k0 =
+  /// sum a k moved to where its logits come near log sum exp S, in the ridge regression over all
+  /// rows. Sizes that drop nothing of the block leave nothing of use.
+  void fit_block(index_t first, index_t count) noexcept {
+    constexpr auto most = static_cast<std::size_t>(chunk_tokens);
+    const index_t rows = rows_.count(), block_stride = whole_registers(rule_.block);
+    const index_t size_stride = whole_registers(count);
+
+    float attention[most];  // the mean over the rows
+    exponentiate_dropped(first, attention);
+    std::fill_n(work_.weights, count * block_stride, 0.0f);
+    std::fill_n(work_.dropped, listed_ * size_stride, 0.0f);
+    for (index_t c = 0; c < count; ++c) {
+      double total = 0;
+      for (index_t i = 0; i < listed_; ++i) {
+        if (drops(i, first + c)) total += static_cast<double>(attention[i]);
+      }
+      for (index_t i = 0; i < listed_; ++i) {
+        if (!drops(i, first + c)) continue;
+        work_.dropped[i * size_stride + c] = 1;
+        work_.weights[c * block_stride + i] =
+            static_cast<float>(static_cast<double>(attention[i]) / total);
+      }
+    }
+    std::fill_n(work_.keys, count * key_stride_, 0.0f);
+    std::fill_n(work_.values, count * value_stride_, 0.0f);
+    add_product({work_.weights, block_stride, 1}, {work_.key_rows, key_stride_}, count, listed_,
+                key_stride_, work_.keys, key_stride_);
+    add_product({work_.weights, block_stride, 1}, {work_.value_rows, value_stride_}, count, listed_,
+                value_stride_, work_.values, value_stride_);
+
+    // By how much a key's logits are too large: where they are to be, and from there to what they
+    // are.
+    std::fill_n(work_.masses, rows * size_stride, 0.0f);
+    add_product({work_.tile.values, stride_, 1}, {work_.dropped, size_stride}, rows, listed_,
+                size_stride, work_.masses, size_stride);
+    Eigen::Map<Eigen::ArrayXf> masses(work_.masses, static_cast<Eigen::Index>(rows * size_stride));
+    masses = (masses.max)(1e-37f).log();
+    const auto cap = static_cast<double>(rows_.queries.attention.soft_cap);
+    std::fill_n(work_.gaps, count * row_stride_, 0.0f);
+    for (index_t c = 0; c < count; ++c) {
+      float* gaps = work_.gaps + c * row_stride_;
+      for (index_t i = 0; i < rows; ++i) {
+        const float unit = work_.tile.statistics[i].unit * std::numbers::ln2_v<float>;
+        gaps[i] = -(work_.masses[i * size_stride + c] + unit);
+        if (cap > 0) gaps[i] = static_cast<float>(uncapped(static_cast<double>(gaps[i]), cap));
+      }
+    }
+    add_product({work_.keys, key_stride_, 1}, {work_.queries, row_stride_}, count, seen_.head_dim(),
+                row_stride_, work_.gaps, row_stride_);
+    add_product({work_.gaps, row_stride_, 1}, {work_.map, key_stride_}, count, rows, key_stride_,
+                work_.keys, key_stride_);
+  }
+
+  /// Turns the bare logits of the listed tokens into exponentials, each row in a unit of its own,
+  /// nearly 0 for those that a size keeps; attention [listed token]: the mean over all rows.
+  void exponentiate_dropped(index_t size, float* attention) noexcept {
+    const index_t rows = rows_.count();
+    const auto listed = static_cast<Eigen::Index>(listed_);
+    Eigen::Map<Eigen::ArrayXf> sum(attention, listed);
+    sum.setZero();
+    float hidden_of[static_cast<std::size_t>(chunk_tokens)];  // -inf where the size keeps a token
+    for (index_t i = 0; i < listed_; ++i) {
+      hidden_of[i] = drops(i, size) ? 0 : -std::numeric_limits<float>::infinity();
+    }
+    const Eigen::Map<const Eigen::ArrayXf> hidden(hidden_of, listed);
+    const bool all_see = rows_.window.all_see({tokens_[0], index_t{tokens_[listed_ - 1]} + 1});
+    for (index_t r = 0; r < rows; ++r) {
+      float* values = work_.tile.values + r * stride_;
+      Eigen::Map<Eigen::ArrayXf>(values, listed) += hidden;
+      const float unit = unit_of(values, listed_);
+      exponentiate(values, listed_, unit);
+      work_.tile.statistics[r].unit = unit;
+      const auto share =
+          static_cast<float>(attention_at(unit, rows_.normalisers[r]) / static_cast<double>(rows));
+      if (all_see) {
+        sum += share * Eigen::Map<const Eigen::ArrayXf>(values, listed);
+        continue;
+      }
+      const token_range visible = rows_.window.visible(r % rows_.window.rows);
+      for (index_t i = 0; i < listed_; ++i) {
+        const bool seen = visible.begin <= tokens_[i] && tokens_[i] < visible.end;
+        attention[i] += seen ? share * values[i] : 0;
+      }
+    }
+    sum += 1e-12f;  // where no row looks all weigh the same
+  }
+
+  const importance_rule& rule_;
+  const Seen& seen_;
+  index_t sequence_, kv_head_;
+  const grade* grades_;
+  fitting_parts work_;
+  head_rows<observed_product<Seen>> rows_;
+  index_t stride_, key_stride_, value_stride_, row_stride_;
+  index_t first_measured_, measured_;  // rows of each query head
+  index_t measured_stride_;
+  index_t dropped_[max_sizes + 1] = {};  // tokens that a size drops
+  index_t listed_ = 0;
+  position_t tokens_[static_cast<std::size_t>(chunk_tokens)];  // [listed_]
+  grade levels_[static_cast<std::size_t>(chunk_tokens)];       // [listed_]
+};
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET
