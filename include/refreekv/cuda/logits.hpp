@@ -54,6 +54,9 @@ struct tile_place {
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int size() const noexcept {
     return static_cast<int>(tokens.end - tokens.begin);
   }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t token(int i) const noexcept {
+    return tokens.begin + i;
+  }
 };
 
 /// What a block shares to fill a tile of `Rows` rows.
@@ -107,11 +110,11 @@ REFREEKV_DEVICE void copy_words(Block& block, Slot& to, const char* from, unsign
 }
 
 /// Leaves q.k in the tile's values [row, token], each by the thread that is told to: nobody may
-/// read them before a sync.
-template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
+/// read them before a sync. Place: tile_place, or what has its members.
+template <int Lanes, int Rows, thread_block Block, class Query, class Keys, class Place>
 REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>, Rows>& s,
                               const query_observation<Query, Keys>& seen, index_t rows,
-                              const tile_place& at) noexcept {
+                              const Place& at) noexcept {
   using reader = key_reader<Keys>;
   using slot = typename reader::slot;
   constexpr int width = reader::width;
@@ -124,7 +127,7 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
 
   int alignment = int{sizeof(slot)};
   if (rank < count) {
-    s.keys[rank] = reader::at(seen.keys, at.sequence, at.kv_head, at.tokens.begin + rank);
+    s.keys[rank] = reader::at(seen.keys, at.sequence, at.kv_head, at.token(rank));
     alignment = reader::alignment(s.keys[rank], dims);
   }
   const bool in_slots = block.sync_and(alignment >= int{sizeof(slot)});
