@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Logits before any mask and position, of tokens and rows that need not lie side by side, and the
+// attention that they become.
+#pragma once
+
+#include "refreekv/cuda/attend.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// Every step-th row of `heads` query heads, as row_span.
+struct stepped_span {
+  int q_head;  ///< the first
+  int heads;
+  int row;   ///< the first, of the window
+  int rows;  ///< of each query head
+  int step;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int count() const noexcept { return heads * rows; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int q_head_of(int i) const noexcept {
+    return q_head + i / rows;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int row_of(int i) const noexcept {
+    return row + i % rows * step;
+  }
+};
+
+/// As tile_place, of a list of tokens, chunk_tokens at most, that the block shares.
+template <class Span>
+struct listed_place {
+  int sequence;
+  int kv_head;
+  Span span;
+  int first;
+  int count;
+  const position_t* list;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int size() const noexcept { return count; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t token(int i) const noexcept {
+    return list[i];
+  }
+};
+
+/// The rows of a KV head that exist. Requires one.
+[[nodiscard]] REFREEKV_DEVICE row_span rows_there(const query_window& window, index_t kv_head,
+                                                  index_t group) noexcept {
+  return {narrow(kv_head * group), narrow(group), narrow(window.first_row()),
+          narrow(window.count())};
+}
+
+/// How the model's soft cap bends logits.
+struct logit_cap {
+  double cap;  ///< 0 for none
+  double inverse;
+
+  /// The inverse behind a branch: else compilers divide where there is no cap, too.
+  [[nodiscard]] static REFREEKV_DEVICE logit_cap of(float cap) noexcept {
+    logit_cap c{double{cap}, 0};
+    if (cap > 0) c.inverse = 1 / double{cap};
+    return c;
+  }
+  [[nodiscard]] REFREEKV_DEVICE float operator()(float x) const noexcept {
+    return cap > 0 ? softly_capped(x, cap, inverse, std::exp(double{x} * (2 * inverse))) : x;
+  }
+};
+
+/// The attention that a bare logit becomes in a row that sees the token, given the logarithm of the
+/// row's sum of exponentials.
+template <class Memory>
+[[nodiscard]] REFREEKV_DEVICE float attention_of(float logit, double log_sum,
+                                                 const attention_params<Memory>& params,
+                                                 const query_window& window, index_t q_head,
+                                                 index_t row, index_t token) noexcept {
+  float x = logit;
+  if (params.alibi_slopes.data() != nullptr) {
+    const double slope = params.alibi_slopes(q_head);
+    x = static_cast<float>(x + slope * static_cast<double>(token - (window.position + row)));
+  }
+  return std::exp(static_cast<float>(double{x} - log_sum));
+}
+
+/// A row of a cache, and its elements as floats.
+template <class Source>
+struct cache_row {
+  using element_type = std::remove_const_t<typename Source::element_type>;
+  static_assert(sizeof(stored<element_type>) > 1,
+                "the faithful rule reads keys and values of float, half or bfloat16");
+  const element_type* data;
+  index_t dim_stride;
+
+  [[nodiscard]] static REFREEKV_DEVICE cache_row of(const Source& source, index_t sequence,
+                                                    index_t kv_head, index_t token) noexcept {
+    const auto run = source.run_at(sequence, kv_head, token);
+    return {run.data, run.dim_stride};
+  }
+  [[nodiscard]] REFREEKV_DEVICE float operator[](index_t dim) const noexcept {
+    return widen(data[dim * dim_stride]);
+  }
+};
+
+}  // namespace refreekv::inline v0::cuda_detail
