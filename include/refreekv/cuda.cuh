@@ -9,6 +9,7 @@
 #include "refreekv/paged.hpp"
 #include "refreekv/policy/attention_ranked.hpp"
 #include "refreekv/policy/cake.hpp"
+#include "refreekv/policy/faithful.hpp"
 #include "refreekv/policy/h2o.hpp"
 #include "refreekv/policy/pyramidkv.hpp"
 #include "refreekv/policy/refreekv.hpp"

@@ -6,10 +6,14 @@
 #include "refreekv/cuda/compact.hpp"
 #include "refreekv/cuda/crossing.hpp"
 #include "refreekv/cuda/estimate.hpp"
+#include "refreekv/cuda/grades.hpp"
+#include "refreekv/cuda/importance.hpp"
 #include "refreekv/cuda/ranked_scan.hpp"
 #include "refreekv/cuda/release.hpp"
+#include "refreekv/cuda/size_errors.hpp"
 #include "refreekv/cuda/token_scores.hpp"
 #include "refreekv/cuda/top_tokens.hpp"
+#include "refreekv/cuda/write_stand_ins.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
@@ -22,6 +26,7 @@ struct device_ops {
   using attention_scratch = cuda_detail::attention_scratch;
   using selection_scratch = cuda_detail::selection_scratch;
   using ranking_scratch = cuda_detail::ranking_scratch;
+  using importance_scratch = cuda_detail::importance_scratch;
 
   template <class Seen>
   static scan_scratch take_scan_scratch(arena& from, const Backend&, const norm_scan& scan,
@@ -42,6 +47,12 @@ struct device_ops {
   static ranking_scratch take_ranking_scratch(arena& from, const Backend& on,
                                               const Seen& seen) noexcept {
     return ranking_scratch::take(from, on, seen);
+  }
+  template <class Seen>
+  static importance_scratch take_importance_scratch(arena& from, const Backend&,
+                                                    const importance_rule& rule,
+                                                    const Seen& seen) noexcept {
+    return importance_scratch::take(from, rule, seen);
   }
 
   template <class F>
@@ -92,6 +103,24 @@ struct device_ops {
   }
   static status select_pages(const auto&... arguments) noexcept {
     return cuda_detail::select_pages(arguments...);
+  }
+  static status weigh_tokens(const auto&... arguments) noexcept {
+    return cuda_detail::weigh_tokens(arguments...);
+  }
+  static status grade_tokens(const auto&... arguments) noexcept {
+    return cuda_detail::grade_tokens(arguments...);
+  }
+  static status find_sizes(const auto&... arguments) noexcept {
+    return cuda_detail::find_sizes(arguments...);
+  }
+  static status fit_stand_ins(const auto&... arguments) noexcept {
+    return cuda_detail::fit_stand_ins(arguments...);
+  }
+  static status keep_grades(const auto&... arguments) noexcept {
+    return cuda_detail::keep_grades(arguments...);
+  }
+  static status write_stand_ins(const auto&... arguments) noexcept {
+    return cuda_detail::write_stand_ins(arguments...);
   }
   static status quantise(const auto&... arguments) noexcept {
     return cuda_detail::quantise(arguments...);

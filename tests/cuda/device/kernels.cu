@@ -33,6 +33,17 @@ void use_every_policy(const Seen& seen) {
   }
 }
 
+/// For policies that go by values, which come with their keys.
+template <class Query, class Source>
+void use_values(const Source& source) {
+  const auto seen = with_values(observe(view<const Query, 4, device>{}, source), source);
+  const policy::faithful rule;
+  const kept_with_stand_ins<device> kept{{}, {}};
+  (void)workspace_size(rule, cuda_backend{}, seen);
+  (void)select(rule, cuda_backend{}, seen, kept, workspace<device>{});
+  (void)compact(cuda_backend{}, kept, compaction::suffix_down, source, source);
+}
+
 template <class Source>
 void use_every_verb(const Source& source) {
   const cuda_backend on;
@@ -77,6 +88,11 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
   select_and_size(policy::refreekv{}, observed_by<__half>(int8));
   select_and_size(policy::snapkv{}, observed_by<__nv_bfloat16>(fp8));
   select_and_size(policy::twilight{}, observed_by<__half>(int4));
+
+  use_values<__nv_bfloat16>(bf16);
+  use_values<__nv_bfloat16>(pages);
+  use_values<__half>(segments);
+  use_values<float>(single);
 
   const shard own(pages, view<const token_range, 2, device>{}, lengths_view<device>{}, 0);
   const auto exchange = [](std::uint32_t*, index_t) { return status::ok; };
