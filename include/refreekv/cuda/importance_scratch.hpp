@@ -56,7 +56,8 @@ struct importance_scratch {
   double* spreads;       ///< [sequence, kv_head, chunk]: squares of the logits' spread, summed
   std::uint8_t* bad;     ///< [sequence, kv_head, chunk]: whether a score is not finite
   float* map;            ///< [sequence, q_head, rows, head_dim]: see ridge.hpp
-  position_t* slots;     ///< [sequence, kv_head, block]: of a block's stand-in; -1 for none
+  position_t* slots;     ///< [sequence, kv_head, block + 1]: where those of a block begin
+  position_t* standing;  ///< [sequence, kv_head]: stand-ins, one a block
   size_range* ranges;    ///< [sequence]
   double* whole;         ///< [sequence, kv_head, measured row, dim of values + 1]: see outputs_body
   double* row_errors;    ///< [sequence, q_head, measured]
@@ -117,7 +118,8 @@ struct importance_scratch {
     if (rule.stand_ins) {
       s.attention = from.take<float>(sequences, kv_heads, seen.capacity());
       s.map = from.take<float>(sequences, seen.q_heads(), s.rows, seen.head_dim());
-      s.slots = from.take<position_t>(sequences, kv_heads, s.blocks);
+      s.slots = from.take<position_t>(sequences, kv_heads, s.blocks + 1);
+      s.standing = from.take<position_t>(sequences, kv_heads);
       (void)s.take_normal(normal, seen);
     }
     if (rule.error_term) {

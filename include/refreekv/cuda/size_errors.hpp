@@ -192,7 +192,8 @@ template <class Backend, class Valued>
   const step_sizes_body<std::remove_cvref_t<decltype(seen)>> step{rule, seen, lost, sizes, scratch};
   for (index_t open = index_t{rule.sizes} + 1; open > 1 && s == status::ok; open -= open / 2) {
     s = measure.add_tokens(on, graded, false);
-    if (s == status::ok && rule.stand_ins) s = fit_open(on, rule, valued, graded, to, scratch);
+    if (s == status::ok && rule.stand_ins)
+      s = fit_open(on, rule, valued, graded, to, false, scratch);
     if (s == status::ok && rule.stand_ins) s = measure.add_stand_ins(on, to);
     if (s == status::ok) s = measure.join(on, false);
     if (s == status::ok) s = run_blocks(on, seen.sequences(), step);
