@@ -206,8 +206,7 @@ template <class Backend, class Valued>
   arena memory = scratch.carve();
   double* const sums = scratch.take_grade_sums(memory, rule, seen);
   const rankings<seen_type> of{rule, seen, counts};
-  const find_limits_body<seen_type> limits{of, scores, scratch.limits};
-  status s = run_blocks(on, limits.items(), limits);
+  status s = find_limits(on, of, scores, scratch);
   if (s != status::ok) return s;
   const row_parts cut = row_parts::of(seen.sequences() * seen.kv_heads(), scratch.chunks);
   const grade_body<seen_type> grade_all{of,   scores, grades, scratch.limits, scratch.chunks,

@@ -2,6 +2,7 @@
 // What the faithful rule's primitives work in on a device.
 #pragma once
 
+#include "refreekv/cuda/limit_search.hpp"
 #include "refreekv/cuda/token_scores.hpp"
 #include "refreekv/importance.hpp"
 
@@ -100,7 +101,7 @@ struct importance_scratch {
                                                const Seen& seen) noexcept {
     const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
     importance_scratch s{};
-    arena normalising, directions, sums, normal, outputs;
+    arena normalising, directions, search, sums, normal, outputs;
     s.rows = take_normalising(normalising, rule, seen).window;
     s.chunks = chunking{seen.capacity(), 0}.count();
     s.splits = (seen.capacity() + split_tokens - 1) / split_tokens;
@@ -114,6 +115,7 @@ struct importance_scratch {
     s.limits = from.take<score_limits>(sequences,
                                        rule.scope == cut_scope::kv_head ? index_t{1} : kv_heads);
     (void)s.take_directions(directions, seen);
+    (void)limit_parts::take(search, rule, seen, s.splits);
     (void)s.take_grade_sums(sums, rule, seen);
     if (rule.stand_ins) {
       s.attention = from.take<float>(sequences, kv_heads, seen.capacity());
@@ -129,7 +131,7 @@ struct importance_scratch {
       (void)s.take_outputs(outputs, seen);
     }
     std::size_t bytes = 0;
-    for (const arena* part : {&normalising, &directions, &sums, &normal, &outputs}) {
+    for (const arena* part : {&normalising, &directions, &search, &sums, &normal, &outputs}) {
       bytes = part->bytes() > bytes ? part->bytes() : bytes;
     }
     s.shared = from.take<std::byte>(bytes);
