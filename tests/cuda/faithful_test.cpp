@@ -63,6 +63,32 @@ TEST_CASE("kernels of faithful agree with the CPU on long sequences", "[cuda]") 
   }
 }
 
+TEST_CASE("kernels of faithful agree with the CPU on regressions of every order", "[cuda]") {
+  struct shape {
+    index_t dims, group, window;
+  };
+  // Of rows or of dimensions, of which the fewer count, in registers and in memory.
+  for (const auto& [dims, group, window] :
+       {shape{150, 8, 20}, shape{150, 3, 10}, shape{100, 8, 20}, shape{128, 4, 32}}) {
+    INFO(dims << " dimensions, " << group * window << " rows");
+    random_source random(base_seed());
+    problem p(1, group, dims, window, {200, 9});
+    fill(p, random);
+    plain_rows values(1, value_dim, p.lengths);
+    for (auto& rows : values.values) {
+      for (float& x : rows) x = random.normal();
+    }
+    const dense_cache<float> keys(p.keys), value_cache(values);
+    const auto seen =
+        with_values(observe(p.query_view(), keys.source(), p.info()), value_cache.source());
+    const policy::faithful rule{.tolerance = 0.3};
+    const valued_selection ours = run_valued(rule, divided<1>(), seen);
+    check_same(ours, run_valued(rule, cpu_backend{}, seen));
+    CHECK(run_valued(rule, divided<7>(), seen) == ours);
+    CHECK(!ours.keys[0].empty());
+  }
+}
+
 TEST_CASE("stand-ins are rounded as on the CPU", "[cuda]") {
   random_source random(base_seed());
   const auto check = [](float x) {

@@ -82,12 +82,12 @@ struct importance_scratch {
                                         const Seen& seen) const noexcept {
     return from.take<double>(seen.sequences(), seen.kv_heads(), chunks, index_t{rule.sizes});
   }
-  /// [sequence, kv_head, head_dim + 1, head_dim]: the matrix of a regression, and one of its
-  /// columns.
+  /// [sequence, kv_head, order + 1, order]: see regression.
   template <class Seen>
   [[nodiscard]] double* take_normal(arena& from, const Seen& seen) const noexcept {
-    const index_t dims = seen.head_dim();
-    return from.take<double>(seen.sequences(), seen.kv_heads(), dims + 1, dims);
+    const index_t of_head = seen.q_heads() / seen.kv_heads() * rows, dims = seen.head_dim();
+    const index_t order = of_head < dims ? of_head : dims;
+    return from.take<double>(seen.sequences(), seen.kv_heads(), order + 1, order);
   }
   /// [sequence, kv_head, split, measured row, dim of values + 1]: see outputs_body.
   template <class Seen>
