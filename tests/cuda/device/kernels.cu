@@ -89,7 +89,6 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
   select_and_size(policy::snapkv{}, observed_by<__nv_bfloat16>(fp8));
   select_and_size(policy::twilight{}, observed_by<__half>(int4));
 
-  use_values<__nv_bfloat16>(bf16);
   use_values<__nv_bfloat16>(pages);
   use_values<__half>(segments);
   use_values<float>(single);
