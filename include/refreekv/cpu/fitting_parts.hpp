@@ -84,7 +84,7 @@ struct fitting_parts {
     arena map, outputs;
     if (rule.stand_ins) take_map(map);
     if (rule.error_term) take_outputs(outputs);
-    std::byte* by_turns = from.take<std::byte>((std::max)(map.bytes(), outputs.bytes()));
+    auto* by_turns = from.take<std::byte>((std::max)(map.bytes(), outputs.bytes()));
     if (by_turns != nullptr) {
       arena first(by_turns), second(by_turns);
       if (rule.stand_ins) take_map(first);

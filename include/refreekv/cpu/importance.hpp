@@ -108,7 +108,7 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
     const auto rows = scratch.pack_head(rule, seen, s, h, work.packed);
     const index_t dims = seen.head_dim(), value_dims = seen.values.head_dim();
     const query_window& window = rows.window;
-    const double heads = static_cast<double>(rows.queries.heads);
+    const auto heads = static_cast<double>(rows.queries.heads);
     bool& undecided = counts(s, h).undecided;
     undecided = window.is_blind() || !are_finite(what, s, h, window.rows);
     if (window.tokens == 0 || undecided) return;
