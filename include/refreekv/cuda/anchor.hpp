@@ -7,14 +7,11 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Calls f(i) for the warp's share of a chunk's tokens, of which lane i's own is the i-th: the
-/// lanes of a warp work on each together.
-template <thread_block Block, class F>
-REFREEKV_DEVICE void for_each_of_warp(const Block& block, token_range tokens, const F& f) noexcept {
+/// How many of a chunk's tokens are a warp's, a lane each: its threads' own.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE int count_of_warp(const Block& block, token_range tokens) noexcept {
   const index_t left = tokens.end - tokens.begin - warp_of(block) * warp_threads;
-  const int count = left < warp_threads ? narrow(left) : warp_threads;
-  REFREEKV_NO_UNROLL
-  for (int i = 0; i < count; ++i) f(i);
+  return left < 0 ? 0 : left < warp_threads ? narrow(left) : warp_threads;
 }
 
 /// Those of a chunk's tokens that any row of the window sees.
@@ -27,12 +24,9 @@ REFREEKV_DEVICE void for_each_of_warp(const Block& block, token_range tokens, co
 /// Sums k / |k| over the tokens of each chunk, to directions [sequence, kv_head, chunk, head_dim].
 template <class Seen>
 struct directions_body {
-  static constexpr int batch = 4;  // reads that a lane has on their way
   struct shared {
     double sums[block_warps][warp_threads];
   };
-  using row = cache_row<std::remove_cvref_t<decltype(std::declval<Seen>().keys)>>;
-
   Seen seen;
   index_t rows;
   index_t chunks;
@@ -58,24 +52,17 @@ struct directions_body {
                            token_range tokens, double* to) const noexcept {
     const index_t dims = seen.head_dim(), first = tokens.begin + warp_of(block) * warp_threads;
     const int lane = lane_of(block);
-    double inverse = 0;  // of the length of the thread's own key; 0 of one without a direction
-    for_each_of_warp(block, tokens, [&](int i) {
-      const row key = row::of(seen.keys, sequence, kv_head, first + i);
-      double square = 0;
-      for (index_t d = lane; d < dims; d += warp_threads) {
-        const double x = key[d];
-        square += x * x;
-      }
-      square = block.warp_reduce(square, plus{});
-      if (lane == i && !(square <= 0)) inverse = 1 / std::sqrt(square);
-    });
+    const int count = count_of_warp(block, tokens);
+    const double square = sum_of_row(block, seen.keys, sequence, kv_head, first, count,
+                                     [](index_t, double x) { return x * x; });
+    // Of the length of the thread's own key; 0 of one without a direction.
+    const double inverse = lane >= count || square <= 0 ? 0 : 1 / std::sqrt(square);
     for (index_t strip = 0; strip < dims; strip += warp_threads) {
       double sum = 0;
-      for_each_of_warp(block, tokens, [&](int i) {
-        const double factor = block.warp_broadcast(inverse, i);
-        if (strip + lane >= dims) return;
-        sum += row::of(seen.keys, sequence, kv_head, first + i)[strip + lane] * factor;
-      });
+      const index_t dim = strip + lane < dims ? strip + lane : dims - 1;
+      for_each_element(
+          seen.keys, sequence, kv_head, dim, 0, count, 1, [&](int i) { return first + i; },
+          [&](int i, float x) { sum += double{x} * block.warp_broadcast(inverse, i); });
       s.sums[warp_of(block)][lane] = sum;
       block.sync();
       if (block.rank() < warp_threads && strip + lane < dims) {

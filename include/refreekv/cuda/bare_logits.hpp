@@ -97,4 +97,57 @@ struct cache_row {
   }
 };
 
+/// Calls f(i, x) for each step-th i of [begin, end), x being the element `dim` of the row of
+/// token(i). Loads go out in batches: what bounds a warp is how long each one takes.
+template <class Source, class Token, class F>
+REFREEKV_DEVICE void for_each_element(const Source& source, index_t sequence, index_t kv_head,
+                                      index_t dim, int begin, int end, int step, const Token& token,
+                                      const F& f) noexcept {
+  constexpr int batch = 8;
+  REFREEKV_NO_UNROLL
+  for (int first = begin; first < end; first += batch * step) {
+    float x[batch];
+    REFREEKV_UNROLL
+    for (int u = 0; u < batch; ++u) {
+      const int i = first + u * step;
+      x[u] = i < end ? cache_row<Source>::of(source, sequence, kv_head, token(i))[dim] : 0;
+    }
+    REFREEKV_UNROLL
+    for (int u = 0; u < batch; ++u) {
+      if (first + u * step < end) f(first + u * step, x[u]);
+    }
+  }
+}
+
+/// To lane i of a warp the sum of term(dim, x) over the elements x of the row of token first + i.
+/// The warp reads the rows together. Requires count <= warp_threads; lanes from count on get
+/// nothing of use.
+template <class Source, thread_block Block, class Term>
+[[nodiscard]] REFREEKV_DEVICE double sum_of_row(Block& block, const Source& source,
+                                                index_t sequence, index_t kv_head, index_t first,
+                                                int count, const Term& term) noexcept {
+  constexpr int batch = 4;
+  const int lane = lane_of(block);
+  double own = 0;
+  REFREEKV_NO_UNROLL
+  for (int i = 0; i < count; i += batch) {
+    cache_row<Source> rows[batch];
+    double sums[batch] = {};
+    REFREEKV_UNROLL
+    for (int u = 0; u < batch; ++u) {
+      const int row = i + u < count ? i + u : count - 1;
+      rows[u] = cache_row<Source>::of(source, sequence, kv_head, first + row);
+    }
+    REFREEKV_NO_UNROLL
+    for (index_t d = lane; d < source.head_dim(); d += warp_threads) {
+      REFREEKV_UNROLL
+      for (int u = 0; u < batch; ++u) sums[u] += term(d, double{rows[u][d]});
+    }
+    const double sum = block.template tile_reduce_scatter<warp_threads>(sums, plus{});
+    const double of_lane = block.warp_broadcast(sum, lane % batch * (warp_threads / batch));
+    if (lane / batch * batch == i) own = of_lane;
+  }
+  return own;
+}
+
 }  // namespace refreekv::inline v0::cuda_detail

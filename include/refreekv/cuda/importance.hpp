@@ -56,9 +56,6 @@ struct weigh_body {
     cuda_detail::tile<Seen, Rows> tile;
     warp_values<double> sums;
   };
-  using key_row = cache_row<std::remove_cvref_t<decltype(std::declval<Seen>().keys)>>;
-  using value_row = cache_row<Values>;
-
   Seen seen;
   Values values;
   double prior;
@@ -172,28 +169,15 @@ struct weigh_body {
     const index_t first = tokens.begin + warp_of(block) * warp_threads;
     const double* anchor =
         scratch.anchors + (sequence * seen.kv_heads() + kv_head) * seen.head_dim();
-    double own = 0;
-    for_each_of_warp(block, tokens, [&](int i) {
-      const key_row key = key_row::of(seen.keys, sequence, kv_head, first + i);
-      double square = 0, along = 0, value_square = 0;
-      for (index_t d = lane_of(block); d < seen.head_dim(); d += warp_threads) {
-        const double x = key[d];
-        square += x * x;
-        along += x * anchor[d];
-      }
-      const value_row value = value_row::of(values, sequence, kv_head, first + i);
-      for (index_t d = lane_of(block); d < values.head_dim(); d += warp_threads) {
-        const double x = value[d];
-        value_square += x * x;
-      }
-      square = block.warp_reduce(square, plus{});
-      along = block.warp_reduce(along, plus{});
-      value_square = block.warp_reduce(value_square, plus{});
-      if (lane_of(block) != i) return;
-      const double distance = square <= 0 ? 1 : 1 - along / std::sqrt(square);
-      own = (distance < 0 ? 0 : distance) * std::sqrt(value_square);
-    });
-    return own;
+    const int count = count_of_warp(block, tokens);
+    const double square = sum_of_row(block, seen.keys, sequence, kv_head, first, count,
+                                     [](index_t, double x) { return x * x; });
+    const double along = sum_of_row(block, seen.keys, sequence, kv_head, first, count,
+                                    [&](index_t d, double x) { return x * anchor[d]; });
+    const double value_square = sum_of_row(block, values, sequence, kv_head, first, count,
+                                           [](index_t, double x) { return x * x; });
+    const double distance = square <= 0 ? 1 : 1 - along / std::sqrt(square);
+    return (distance < 0 ? 0 : distance) * std::sqrt(value_square);
   }
 
   using keys_type = std::remove_cvref_t<decltype(std::declval<Seen>().keys)>;

@@ -190,13 +190,13 @@ struct outputs_body {
     }
     for (index_t d = lane; d - lane < dims; d += warp_threads) {
       float sums[std::size_t{Rows}] = {};
-      REFREEKV_NO_UNROLL
-      for (int t = own; t < at.count; t += block_warps) {
-        const float x =
-            d < dims ? cache_row<Values>::of(values, at.sequence, at.kv_head, at.token(t))[d] : 0;
-        REFREEKV_UNROLL
-        for (int i = 0; i < Rows; ++i) sums[i] += s.tile.values[i][t] * x;
-      }
+      for_each_element(
+          values, at.sequence, at.kv_head, d < dims ? d : dims - 1, own, at.count, block_warps,
+          [&](int t) { return at.token(t); },
+          [&](int t, float x) {
+            REFREEKV_UNROLL
+            for (int i = 0; i < Rows; ++i) sums[i] += s.tile.values[i][t] * x;
+          });
       REFREEKV_UNROLL
       for (int i = 0; i < Rows; ++i) s.sums[own][i][lane] = sums[i];
       block.sync();

@@ -148,8 +148,8 @@ struct fit_body {
 
   /// Calls f(stand-in, dimension): a warp takes dimensions side by side.
   template <thread_block Block, class F>
-  REFREEKV_DEVICE void for_each_element(const Block& block, const fitted& own, index_t dims,
-                                        const F& f) const noexcept {
+  REFREEKV_DEVICE void for_each_place(const Block& block, const fitted& own, index_t dims,
+                                      const F& f) const noexcept {
     const int strips = narrow((dims + warp_threads - 1) / warp_threads);
     REFREEKV_NO_UNROLL
     for (int p = warp_of(block); p < own.count * strips; p += block_warps) {
@@ -163,12 +163,12 @@ struct fit_body {
   REFREEKV_DEVICE void add_rows(const Block& block, const shared& s, const fitted& own,
                                 const Source& source,
                                 const view<float, 4, memory>& rows) const noexcept {
-    for_each_element(block, own, source.head_dim(), [&](int n, index_t d) {
+    for_each_place(block, own, source.head_dim(), [&](int n, index_t d) {
       float sum = 0;
-      for (int i = own.begins[n]; i < own.begins[n + 1]; ++i) {
-        sum +=
-            s.weights[i] * cache_row<Source>::of(source, own.sequence, own.kv_head, s.list[i])[d];
-      }
+      for_each_element(
+          source, own.sequence, own.kv_head, d, own.begins[n], own.begins[n + 1], 1,
+          [&](int i) { return index_t{s.list[i]}; },
+          [&](int i, float x) { sum += s.weights[i] * x; });
       rows.at(own.sequence, own.kv_head, own.slot + n)[d] = sum;
     });
   }
@@ -211,7 +211,7 @@ struct fit_body {
                             const Place& at) const noexcept {
     const int left = at.span.count() - at.first, rows = left < Rows ? left : Rows;
     const index_t dims = seen.head_dim();
-    for_each_element(block, own, dims, [&](int n, index_t d) {
+    for_each_place(block, own, dims, [&](int n, index_t d) {
       float sum = 0;
       REFREEKV_UNROLL
       for (int i = 0; i < Rows; ++i) {
@@ -245,7 +245,7 @@ template <class Backend, class Valued>
     s = run_blocks(on, even.items(), even);
   }
   if (s != status::ok) return s;
-  return with_tile<few_rows<seen_type>>(
+  return with_tile<most_rows<seen_type>>(
       seen.q_heads() / seen.kv_heads() * scratch.rows, [&](auto tile) {
         const fit_body<seen_type, values_type, tile()> fit{
             scaled(seen), valued.values, rule.block, graded, to, scratch};
