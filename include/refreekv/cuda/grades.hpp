@@ -101,10 +101,9 @@ struct grade_body {
 /// sizes + 1].
 template <class Seen>
 struct lost_body {
-  static constexpr int parts = block_threads / narrow(max_sizes);  // of what a grade's sums are of
   struct shared {
     warp_values<std::uint64_t> counts;
-    double sums[parts][max_sizes];
+    double sums[block_threads];  ///< [part, sizes]: of what is summed, by turns
   };
   rankings<Seen> of;
   scores_view<typename Seen::memory> scores;
@@ -134,24 +133,23 @@ struct lost_body {
         if (own[r].of[i].of_equals == 0) grade_equals(block, s, sequence, heads, own[r], i);
       }
     }
-    const index_t size = block.rank() % max_sizes, part = block.rank() / max_sizes;
+    const index_t parts = block_threads / sizes, size = block.rank() % sizes;
+    const index_t part = block.rank() / sizes;
     double sum = 0;
-    if (size < sizes) {
-      const index_t count = chunking{of.seen.tokens(sequence), 0}.count();
-      for (index_t h = 0; h < kv_heads; ++h) {
-        const double* const head = sums + (sequence * kv_heads + h) * chunks * sizes + size;
-        for (index_t c = part; c < count; c += parts) sum += head[c * sizes];
-      }
-      for (index_t r = part; r < of.count(); r += parts) sum += sum_of_equals(own[r], size + 1);
+    const index_t count = chunking{of.seen.tokens(sequence), 0}.count();
+    for (index_t h = 0; h < kv_heads; ++h) {
+      const double* const head = sums + (sequence * kv_heads + h) * chunks * sizes + size;
+      for (index_t c = part; c < count; c += parts) sum += head[c * sizes];
     }
-    s.sums[part][size] = sum;
+    for (index_t r = part; r < of.count(); r += parts) sum += sum_of_equals(own[r], size + 1);
+    s.sums[block.rank()] = sum;
     block.sync();
     if (block.rank() != 0) return;
     // From the sums of grades to those of all larger ones.
     double total = 0;
     to[sizes] = 0;
     for (index_t i = sizes; i > 0; --i) {
-      for (int p = 0; p < parts; ++p) total += s.sums[p][i - 1];
+      for (index_t p = 0; p < parts; ++p) total += s.sums[p * sizes + i - 1];
       to[i - 1] = total;
     }
     for (index_t i = 0; i <= sizes; ++i) to[i] /= total;

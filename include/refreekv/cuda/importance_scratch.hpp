@@ -35,20 +35,39 @@ struct size_range {
   }
 };
 
-/// Tokens whose outputs are summed by one block, a chunk after the other.
+/// Tokens whose scores one block counts.
 inline constexpr index_t split_tokens = 16 * chunk_tokens;
 
+/// How the tokens are split whose outputs one block sums, a chunk after the other: the more rows
+/// there are, the fewer splits fill a device.
+struct output_splits {
+  index_t tokens;  ///< of a split
+  index_t count;   ///< of the longest sequence
+
+  /// rows: that are measured, of a KV head.
+  [[nodiscard]] static constexpr output_splits of(index_t rows, index_t capacity) noexcept {
+    const index_t tokens = split_tokens * ((rows + 31) / 32);
+    return {tokens, tokens > 0 ? (capacity + tokens - 1) / tokens : 0};
+  }
+  [[nodiscard]] REFREEKV_DEVICE index_t used(index_t length) const noexcept {
+    return (length + tokens - 1) / tokens;
+  }
+};
+
 /// Of each KV head, with R rows of all its query heads, E of them measured, and head_dims d and v:
-/// 4 bytes a token, 4 a block of positions, 8 R + 4 R d + 8 d + 8 E (v + 1), and the largest of
+/// 4 bytes a token, 4 a block of positions, 8 R + 4 R d + 8 d + 8 E (v + 2), and the largest of
 /// - 16 R, and 12 min(R, 128) for each chunk of 256 tokens,
-/// - 8 d, and 8 sizes, for each chunk,
-/// - 8 d (d + 1),
-/// - 8 E (v + 1) for each 4,096 tokens.
-/// With 4 query heads, d = v = 128 and the rule's defaults 12 bytes a token and 210 KB.
+/// - 8 d for each chunk,
+/// - 512 sizes for each 4,096 tokens,
+/// - 8 n (n + 1), n being the smaller one of R and d,
+/// - 8 min(E, 32) (v + 1) for each 4,096 tokens.
+/// With 4 query heads, d = v = 128 and the rule's defaults 12 bytes a token and 120 KB, but 200 KB
+/// at least.
 struct importance_scratch {
-  index_t rows;          ///< of each query head
-  index_t chunks;        ///< of the longest sequence
-  index_t splits;        ///< of the longest sequence
+  index_t rows;    ///< of each query head
+  index_t chunks;  ///< of the longest sequence
+  index_t splits;  ///< of scores, of the longest sequence
+  output_splits outputs;
   index_t blocks;        ///< of positions, of the longest sequence
   index_t measured;      ///< rows of each query head
   double* log_sums;      ///< [sequence, q_head, rows]: the logarithm of what exponentials sum to
@@ -92,7 +111,7 @@ struct importance_scratch {
   /// [sequence, kv_head, split, measured row, dim of values + 1]: see outputs_body.
   template <class Seen>
   [[nodiscard]] double* take_outputs(arena& from, const Seen& seen) const noexcept {
-    return from.take<double>(seen.sequences(), splits, seen.q_heads(), measured,
+    return from.take<double>(seen.sequences(), outputs.count, seen.q_heads(), measured,
                              seen.values.head_dim() + 1);
   }
 
@@ -101,12 +120,13 @@ struct importance_scratch {
                                                const Seen& seen) noexcept {
     const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
     importance_scratch s{};
-    arena normalising, directions, search, sums, normal, outputs;
+    arena normalising, directions, search, sums, normal, of_rows;
     s.rows = take_normalising(normalising, rule, seen).window;
     s.chunks = chunking{seen.capacity(), 0}.count();
     s.splits = (seen.capacity() + split_tokens - 1) / split_tokens;
     s.blocks = rule.blocks(seen.capacity());
     s.measured = rule.measured(s.rows);
+    s.outputs = output_splits::of(seen.q_heads() / kv_heads * s.measured, seen.capacity());
     s.log_sums = from.take<double>(sequences, seen.q_heads(), s.rows);
     s.anchors = from.take<double>(sequences, kv_heads, seen.head_dim());
     s.spreads = from.take<double>(sequences, kv_heads, s.chunks);
@@ -128,10 +148,10 @@ struct importance_scratch {
       s.whole =
           from.take<double>(sequences, seen.q_heads(), s.measured, seen.values.head_dim() + 1);
       s.row_errors = from.take<double>(sequences, seen.q_heads(), s.measured);
-      (void)s.take_outputs(outputs, seen);
+      (void)s.take_outputs(of_rows, seen);
     }
     std::size_t bytes = 0;
-    for (const arena* part : {&normalising, &directions, &search, &sums, &normal, &outputs}) {
+    for (const arena* part : {&normalising, &directions, &search, &sums, &normal, &of_rows}) {
       bytes = part->bytes() > bytes ? part->bytes() : bytes;
     }
     s.shared = from.take<std::byte>(bytes);

@@ -78,8 +78,8 @@ struct outputs_body {
   Values values;
   Tokens tokens;
   const double* log_sums;  ///< [sequence, q_head, rows]
-  index_t splits;          ///< of the longest sequence
-  index_t measured;        ///< rows of each query head
+  output_splits splits;
+  index_t measured;  ///< rows of each query head
   double* outputs;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t group() const noexcept {
@@ -89,29 +89,29 @@ struct outputs_body {
     return row_tiles<Rows>(group() * measured);
   }
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * splits * seen.kv_heads() * tiles();
+    return seen.sequences() * splits.count * seen.kv_heads() * tiles();
   }
 
   /// item: [sequence, split, kv_head, tile]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t tile = item % tiles(), kv_head = item / tiles() % seen.kv_heads();
-    const index_t split = item / tiles() / seen.kv_heads() % splits;
-    const index_t sequence = item / tiles() / seen.kv_heads() / splits;
-    if (!tokens.is_open(sequence) || split * split_tokens >= seen.tokens(sequence)) return;
+    const index_t split = item / tiles() / seen.kv_heads() % splits.count;
+    const index_t sequence = item / tiles() / seen.kv_heads() / splits.count;
+    if (!tokens.is_open(sequence) || split >= splits.used(seen.tokens(sequence))) return;
     const stepped_span span =
         measured_rows(rule, window_of(seen, sequence, rule.rows), kv_head, group());
     listed_place<stepped_span> at{
         narrow(sequence), narrow(kv_head), span, narrow(tile * Rows), 0, s.list};
     if (at.first >= span.count()) return;
     const index_t width = values.head_dim() + 1;
-    double* const to =
-        outputs + (((sequence * seen.kv_heads() + kv_head) * splits + split) * group() * measured +
-                   at.first) *
-                      width;
+    double* const to = outputs + (((sequence * seen.kv_heads() + kv_head) * splits.count + split) *
+                                      group() * measured +
+                                  at.first) *
+                                     width;
     if constexpr (Tokens::masked) clear(block, at, to);
-    const index_t all = tokens.count(seen, sequence, kv_head), begin = split * split_tokens;
-    const index_t end = all < begin + split_tokens ? all : begin + split_tokens;
+    const index_t all = tokens.count(seen, sequence, kv_head), begin = split * splits.tokens;
+    const index_t end = all < begin + splits.tokens ? all : begin + splits.tokens;
     REFREEKV_NO_UNROLL
     for (index_t first = begin; first < end; first += chunk_tokens) {
       at.count = list(block, s, at, first, end);

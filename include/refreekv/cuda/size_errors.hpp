@@ -61,8 +61,9 @@ struct join_outputs_body {
     const stepped_span span = measured_rows(rule, window, kv_head, group);
     const int row = narrow(item % parts() * block_warps + warp_of(block));
     if (row >= span.count()) return;
-    const index_t splits = (window.tokens + split_tokens - 1) / split_tokens;
-    const double* const own = outputs + (head * scratch.splits * rows_of_head() + row) * (dims + 1);
+    const index_t splits = scratch.outputs.used(window.tokens);
+    const double* const own =
+        outputs + (head * scratch.outputs.count * rows_of_head() + row) * (dims + 1);
     double* const whole = scratch.whole + (head * rows_of_head() + row) * (dims + 1);
     const auto sum_of = [&](index_t d) {
       double sum = 0;
@@ -146,9 +147,15 @@ struct size_measure {
     using rows_type = typename outputs_body<seen_type, Keys, Values, Tokens, 1>::rows_type;
     return with_tile<few_rows<rows_type>>(
         seen.q_heads() / seen.kv_heads() * scratch.measured, [&](auto tile) {
-          const outputs_body<seen_type, Keys, Values, Tokens, tile()> body{
-              rule,           scaled(seen),     keys,   values, tokens, scratch.log_sums,
-              scratch.splits, scratch.measured, outputs};
+          const outputs_body<seen_type, Keys, Values, Tokens, tile()> body{rule,
+                                                                           scaled(seen),
+                                                                           keys,
+                                                                           values,
+                                                                           tokens,
+                                                                           scratch.log_sums,
+                                                                           scratch.outputs,
+                                                                           scratch.measured,
+                                                                           outputs};
           return run_blocks(on, body.items(), body);
         });
   }
