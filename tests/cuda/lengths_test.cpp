@@ -87,6 +87,33 @@ TEST_CASE("stale lengths write nothing outside of what a call was given", "[cuda
     decide(policy::attention_ranked{.threshold = 0.1, .window = 3, .recent = 3});
     decide(policy::twilight{.p = 0.8});
 
+    {
+      const policy::faithful rule{.tolerance = 0.4, .sinks = 1, .window = 3, .block = 8};
+      std::vector<float> others = memory;
+      const auto valued = with_values(
+          seen,
+          dense<float, device>(view<float, 4, device>(others.data(), {1, heads, capacity, dims}),
+                               lengths_view<device>(&length, {1})));
+      const index_t most = rule.most_stand_ins(capacity);
+      const auto floats = size(heads * most * dims);
+      std::vector<float> keys(floats + 16, -7.0f), values(floats + 16, -7.0f);
+      std::vector<position_t> positions(size(heads * capacity)), rows(size(heads));
+      std::vector<kept_count> counts(size(heads));
+      std::vector<std::byte> scratch(workspace_size(rule, on, valued));
+      const kept_with_stand_ins<device> kept{
+          {{positions.data(), {1, heads, capacity}}, {counts.data(), {1, heads}}},
+          {{keys.data(), {1, heads, most, dims}},
+           {values.data(), {1, heads, most, dims}},
+           {rows.data(), {1, heads}}}};
+      REQUIRE(select(rule, on, valued, kept, {scratch.data(), scratch.size()}) == status::ok);
+      for (const auto& written : {keys, values}) {
+        CHECK(std::all_of(written.end() - 16, written.end(), [](float x) { return x == -7; }));
+      }
+      for (index_t h = 0; h < heads; ++h) {
+        CHECK(counts[size(h)].tokens == within(length));
+        CHECK(kept.length(0, h) <= within(length));
+      }
+    }
     const policy::refreekv rule{.window = 3};
     std::vector<std::byte> scratch(workspace_size(rule, on, seen));
     kept_range kept{};
