@@ -16,6 +16,7 @@ policy::faithful random_rule(random_source& random, bool alibi) {
   rule.sinks = random.one_of<count_t>({0, 1, 4, 4, 7});
   rule.recent = random.one_of<count_t>({0, 1, 8, 8, 30});
   rule.window = random.one_of<count_t>({1, 2, 5, 8, 32});
+  rule.last_row = random.one_of({2.0, 2.0, 0.0, 0.5});
   rule.prior = random.one_of({0.02, 0.02, 1e-4, 0.5});
   rule.block = random.one_of<count_t>({64, 16, 7, 1, 256});
   rule.sizes = random.one_of<count_t>({16, 16, 1, 5, 33, 64});

@@ -210,7 +210,8 @@ class faithful_layer {
             const double a = attention_.at(h * p_.group + g, r, t);
             most = std::isnan(a) || a > most ? a : most;
           }
-          peak += most / static_cast<double>(p_.group);
+          const double last = attention_.at(h * p_.group + g, rows_.back(), t);
+          peak += (most + rule_.last_row * last) / static_cast<double>(p_.group);
         }
         const scores k = key(h, t);
         for (size_t d = 0; d < anchor.size(); ++d) along += anchor[d] * k[d];

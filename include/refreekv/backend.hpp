@@ -119,12 +119,13 @@ namespace refreekv::inline v0 {
 /// - `importance_scratch take_importance_scratch(arena&, B, rule, seen)`.
 ///
 /// - `weigh_tokens(B, rule, seen, scores, counts, scratch)`: scores [sequence, kv_head, capacity] =
-///   (peak + prior) * distance * |v| * sigma, where peak is the mean over the query heads of the
-///   largest attention of any row, distance is 1 - the cosine of the key and the mean direction of
-///   its head's keys (1 of a key that is 0), and sigma is the root of the mean square over the
-///   `typical` tokens of the standard deviation over the rows of their logits without mask and
-///   position (1 for one row). `undecided` becomes whether a score or a query of the head is not
-///   finite, a row has no softmax, or there is no row. O(q_heads * rows * tokens * head_dim).
+///   (peak + last_row * last + prior) * distance * |v| * sigma, where peak is the mean over the
+///   query heads of the largest attention of any row, last that of the last one, distance is 1 -
+///   the cosine of the key and the mean direction of its head's keys (1 of a key that is 0), and
+///   sigma is the root of the mean square over the `typical` tokens of the standard deviation over
+///   the rows of their logits without mask and position (1 for one row). `undecided` becomes
+///   whether a score or a query of the head is not finite, a row has no softmax, or there is no
+///   row. O(q_heads * rows * tokens * head_dim).
 ///
 /// - `grade_tokens(B, rule, seen, scores, grades, lost, counts, scratch)`: ranks the candidates of
 ///   all KV heads together, or of each, by the rule's scope: largest score first, then lower head,

@@ -24,7 +24,7 @@ struct importance_rule {
   double tolerance;
   index_t rows;
   count_t sinks, recent, block, sizes, error_rows;
-  double prior, ridge;
+  double last_row, prior, ridge;
   bool stand_ins, error_term;
   cut_scope scope;
 

@@ -198,6 +198,7 @@ TEST_CASE("options of faithful outside their range are named", "[faithful]") {
   CHECK(policy::faithful{}.invalid() == nullptr);
   for (const double bad : {-0.1, 1.1, std::nan("")}) {
     CHECK(names({.tolerance = bad}, "tolerance"));
+    CHECK(names({.last_row = bad == 1.1 ? 101 : bad}, "last_row"));
     CHECK(names({.prior = bad}, "prior"));
     CHECK(names({.ridge = bad}, "ridge"));
   }

@@ -140,7 +140,11 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
             store(larger(load(peak + t), load(attention + t)), peak + t);
           }
         }
-        for (index_t t = 0; t < count; ++t) peaks[t] += static_cast<double>(peak[t]);
+        const float* last_row = work.tile.values + ((g + 1) * window.rows - 1) * tile_stride;
+        for (index_t t = 0; t < count; ++t) {
+          peaks[t] +=
+              static_cast<double>(peak[t]) + rule.last_row * static_cast<double>(last_row[t]);
+        }
       }
 
       for_each_row(what.keys, s, h, block.tokens, work.row, [&](index_t t, const float* key) {

@@ -58,7 +58,7 @@ struct weigh_body {
   };
   Seen seen;
   Values values;
-  double prior;
+  double last_row, prior;
   scores_view<typename Seen::memory> scores;
   view<kept_count, 2, typename Seen::memory> counts;
   importance_scratch scratch;
@@ -78,7 +78,7 @@ struct weigh_body {
  private:
   /// What the rows make of a thread's token.
   struct looks {
-    double peak;       ///< the largest attention of each query head, summed
+    double peak;       ///< the largest attention of each query head, and the last row's, summed
     double attention;  ///< of all rows, summed
     double spread;     ///< the standard deviation of each query head's logits, summed
   };
@@ -125,7 +125,7 @@ struct weigh_body {
     for (index_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
       row_span span = rows_there(window_of(seen, sequence, scratch.rows), h, 1);
       // Relative to the first row: squares of logits that lie close together would cancel.
-      float origin = 0, sum = 0, squares = 0, peak = 0;
+      float origin = 0, sum = 0, squares = 0, peak = 0, last = 0;
       tile_place at{narrow(sequence), narrow(kv_head), span, 0, tokens};
       REFREEKV_NO_UNROLL
       for (at.first = 0; at.first < span.count(); at.first += Rows) {
@@ -149,6 +149,7 @@ struct weigh_body {
               scratch.log_sums[(sequence * seen.q_heads() + h) * scratch.rows + row];
           const float a = attention_of(x, log_sum, seen.info.attention, window, h, row, token);
           peak = larger{}(peak, a);
+          if (row == scratch.rows - 1) last = a;
           attention += a;
         }
         all.attention += double{attention};
@@ -157,7 +158,7 @@ struct weigh_body {
       const float n = 1 / static_cast<float>(span.count());
       const float variance = squares * n - sum * n * (sum * n);
       all.spread += double{std::sqrt(variance < 0 ? 0 : variance)};
-      all.peak += double{peak};
+      all.peak += double{peak} + last_row * double{last};
     }
     return all;
   }
@@ -283,7 +284,7 @@ template <class Backend, class Valued>
   if (s != status::ok) return s;
   s = with_tile<few_rows<seen_type>>(rows, [&](auto tile) {
     const weigh_body<seen_type, values_type, tile()> weigh{
-        scaled(seen), valued.values, rule.prior, scores, counts, scratch, cut};
+        scaled(seen), valued.values, rule.last_row, rule.prior, scores, counts, scratch, cut};
     return run_blocks(on, cut.items(), weigh);
   });
   if (s != status::ok) return s;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // faithful (ours): no budget; a layer keeps what its outputs need, and its heads share that out.
 //
-// A token is worth (peak + prior) * distance * |v| * sigma: the most attention that any row of the
-// window gives it, with a floor for what the window never looked at, times how far its key lies
-// from the others', how long its value is, and how much its head's logits move from row to row. All
-// tokens of a layer's KV heads stand in one ranking. Of the tokens that a block of positions loses,
-// one row is made that stands in for them. A layer keeps the smallest of its sizes at which
-// sqrt(error * lost) <= tolerance: the relative error of the window's outputs, and the share of
-// the scores that goes.
+// A token is worth (peak + last_row * last + prior) * distance * |v| * sigma: the most attention
+// that any row of the window gives it, that of the last row, and a floor for what the window never
+// looked at, times how far its key lies from the others', how long its value is, and how much its
+// head's logits move from row to row. All tokens of a layer's KV heads stand in one ranking. Of the
+// tokens that a block of positions loses, one row is made that stands in for them. A layer keeps
+// the smallest of its sizes at which sqrt(error * lost) <= tolerance: the relative error of the
+// window's outputs, and the share of the scores that goes.
 #pragma once
 
 #include "refreekv/aliasing.hpp"
@@ -25,6 +25,9 @@ struct faithful {
   count_t sinks = 4;    ///< first tokens that always stay
   count_t recent = 8;   ///< last tokens that stay; no more than a quarter of them, but one
   count_t window = 32;  ///< last queries that are looked at, at least 1; all there are if fewer
+  /// Weight of the last query's attention beside the most that any gives, in [0, 100]: it is the
+  /// nearest to the next ones.
+  double last_row = 2;
   /// Attention that every token counts as having had, in [1e-6, 1]: the next queries are not those
   /// of the window.
   double prior = 0.02;
@@ -44,6 +47,7 @@ struct faithful {
     if (sinks > max_count) return "sinks must be >= 0";
     if (recent > max_count) return "recent must be >= 0";
     if (window < 1 || window > max_count) return "window must be >= 1";
+    if (!(last_row >= 0 && last_row <= 100)) return "last_row must be in [0, 100]";
     if (!(prior >= 1e-6 && prior <= 1)) return "prior must be in [1e-6, 1]";
     if (block < 1 || block > chunk_tokens) return "block must be in [1, 256]";
     if (sizes < 1 || sizes > max_sizes) return "sizes must be in [1, 64]";
@@ -135,12 +139,19 @@ struct faithful {
  private:
   template <class Seen>
   [[nodiscard]] constexpr importance_rule rule(const Seen& seen) const noexcept {
-    return {tolerance,  detail::most_rows(seen, window),
-            sinks,      recent,
-            block,      sizes,
-            error_rows, prior,
-            ridge,      stand_ins,
-            error_term, scope};
+    return {.tolerance = tolerance,
+            .rows = detail::most_rows(seen, window),
+            .sinks = sinks,
+            .recent = recent,
+            .block = block,
+            .sizes = sizes,
+            .error_rows = error_rows,
+            .last_row = last_row,
+            .prior = prior,
+            .ridge = ridge,
+            .stand_ins = stand_ins,
+            .error_term = error_term,
+            .scope = scope};
   }
 };
 
