@@ -97,8 +97,7 @@ TEST_CASE("the map of a ridge regression solves its normal equations", "[cpu][ma
     }
   }
   std::vector<float> zeros(16, 0.0f);
-  double normal = 0;
-  std::vector<double> solved(map_columns);
-  fit_map(zeros.data(), 1, 1, 16, 0.05, &normal, solved.data());
+  std::vector<double> normal(1), solved(map_columns);
+  fit_map(zeros.data(), 1, 1, 16, 0.05, normal.data(), solved.data());
   CHECK(std::all_of(zeros.begin(), zeros.end(), [](float v) { return v == 0; }));
 }
