@@ -25,9 +25,9 @@ struct faithful {
   count_t sinks = 4;    ///< first tokens that always stay
   count_t recent = 8;   ///< last tokens that stay; no more than a quarter of them, but one
   count_t window = 32;  ///< last queries that are looked at, at least 1; all there are if fewer
-  /// Weight of the last query's attention beside the most that any gives, in [0, 100]: it is the
-  /// nearest to the next ones.
-  double last_row = 2;
+  /// Weight of the last query's attention beside the most that any gives, in [0, 100]. 2 is nearer
+  /// to the full cache where the question has been seen; what comes later, it does not know either.
+  double last_row = 0;
   /// Attention that every token counts as having had, in [1e-6, 1]: the next queries are not those
   /// of the window.
   double prior = 0.02;
