@@ -228,6 +228,10 @@ class faithful_layer {
         for (index_t d = 0; d < p_.head_dim; ++d) {
           undecided_ = undecided_ || !std::isfinite(query(q_head, r, d));
         }
+        // And so may be a logit of what the row does not see.
+        for (index_t t = begin_; t < tokens_; ++t) {
+          undecided_ = undecided_ || !(std::abs(logit(q_head, r, key(h, t))) <= 3e38);
+        }
         // Rows that are not a number are so for all that they see.
         for (index_t t = 0; t < tokens_; ++t) {
           undecided_ = undecided_ || std::isnan(attention_.at(q_head, r, t));

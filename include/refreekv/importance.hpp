@@ -67,7 +67,7 @@ struct importance_rule {
   }
   /// Whether a size is enough. NaN never is. (ours)
   [[nodiscard]] REFREEKV_HOST_DEVICE bool is_enough(double lost, double error) const noexcept {
-    return (error_term ? std::sqrt(error * lost) : lost) <= tolerance;
+    return tolerance > 0 && (error_term ? std::sqrt(error * lost) : lost) <= tolerance;
   }
   /// The smallest size that is enough, by bisection: the largest size always is. enough(size).
   template <class Enough>

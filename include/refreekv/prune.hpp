@@ -215,22 +215,29 @@ template <class Policy, backend Backend, observation Seen, kv_source... Values>
   if (why_invalid(rule, seen, kept, values...) != nullptr) return status::invalid_argument;
   const status selected = select(rule, on, seen, kept, scratch);
   if (selected != status::ok) return selected;
-  const auto& decided = detail::to_read(kept);
-  if (detail::aliased(decided, how, seen.keys, values...) != nullptr) {
-    return status::invalid_argument;
+  if constexpr (requires { kept.stand_ins; }) {
+    return compact(on, kept, how, seen.keys, values...);
+  } else {
+    const auto& decided = detail::to_read(kept);
+    if (detail::aliased(decided, how, seen.keys, values...) != nullptr) {
+      return status::invalid_argument;
+    }
+    return detail::compact_all(on, decided, how, seen.keys, values...);
   }
-  return detail::compact_all(on, decided, how, seen.keys, values...);
 }
 
 /// The same of an observation that has its values, which are compacted with the keys, stand-ins
-/// included.
+/// included; values that are a part of the keys move with them.
 template <class Policy, backend Backend, observation Seen>
   requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) { seen.values; }
 [[nodiscard]] status prune(const Policy& rule, const Backend& on, const Seen& seen,
                            const decision_of<Policy, typename Seen::memory>& kept,
                            workspace<typename Seen::memory> scratch, compaction how) noexcept {
   const status selected = select(rule, on, seen, kept, scratch);
-  return selected == status::ok ? compact(on, kept, how, seen.keys, seen.values) : selected;
+  if (selected != status::ok) return selected;
+  return detail::share_memory(seen.keys, seen.values) == nullptr
+             ? compact(on, kept, how, seen.keys, seen.values)
+             : compact(on, kept, how, seen.keys);
 }
 
 }  // namespace refreekv::inline v0

@@ -7,7 +7,8 @@
 namespace refreekv::inline v0 {
 
 /// Keys and values of which each stands in for several tokens of its KV head that went. To
-/// attention they are tokens as all others, but that every later query sees them. They have no
+/// attention they are tokens as all others, but that every later query sees them, past any sliding
+/// window. They have no
 /// position: keys are as rotated ones are, and the next position goes on from what it was.
 template <class Memory = host_memory>
 struct stand_in_rows {
@@ -20,7 +21,10 @@ struct stand_in_rows {
 };
 
 /// The tokens that stay, and what stands in for the others. Kept positions alone will do for a rule
-/// whose stand-ins are off.
+/// whose stand-ins are off. A KV head's slots in use are length(s, h), not counts(s, h).count; what
+/// takes kept positions, as write_masks does, knows nothing of stand-ins. Where the cache is pruned
+/// again they are tokens as others are: those of suffix_down count as recent, and those of sinks_up
+/// as the first ones; positions go on from where they were, whatever stands in.
 template <class Memory = host_memory>
 struct kept_with_stand_ins : kept_positions<Memory> {
   stand_in_rows<Memory> stand_ins = {};

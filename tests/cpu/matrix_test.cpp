@@ -97,7 +97,7 @@ TEST_CASE("the map of a ridge regression solves its normal equations", "[cpu][ma
     }
   }
   std::vector<float> zeros(16, 0.0f);
-  std::vector<double> normal(1), solved(map_columns);
-  fit_map(zeros.data(), 1, 1, 16, 0.05, normal.data(), solved.data());
+  std::vector<double> normal(256), solved(16 * map_columns);
+  fit_map(zeros.data(), 1, 16, 16, 0.05, normal.data(), solved.data());
   CHECK(std::all_of(zeros.begin(), zeros.end(), [](float v) { return v == 0; }));
 }

@@ -307,3 +307,39 @@ TEST_CASE("prune selects, gathers and fills in", "[faithful]") {
     }
   }
 }
+
+TEST_CASE("a decision without stand-ins leaves none of an earlier one", "[faithful]") {
+  layer l({150});
+  const dense_cache<float> keys(l.p.keys), values(l.values);
+  const auto seen =
+      with_values(observe(l.p.query_view(), keys.source(), l.p.info()), values.source());
+  const policy::faithful with{.tolerance = 0.3};
+  guarded_decision guarded(with, seen);
+  const kept_with_stand_ins<> kept = guarded.kept();
+  for (const bool stand_ins : {true, false}) {
+    const policy::faithful rule{.tolerance = 0.3, .stand_ins = stand_ins};
+    std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
+    REQUIRE(select(rule, divided<1>(), seen, kept, scratch) == status::ok);
+    for (index_t h = 0; h < kv_heads; ++h) {
+      CHECK((kept.length(0, h) > kept.counts(0, h).count) == stand_ins);
+    }
+  }
+}
+
+TEST_CASE("prune writes stand-ins into values that are passed by name, too", "[faithful]") {
+  layer l({150});
+  const dense_cache<float> keys(l.p.keys), values(l.values);
+  const policy::faithful rule{.tolerance = 0.3};
+  const auto seen =
+      with_values(observe(l.p.query_view(), keys.source(), l.p.info()), values.source());
+  guarded_decision guarded(rule, seen);
+  const kept_with_stand_ins<> kept = guarded.kept();
+  std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
+  REQUIRE(prune(rule, divided<1>(), seen, kept, scratch, compaction::suffix_down,
+                values.source()) == status::ok);
+  for (index_t h = 0; h < kv_heads; ++h) {
+    const float* row = kept.stand_ins.values.at(0, h, 0);
+    CHECK(row_of(values.source(), 0, h, kept.counts(0, h).count) ==
+          std::vector<float>(row, row + value_dim));
+  }
+}

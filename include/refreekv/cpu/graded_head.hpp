@@ -234,21 +234,22 @@ class graded_head {
     const bool all_see = rows_.window.all_see({tokens_[0], index_t{tokens_[listed_ - 1]} + 1});
     for (index_t r = 0; r < rows; ++r) {
       float* values = work_.tile.values + r * stride_;
+      const row_normaliser& row = rows_.normalisers[r];
+      const double log_sum = static_cast<double>(row.unit) * std::numbers::ln2 + std::log(row.sum);
+      const token_range visible = rows_.window.visible(r % rows_.window.rows);
+      // What a row does not see may have larger logits than all that it sees: no unit for both.
+      for (index_t i = 0; !all_see && i < listed_; ++i) {
+        if (visible.begin > tokens_[i] || tokens_[i] >= visible.end || !drops(i, size)) continue;
+        attention[i] += static_cast<float>(std::exp(static_cast<double>(values[i]) - log_sum) /
+                                           static_cast<double>(rows));
+      }
       Eigen::Map<Eigen::ArrayXf>(values, listed) += hidden;
       const float unit = unit_of(values, listed_);
       exponentiate(values, listed_, unit);
       work_.tile.statistics[r].unit = unit;
-      const auto share =
-          static_cast<float>(attention_at(unit, rows_.normalisers[r]) / static_cast<double>(rows));
-      if (all_see) {
-        sum += share * Eigen::Map<const Eigen::ArrayXf>(values, listed);
-        continue;
-      }
-      const token_range visible = rows_.window.visible(r % rows_.window.rows);
-      for (index_t i = 0; i < listed_; ++i) {
-        const bool seen = visible.begin <= tokens_[i] && tokens_[i] < visible.end;
-        attention[i] += seen ? share * values[i] : 0;
-      }
+      if (!all_see) continue;
+      const double share = attention_at(unit, row) / static_cast<double>(rows);
+      sum += static_cast<float>(share) * Eigen::Map<const Eigen::ArrayXf>(values, listed);
     }
     sum += 1e-12f;  // where no row looks all weigh the same
   }

@@ -131,6 +131,11 @@ void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& s
       }
 
       double peaks[most] = {};
+      for (index_t i = 0; i < rows.count(); ++i) {  // also of what no row sees
+        const float* logits = work.tile.values + i * tile_stride;
+        undecided |=
+            !Eigen::Map<const Eigen::ArrayXf>(logits, static_cast<Eigen::Index>(count)).allFinite();
+      }
       for (index_t g = 0; g < rows.queries.heads; ++g) {
         float peak[most] = {};
         for (index_t r = 0; r < window.rows; ++r) {

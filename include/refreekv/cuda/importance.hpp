@@ -159,6 +159,7 @@ struct weigh_body {
       const float variance = squares * n - sum * n * (sum * n);
       all.spread += double{std::sqrt(variance < 0 ? 0 : variance)};
       all.peak += double{peak} + last_row * double{last};
+      if (!(squares < infinity)) all.peak = NAN;  // a logit is not finite, though no row may see it
     }
     return all;
   }

@@ -20,7 +20,8 @@ struct faithful {
   template <class Memory>
   using decision = kept_with_stand_ins<Memory>;
 
-  /// Of sqrt(error * lost), or of lost where the error is not measured (0.2 is as strict then).
+  /// Of sqrt(error * lost), or of lost where the error is not measured (0.2 is as strict then). At
+  /// 0 all stays.
   double tolerance = 0.1;
   count_t sinks = 4;    ///< first tokens that always stay
   count_t recent = 8;   ///< last tokens that stay; no more than a quarter of them, but one
@@ -73,14 +74,15 @@ struct faithful {
   template <attention_observation Seen>
   [[nodiscard]] constexpr const char* invalid(
       const Seen& seen, const decision<typename Seen::memory>& kept) const noexcept {
-    if (!stand_ins) return nullptr;
     const auto& [keys, values, counts] = kept.stand_ins;
     if (!kept.stand_ins.wanted()) {
+      if (!stand_ins || seen.sequences() == 0) return nullptr;
       return "no memory for stand-ins: pass kept_with_stand_ins, or set stand_ins = false";
     }
     if (counts.extent(0) != seen.sequences() || counts.extent(1) != seen.kv_heads()) {
       return "stand-in counts must be [sequence, kv_head]";
     }
+    if (!stand_ins) return nullptr;
     const index_t most = most_stand_ins(seen.capacity());
     if (const char* why = detail::misshapen_rows(keys, counts, seen.head_dim(), most)) return why;
     return detail::misshapen_rows(values, counts, seen.values.head_dim(), most);
@@ -132,9 +134,20 @@ struct faithful {
     if (s == status::ok && stand_ins) {
       s = run::fit_stand_ins(on, own, seen, grades, work.sizes, kept.stand_ins, work.scratch);
     }
+    if (s == status::ok && !stand_ins && kept.stand_ins.wanted()) {  // from an earlier decision
+      s = run::for_each_sequence(on, sequences, clear_counts<memory>{kept.stand_ins.counts});
+    }
     if (s == status::ok) s = run::keep_grades(on, seen, grades, work.sizes, kept);
     return s;
   }
+
+  template <class Memory>
+  struct clear_counts {  // public, as device code wants it
+    view<position_t, 2, Memory> counts;
+    REFREEKV_HOST_DEVICE constexpr void operator()(index_t s) const noexcept {
+      for (index_t h = 0; h < counts.extent(1); ++h) counts(s, h) = 0;
+    }
+  };
 
  private:
   template <class Seen>
