@@ -175,6 +175,10 @@ struct row_normaliser {
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool exists() const noexcept {
     return sum > 0 && sum < HUGE_VAL;
   }
+  /// The logarithm of what the row's exponentials sum to.
+  [[nodiscard]] REFREEKV_HOST_DEVICE double log_sum() const noexcept {
+    return static_cast<double>(unit) * std::numbers::ln2 + std::log(sum);
+  }
 };
 
 /// 2^n for a whole n; 0 where that would be denormal, infinity from n = 1024 on. NaN stays NaN.

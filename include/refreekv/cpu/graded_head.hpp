@@ -10,7 +10,7 @@
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// How many rows stand in for what a size drops of one KV head: one for each block that loses a
-/// token, but none for a single token, which is its own best stand-in. O(tokens).
+/// token, but none where a single token goes, whose place it would take. O(tokens).
 [[nodiscard]] inline index_t stand_ins_of(const importance_rule& rule, const query_window& window,
                                           const grade* grades, index_t size) noexcept {
   index_t tokens = 0, blocks = 0, last = -1;
@@ -151,8 +151,7 @@ class graded_head {
     fit_map(work_.map, rows, dims, key_stride_, rule_.ridge, work_.normal, work_.solved);
     if (!rule_.error_term) return;
     for (index_t e = 0; e < measured_rows(); ++e) {
-      const row_normaliser& row = rows_.normalisers[row_of(e)];
-      work_.log_sums[e] = static_cast<double>(row.unit) * std::numbers::ln2 + std::log(row.sum);
+      work_.log_sums[e] = rows_.normalisers[row_of(e)].log_sum();
     }
     std::fill_n(work_.measured_queries, dims * measured_stride_, 0.0f);
     for (index_t d = 0; d < dims; ++d) {
@@ -235,14 +234,7 @@ class graded_head {
     for (index_t r = 0; r < rows; ++r) {
       float* values = work_.tile.values + r * stride_;
       const row_normaliser& row = rows_.normalisers[r];
-      const double log_sum = static_cast<double>(row.unit) * std::numbers::ln2 + std::log(row.sum);
-      const token_range visible = rows_.window.visible(r % rows_.window.rows);
-      // What a row does not see may have larger logits than all that it sees: no unit for both.
-      for (index_t i = 0; !all_see && i < listed_; ++i) {
-        if (visible.begin > tokens_[i] || tokens_[i] >= visible.end || !drops(i, size)) continue;
-        attention[i] += static_cast<float>(std::exp(static_cast<double>(values[i]) - log_sum) /
-                                           static_cast<double>(rows));
-      }
+      if (!all_see) add_visible(r, size, values, attention);
       Eigen::Map<Eigen::ArrayXf>(values, listed) += hidden;
       const float unit = unit_of(values, listed_);
       exponentiate(values, listed_, unit);
@@ -252,6 +244,18 @@ class graded_head {
       sum += static_cast<float>(share) * Eigen::Map<const Eigen::ArrayXf>(values, listed);
     }
     sum += 1e-12f;  // where no row looks all weigh the same
+  }
+
+  /// Adds the attention of a row to what it sees of the listed tokens that a size drops. The others
+  /// may have larger logits than all that it sees: there is no unit for both.
+  void add_visible(index_t r, index_t size, const float* logits, float* attention) const noexcept {
+    const double log_sum = rows_.normalisers[r].log_sum();
+    const auto rows = static_cast<double>(rows_.count());
+    const token_range visible = rows_.window.visible(r % rows_.window.rows);
+    for (index_t i = 0; i < listed_; ++i) {
+      if (visible.begin > tokens_[i] || tokens_[i] >= visible.end || !drops(i, size)) continue;
+      attention[i] += static_cast<float>(std::exp(static_cast<double>(logits[i]) - log_sum) / rows);
+    }
   }
 
   const importance_rule& rule_;

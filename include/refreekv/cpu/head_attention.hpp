@@ -183,7 +183,7 @@ void attend_block(const Seen& seen, const query_window& window, const key_block&
 
 /// Turns logits [count] into the attention of their row, 0 below 1e-37.
 inline void normalise_logits(float* logits, index_t count, const row_normaliser& row) noexcept {
-  const double log_sum = static_cast<double>(row.unit) * std::numbers::ln2 + std::log(row.sum);
+  const double log_sum = row.log_sum();
   Eigen::Map<Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
   if (std::isnan(log_sum)) {
     x.setConstant(std::numeric_limits<float>::quiet_NaN());

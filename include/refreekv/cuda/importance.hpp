@@ -32,7 +32,7 @@ struct check_rows_body {
     for (index_t i = block.rank(); i < group * rows; i += block_threads) {
       if (i % rows < window.first_row()) continue;
       const row_normaliser& row = normalisers[item * group * rows + i];
-      log_sums[item * group * rows + i] = double{row.unit} * std::numbers::ln2 + std::log(row.sum);
+      log_sums[item * group * rows + i] = row.log_sum();
       good = good && row.exists();
     }
     // A soft cap would hide a query that is not finite.

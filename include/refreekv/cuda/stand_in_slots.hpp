@@ -79,7 +79,7 @@ struct slots_body {
       before += sums.all;
       dropped += static_cast<std::uint64_t>(lost);
     }
-    // One token is its own best stand-in.
+    // Of a single token a stand-in would take the place.
     const bool stands_in = block_prefix_sum(block, s, dropped).all >= 2;
     for (index_t b = block.rank(); b < of.count() && !stands_in; b += block_threads) {
       own[b + 1] = 0;
