@@ -124,8 +124,8 @@ namespace refreekv::inline v0 {
 ///   the cosine of the key and the mean direction of its head's keys (1 of a key that is 0), and
 ///   sigma is the root of the mean square over the `typical` tokens of the standard deviation over
 ///   the rows of their logits without mask and position (1 for one row). `undecided` becomes
-///   whether a score or a query of the head is not finite, a row has no softmax, or there is no
-///   row. O(q_heads * rows * tokens * head_dim).
+///   whether a score, a query or such a logit of the head is not finite, a row has no softmax, or
+///   there is no row. O(q_heads * rows * tokens * head_dim).
 ///
 /// - `grade_tokens(B, rule, seen, scores, grades, lost, counts, scratch)`: ranks the candidates of
 ///   all KV heads together, or of each, by the rule's scope: largest score first, then lower head,
@@ -136,21 +136,19 @@ namespace refreekv::inline v0 {
 ///
 /// - `find_sizes(B, rule, seen, grades, lost, sizes, to, scratch)`: sizes(s) = the smallest that is
 ///   enough; `to` is where stand-ins will be, which it may work in. The error of a size is the mean
-///   over the measured rows of the layer of |o' - o| / (|o|
-///   + 1e-9), where o is the row's output, the sum of its attention times values, and o' the same
-///   of what the size leaves: the tokens that it keeps and its stand-ins. O(q_heads * rows * tokens
-///   * head_dim).
+///   over the measured rows of the layer of |o' - o| / (|o| + 1e-9), where o is the row's output,
+///   the sum of its attention times values, and o' the same of what the size leaves: the tokens
+///   that it keeps and its stand-ins. O(q_heads * rows * tokens * head_dim).
 ///
 /// - `fit_stand_ins(B, rule, seen, grades, sizes, to, scratch)`: writes what stands in for what
 ///   sizes(s) drops, one row for each block of rule.block positions of which a KV head drops
 ///   anything, in their order; none where it drops fewer than 2 tokens in all. With
 ///   cut_scope::layer all heads get the largest number of any: those that have fewer share the
 ///   dropped tokens of their first blocks, in order and as evenly as can be, among as many rows as
-///   it takes. With a, k, v of
-///   those that are dropped, a being the mean over all rows of their attention plus 1e-12,
-///   normalised, and S a row's logit without mask and position: the value is sum a v, and the key
-///   is k0 = sum a k, moved so that S comes near log sum exp S of those dropped, by ridge
-///   regression over the rows. O(q_heads * rows * tokens * head_dim).
+///   it takes. With a, k, v of those that are dropped, a being the mean over all rows of their
+///   attention plus 1e-12, normalised, and S a row's logit without mask and position: the value is
+///   sum a v, and the key is k0 = sum a k, moved so that S comes near log sum exp S of those
+///   dropped, by ridge regression over the rows. O(q_heads * rows * tokens * head_dim).
 ///
 /// - `keep_grades(B, seen, grades, sizes, kept)`: keeps the tokens whose grade is sizes(s) at most.
 ///   O(tokens).

@@ -4,7 +4,6 @@
 
 #include "refreekv/attention.hpp"
 #include "refreekv/cache.hpp"
-#include "refreekv/fit.hpp"
 #include "refreekv/scores.hpp"
 
 namespace refreekv::inline v0 {
@@ -325,30 +324,6 @@ template <observation Seen>
 [[nodiscard]] constexpr auto with_scores(
     const Seen& seen, const scores_view<typename Seen::memory>& scores) noexcept {
   return scored_observation<Seen>{{seen}, scores};
-}
-
-/// An observation of keys and queries, and the values that belong to the keys. The two may differ
-/// in type, layout and head_dim, and values may be a part of the keys (MLA).
-template <observation Seen, kv_source Values>
-struct valued_observation : Seen {
-  using observed = Seen;
-
-  Values values;
-
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (const char* why = Seen::invalid()) return why;
-    return detail::differ(values, this->keys);
-  }
-};
-
-template <observation Seen, kv_source Values>
-  requires requires(const Seen& seen) {
-    seen.queries;
-    requires kv_source<std::remove_cvref_t<decltype(seen.keys)>>;
-  }
-[[nodiscard]] constexpr auto with_values(const Seen& seen, const Values& values) noexcept {
-  detail::check_source<Values>();
-  return valued_observation<Seen, Values>{{seen}, values};
 }
 
 /// The observation without what rides on it.

@@ -212,23 +212,15 @@ struct ops<cpu_backend<Executor>> {
     return cpu_detail::take_importance_scratch(from, b.on.workers(), rule, seen);
   }
 
-  template <class Seen>
-  static status weigh_tokens(const backend_type& b, const importance_rule& rule, const Seen& seen,
-                             const scores_view<>& scores, const view<kept_count, 2>& counts,
-                             const importance_scratch& scratch) noexcept {
-    cpu_detail::weigh_tokens(b.on, rule, seen, scores, counts, scratch);
+  // Of the faithful rule, in the headers that weigh, grade, measure and fit.
+  static status weigh_tokens(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::weigh_tokens(b.on, arguments...);
     return status::ok;
   }
-
-  template <class Seen>
-  static status grade_tokens(const backend_type& b, const importance_rule& rule, const Seen& seen,
-                             const scores_view<>& scores, const view<grade, 3>& grades,
-                             double* lost, const view<kept_count, 2>& counts,
-                             const importance_scratch& scratch) noexcept {
-    cpu_detail::grade_tokens(b.on, rule, seen, scores, grades, lost, counts, scratch);
+  static status grade_tokens(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::grade_tokens(b.on, arguments...);
     return status::ok;
   }
-
   template <class Seen>
   static status find_sizes(const backend_type& b, const importance_rule& rule, const Seen& seen,
                            const view<const grade, 3>& grades, const double* lost,
@@ -237,30 +229,16 @@ struct ops<cpu_backend<Executor>> {
     cpu_detail::find_sizes(b.on, rule, seen, grades, lost, sizes, scratch);
     return status::ok;
   }
-
-  template <class Seen>
-  static status fit_stand_ins(const backend_type& b, const importance_rule& rule, const Seen& seen,
-                              const view<const grade, 3>& grades, const position_t* sizes,
-                              const stand_in_rows<>& to,
-                              const importance_scratch& scratch) noexcept {
-    cpu_detail::fit_stand_ins(b.on, rule, seen, grades, sizes, to, scratch);
+  static status fit_stand_ins(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::fit_stand_ins(b.on, arguments...);
     return status::ok;
   }
-
-  template <class Seen>
-  static status keep_grades(const backend_type& b, const Seen& seen,
-                            const view<const grade, 3>& grades, const position_t* sizes,
-                            const kept_positions<>& kept) noexcept {
-    cpu_detail::keep_grades(b.on, seen, grades, sizes, kept);
+  static status keep_grades(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::keep_grades(b.on, arguments...);
     return status::ok;
   }
-
-  template <kv_source Source>
-  static status write_stand_ins(const backend_type& b, const Source& source,
-                                const view<const kept_count, 2>& kept,
-                                const view<const float, 4>& rows,
-                                const view<const position_t, 2>& counts, compaction how) noexcept {
-    cpu_detail::write_stand_ins(b.on, source, kept, rows, counts, how);
+  static status write_stand_ins(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::write_stand_ins(b.on, arguments...);
     return status::ok;
   }
 

@@ -12,6 +12,7 @@
 
 #include "refreekv/aliasing.hpp"
 #include "refreekv/policy.hpp"
+#include "refreekv/values.hpp"
 
 namespace refreekv::inline v0::policy {
 
