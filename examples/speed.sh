@@ -21,16 +21,21 @@ mkdir -p build/speed
 text=examples/prompts/licence.txt
 for tokens in 4000 7500; do
   head -c $((tokens * 51 / 10)) <(cat $text $text $text $text 2> /dev/null) > build/speed/$tokens.txt
-  run() { # ENGINE OPTION...
-    local program=build/examples/examples/$1/$1 report=build/speed/$1.$tokens
+  run() { # ENGINE RULE OPTION...
+    local program=build/examples/examples/$1/$1 report=build/speed/$1.$2.$tokens
     [[ " ${engines[*]} " = *" $1 "* ]] || return 0
-    echo "== $1, $tokens tokens"
+    echo "== $1, $2, $tokens tokens"
     OMP_WAIT_POLICY=passive $program --model build/model/SmolLM2-135M-Instruct.Q4_1.gguf \
-      --prompt-file build/speed/$tokens.txt --tokens 24 --speed --json $report.json "${@:2}" \
+      --prompt-file build/speed/$tokens.txt --tokens 24 --speed --json $report.json "${@:3}" \
       > $report.txt
     sed -n '/^kept/,$p' $report.txt
   }
-  run smollm2
-  run ggml
-  run llama_cpp --threshold 0.05 --sinks 16
+  rows_16=(--window 16 --average frobenius)
+  run smollm2 default
+  run smollm2 rows_16 "${rows_16[@]}"
+  run smollm2 faithful --policy faithful
+  run ggml default
+  run ggml rows_16 "${rows_16[@]}"
+  run ggml faithful --policy faithful --scope layer # the KV heads of a layer share its length
+  run llama_cpp default --threshold 0.05 --sinks 16
 done

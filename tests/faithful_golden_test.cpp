@@ -72,8 +72,10 @@ TEST_CASE("faithful keeps what its reference keeps", "[golden]") {
           std::vector<float>(&layer.queries[0], &layer.queries[dims]));
   REQUIRE(golden["cases"].size() == 6);
   for (const json& entry : golden["cases"]) {
-    const policy::faithful rule{
-        .tolerance = entry["tolerance"], .window = window, .error_term = entry["error_term"]};
+    const policy::faithful rule{.tolerance = entry["tolerance"],
+                                .window = window,
+                                .last_row = 0,
+                                .error_term = entry["error_term"]};
     INFO("tolerance " << rule.tolerance << ", error term " << rule.error_term);
     const valued_selection ours = run_valued(rule, divided<1>(), layer.seen());
     REQUIRE(ours.status == refreekv::status::ok);

@@ -68,6 +68,15 @@ void retain(const std::vector<slot_range>& slots, layer_cache& cache) {
   cache.retain(first, length);
 }
 
+// For a cache of which earlier decisions have left the first `settled` slots: faithful, which takes
+// a share of what it looks at, judges no token twice.
+pruning_rule after(pruning_rule rule, std::size_t settled) {
+  if (auto* faithful = std::get_if<refreekv::policy::faithful>(&rule)) {
+    faithful->sinks = std::max(faithful->sinks, static_cast<refreekv::count_t>(settled));
+  }
+  return rule;
+}
+
 bool shares_a_cut(const pruning_rule& rule) {
   const auto* scan = std::get_if<refreekv::policy::refreekv>(&rule);
   return scan != nullptr && scan->scope == refreekv::cut_scope::layer;
@@ -114,12 +123,17 @@ layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, l
     while (left_.size() <= layer) left_.emplace_back(cache.kv_heads());
     left_[layer].append(cache.length(0) - left_[layer].length(0));
   }
-  return shrink(cache, [&](const head_range& heads, layer_pruning& part) {
-    runner_.decide(rule_, observe_layer(layer, queries, q_heads_, cache, heads),
-                   values_of(cache, heads), part);
+  while (settled_.size() <= layer) settled_.emplace_back(cache.kv_heads());
+  std::vector<std::size_t>& settled = settled_[layer];
+  layer_pruning result = shrink(cache, [&](const head_range& heads, layer_pruning& part) {
+    runner_.decide(after(rule_, settled[heads.first]),
+                   observe_layer(layer, queries, q_heads_, cache, heads), values_of(cache, heads),
+                   part);
     if (!keep_.empty()) protect(left_[layer], heads.first, heads.count, part.kept);
     return runner_.compact(part, keys_of(cache, heads), values_of(cache, heads));
   });
+  for (std::size_t head = 0; head < settled.size(); ++head) settled[head] = cache.length(head);
+  return result;
 }
 
 void pruner::protect(remaining_tokens& left, std::size_t first_head, std::size_t heads,

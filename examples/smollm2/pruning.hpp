@@ -69,6 +69,7 @@ class pruner {
   rule_runner runner_;
   std::vector<refreekv::token_range> keep_;
   std::vector<remaining_tokens> left_;  // [layer]; followed only if there are tokens to keep
+  std::vector<std::vector<std::size_t>> settled_;  // [layer][kv_head]: slots that a pruning left
   cake_state cake_;
 };
 

@@ -138,6 +138,34 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
   CHECK(dropped > 100);
 }
 
+TEST_CASE("faithful judges no token twice") {
+  constexpr std::size_t dims = 8;
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](std::size_t rows) {
+    std::vector<float> values(rows * dims);
+    for (float& value : values) value = normal(random);
+    return values;
+  };
+  const auto begin_of = [](const layer_cache& cache, std::size_t head, std::size_t slots) {
+    return std::pair{std::vector<float>(cache.keys(head), cache.keys(head) + slots * dims),
+                     std::vector<float>(cache.values(head), cache.values(head) + slots * dims)};
+  };
+  pruner prune(refreekv::policy::faithful{.tolerance = 0.3}, q_heads, 2);
+  layer_cache cache(kv_heads, dims);
+  for (const std::size_t tokens : {300u, 90u, 200u}) {
+    CAPTURE(tokens);
+    const layer_cache before = cache;
+    cache.append(draw(tokens * kv_heads), draw(tokens * kv_heads));
+    prune.prune(2, draw(32 * q_heads), cache);
+    for (std::size_t head = 0; head < kv_heads; ++head) {
+      const std::size_t settled = before.length(head);
+      CHECK(cache.length(head) < settled + tokens);
+      CHECK(begin_of(cache, head, settled) == begin_of(before, head, settled));
+    }
+  }
+}
+
 TEST_CASE("what a conversation cannot have is refused") {
   using namespace refreekv::policy;
   CHECK_THROWS_WITH(pruner(snapkv{.budget = 8}, q_heads, 1, {{0, 4}}),

@@ -24,12 +24,13 @@ struct faithful {
   /// Of sqrt(error * lost), or of lost where the error is not measured (0.2 is as strict then). At
   /// 0 all stays.
   double tolerance = 0.1;
-  count_t sinks = 4;    ///< first tokens that always stay
+  /// First tokens that always stay. Where a cache is pruned again, all that an earlier decision
+  /// left should, stand-ins too: what is judged twice loses twice.
+  count_t sinks = 4;
   count_t recent = 8;   ///< last tokens that stay; no more than a quarter of them, but one
   count_t window = 32;  ///< last queries that are looked at, at least 1; all there are if fewer
-  /// Weight of the last query's attention beside the most that any gives, in [0, 100]. 2 is nearer
-  /// to the full cache where the question has been seen; what comes later, it does not know either.
-  double last_row = 0;
+  /// Weight of the last query's attention beside the most that any gives, in [0, 100].
+  double last_row = 2;
   /// Attention that every token counts as having had, in [1e-6, 1]: the next queries are not those
   /// of the window.
   double prior = 0.02;
