@@ -85,10 +85,10 @@ namespace refreekv::inline v0 {
 ///
 /// - `keep_all(B, seen, kept)`: keeps every token. O(tokens).
 ///
-/// - `top_tokens(B, quotas, seen, scores, kept, scratch)`: keeps what each sequence's quota says.
-///   Every KV head of a sequence keeps the same number; a head that is `undecided` already, or has
-///   NaN in a score before the recent tokens', keeps all of the sequence, which is undecided then.
-///   Scores are not looked at where the quota holds all. O(tokens) expected.
+/// - `top_tokens(B, quotas, seen, scores, kept, scratch)`: keeps what each KV head's quota says,
+///   a quotas_view. A head that is `undecided` already, or has NaN in a score before the recent
+///   tokens', keeps all of the sequence, which is undecided then. Scores are not looked at where
+///   the quota holds all. O(tokens) expected.
 ///
 /// - `top_mass(B, share, sink_start, seen, scores, kept, scratch)`: scores are of query heads. Of
 ///   each, keeps the fewest tokens, the earlier ones among equals, whose scores sum to at least

@@ -61,7 +61,10 @@ struct score_ranking {
       s = run::pool(on, pool, work.quotas, what, scores, own(work.pooled));
       scores = own(work.pooled);
     }
-    if (s == status::ok) s = run::top_tokens(on, work.quotas, what, scores, kept, work.selection);
+    if (s == status::ok) {
+      s = run::top_tokens(on, quotas_by_sequence(work.quotas, what), what, scores, kept,
+                          work.selection);
+    }
     return s;
   }
 

@@ -62,6 +62,17 @@ struct token_quota {
   }
 };
 
+/// What each KV head keeps: [sequence, kv_head].
+template <class Memory = host_memory>
+using quotas_view = view<const token_quota, 2, Memory>;
+
+/// Each keeps what its sequence's quota says; quotas [sequence].
+template <class Seen>
+[[nodiscard]] constexpr quotas_view<typename Seen::memory> quotas_by_sequence(
+    const token_quota* quotas, const Seen& seen) noexcept {
+  return {quotas, {seen.sequences(), seen.kv_heads()}, {1, 0}};
+}
+
 /// Scores of each sequence's heads: [sequence, head, token].
 template <class Memory = host_memory>
 using scores_view = view<float, 3, Memory>;

@@ -398,21 +398,22 @@ TEST_CASE("blocks keep the CPU's best tokens", "[cuda][top_tokens]") {
           b.scores.view()(5, 0, 699) = not_a_number;  // among the recent ones, if there are any
         }
         CAPTURE(base_seed(), stride, quota.ranked, quota.recent, with_nan);
-        std::vector<token_quota> quotas(ragged.size(), quota);
-        quotas[4] = {quota.ranked / 2, quota.recent + 1};
+        std::vector<token_quota> quotas(2 * ragged.size(), quota);  // [sequence, kv_head]
+        quotas[8] = quotas[9] = {quota.ranked / 2, quota.recent + 1};
+        quotas[11].ranked = quota.ranked / 3;
         const auto seen = b.seen();
+        const quotas_view<> of_heads(quotas.data(), {b.sequences(), 2});
         const auto cpu = cpu_scratch(seen);
         for (const row_cut& cut : cuts) {
           CAPTURE(cut.parts, cut.part_least);
           const auto device = device_scratch(seen, cut);
           b.check(
               [&](const auto& kept) {
-                cpu_detail::top_tokens(cpu_backend{}.on, quotas.data(), seen, b.scores.view(), kept,
+                cpu_detail::top_tokens(cpu_backend{}.on, of_heads, seen, b.scores.view(), kept,
                                        *cpu);
               },
               [&](const auto& on, const auto& kept) {
-                return cuda_detail::top_tokens(on, quotas.data(), seen, b.scores.view(), kept,
-                                               *device);
+                return cuda_detail::top_tokens(on, of_heads, seen, b.scores.view(), kept, *device);
               });
         }
       }
@@ -511,7 +512,8 @@ TEST_CASE("a grid takes what one block takes", "[cuda][top_tokens]") {
         const token_quota quotas[] = {{k, 0}, {1, 1}};
         const auto select = [&](const auto& on, const auto& seen, const auto& kept,
                                 const auto& scratch) {
-          return cuda_detail::top_tokens(on, quotas, seen, b.scores.view(), kept, scratch);
+          return cuda_detail::top_tokens(on, quotas_by_sequence(quotas, seen), seen,
+                                         b.scores.view(), kept, scratch);
         };
         same_on_grid(b, cut, select);
         if (k != index_t{count} / 2) continue;
@@ -547,7 +549,8 @@ TEST_CASE("rows that are long enough go over a grid", "[cuda][top_tokens]") {
   score_tensor scores = b.scores;
   const token_quota quotas[] = {{1000, 50}, {1, 0}, {3000, 5000}, {2047, 0}};
   same_on_grid(b, cut, [&](const auto& on, const auto& seen, const auto& kept, const auto& work) {
-    return cuda_detail::top_tokens(on, quotas, seen, scores.view(), kept, work);
+    return cuda_detail::top_tokens(on, quotas_by_sequence(quotas, seen), seen, scores.view(), kept,
+                                   work);
   });
   // Values that a double's sum rounds away are taken, or not, by what it is to the last bit.
   for (index_t h = 0; h < 2; ++h) {
@@ -750,8 +753,8 @@ TEST_CASE("blocks have nothing to do for an empty batch", "[cuda][top_tokens]") 
     for (const row_cut& cut : cuts) {
       const auto scratch = device_scratch(seen, cut);
       decision found(b.sequences(), b.kv_heads(), b.capacity());
-      REQUIRE(cuda_detail::top_tokens(on, quotas.data(), seen, scores, found.kept(), *scratch) ==
-              status::ok);
+      REQUIRE(cuda_detail::top_tokens(on, quotas_by_sequence(quotas.data(), seen), seen, scores,
+                                      found.kept(), *scratch) == status::ok);
       REQUIRE(cuda_detail::top_mass(on, 0.9, false, seen, scores, found.kept(), *scratch) ==
               status::ok);
       for (std::size_t s = 0; s < lengths.size(); ++s) {

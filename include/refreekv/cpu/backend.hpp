@@ -166,7 +166,7 @@ struct ops<cpu_backend<Executor>> {
   }
 
   template <class Seen>
-  static status top_tokens(const backend_type& b, const token_quota* quotas, const Seen& seen,
+  static status top_tokens(const backend_type& b, const quotas_view<>& quotas, const Seen& seen,
                            const scores_view<>& scores, const kept_positions<>& kept,
                            const selection_scratch& scratch) noexcept {
     cpu_detail::top_tokens(b.on, quotas, seen, scores, kept, scratch);

@@ -146,13 +146,13 @@ inline bool any_nan(const float* values, index_t stride, index_t count) noexcept
 }
 
 template <class Executor, class Seen>
-void top_tokens(const Executor& on, const token_quota* quotas, const Seen& seen,
+void top_tokens(const Executor& on, const quotas_view<>& quotas, const Seen& seen,
                 const scores_view<>& scores, const kept_positions<>& kept,
                 const selection_scratch& scratch) noexcept {
   for_each_head(on, seen, 4, [&](int worker, index_t s, index_t h) {
     const index_t tokens = seen.tokens(s);
-    const index_t candidates = std::max<index_t>(0, tokens - quotas[s].recent);
-    const index_t ranked = quotas[s].ranked;
+    const auto [ranked, recent] = quotas(s, h);
+    const index_t candidates = std::max<index_t>(0, tokens - recent);
     bool& undecided = kept.counts(s, h).undecided;
     if (undecided) return;
     if (ranked >= candidates) return keep_all(kept, s, h, tokens);

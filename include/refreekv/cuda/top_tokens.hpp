@@ -21,7 +21,7 @@ template <class Seen>
 struct top_tokens_body {
   using memory = typename Seen::memory;
   using shared = limit_memory<count_bins>;
-  const token_quota* quotas;
+  quotas_view<memory> quotas;
   Seen seen;
   scores_view<memory> scores;
   kept_positions<memory> kept;
@@ -35,7 +35,7 @@ struct top_tokens_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
     const index_t tokens = seen.tokens(sequence);
-    const token_quota quota = quotas[sequence];
+    const token_quota quota = quotas(sequence, head);
     const index_t candidates = candidates_of(seen, sequence, quota.recent);
     if (!block.sync_and(!kept.counts(sequence, head).undecided)) return;
     if (quota.ranked >= candidates) return keep_tokens(block, kept, sequence, head, tokens);
@@ -58,7 +58,7 @@ template <class Seen>
 struct rank_parts_body {
   using memory = typename Seen::memory;
   using shared = limit_memory<count_bins>;
-  const token_quota* quotas;
+  quotas_view<memory> quotas;
   Seen seen;
   kept_positions<memory> kept;
   grid_descent<count_bins, memory> descent;
@@ -68,9 +68,9 @@ struct rank_parts_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const cut_rows<memory>& rows = descent.rows;
     const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
-    const index_t sequence = row / seen.kv_heads();
-    const token_quota quota = quotas[sequence];
-    const bool undecided = kept.counts(sequence, row % seen.kv_heads()).undecided;
+    const index_t sequence = row / seen.kv_heads(), head = row % seen.kv_heads();
+    const token_quota quota = quotas(sequence, head);
+    const bool undecided = kept.counts(sequence, head).undecided;
     row_tokens tokens{candidates_of(seen, sequence, quota.recent), seen.tokens(sequence)};
     const bool all = undecided || quota.ranked >= tokens.candidates;
     if (all) tokens.candidates = 0;
@@ -85,8 +85,8 @@ struct rank_parts_body {
 };
 
 template <class Backend, class Seen>
-[[nodiscard]] status top_tokens(const Backend& on, const token_quota* quotas, const Seen& seen,
-                                const scores_view<typename Seen::memory>& scores,
+[[nodiscard]] status top_tokens(const Backend& on, const quotas_view<typename Seen::memory>& quotas,
+                                const Seen& seen, const scores_view<typename Seen::memory>& scores,
                                 const kept_positions<typename Seen::memory>& kept,
                                 const selection_scratch& scratch) noexcept {
   status s = status::ok;

@@ -98,7 +98,8 @@ struct cake {
                                  assign_quota<cake, Seen>{*this, seen, kept.counts, work.quotas});
     }
     if (s == status::ok) {
-      s = run::top_tokens(on, work.quotas, what, seen.layers.scores, kept, work.selection);
+      s = run::top_tokens(on, quotas_by_sequence(work.quotas, what), what, seen.layers.scores, kept,
+                          work.selection);
     }
     return s;
   }

@@ -69,7 +69,10 @@ struct tova {
     if (s == status::ok) {
       s = run::for_each_sequence(on, entries, assign_sum<Seen>{seen, scores, work.sums});
     }
-    if (s == status::ok) s = run::top_tokens(on, work.quotas, what, shared, kept, work.selection);
+    if (s == status::ok) {
+      s = run::top_tokens(on, quotas_by_sequence(work.quotas, what), what, shared, kept,
+                          work.selection);
+    }
     return s;
   }
 
