@@ -76,6 +76,7 @@ void for_each_policy(const F& f) {
         .budget = token_budget::share(0.5), .recent = token_budget::share(0.1), .window = 2});
   f("snapkv", policy::snapkv{.budget = 50, .window = 3});
   f("snapkv, max", policy::snapkv{.budget = token_budget::share(0.3), .window = 2, .pool = most});
+  f("snapkv, shared by KV heads", policy::snapkv{.budget = 50, .window = 3, .head_floor = 0.2});
   f("pyramidkv", policy::pyramidkv{.budget = 40, .window = 3, .layers = layers});
   f("cake", policy::cake{.budget = 40, .window = 3, .layers = layers});
   f("cake_decode", policy::cake_decode{.budget = 40, .recent = 3});
@@ -93,6 +94,7 @@ void for_each_large_budget(const F& f) {
   f("h2o", policy::h2o{.budget = all, .recent = 3, .window = 3});
   f("h2o, more than there is", policy::h2o{.budget = 4000, .recent = 3, .window = 3});
   f("snapkv", policy::snapkv{.budget = all, .window = 3});
+  f("snapkv, shared by KV heads", policy::snapkv{.budget = all, .window = 3, .head_floor = 0});
   f("pyramidkv", policy::pyramidkv{.budget = all, .window = 3, .layers = layers});
   f("cake", policy::cake{.budget = all, .window = 3, .layers = layers});
   f("cake_decode", policy::cake_decode{.budget = 300, .recent = 3});
@@ -441,7 +443,7 @@ TEST_CASE("a workspace one byte short is refused and nothing is written", "[cont
     CHECK(run(rule, on, plain, 1).status == status::small_workspace);
     ++refused;
   });
-  CHECK(refused == 2 * 17);  // all but streaming_llm, on two backends
+  CHECK(refused == 2 * 18);  // all but streaming_llm, on two backends
 }
 
 TEST_CASE("an empty batch is no work", "[contract]") {

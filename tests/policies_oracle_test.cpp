@@ -318,13 +318,15 @@ TEST_CASE("snapkv agrees with the oracle", "[oracle]") {
         const count_t window = random_window(random);
         const token_budget budget = random_budget(random, window);
         return drawn<policy::snapkv>{
-            {budget, window, random_pooling(random)}, window, budget.of(60)};
+            {budget, window, random_pooling(random), random.one_of({1.0, 0.5, 0.2, 0.0})},
+            window,
+            budget.of(60)};
       },
       [](const policy::snapkv& rule, index_t, const attention_rows& rows, const kept_heads& kept) {
         const auto kv_heads = static_cast<index_t>(kept.size());
         return disagreement(
             kept, reference::snapkv(rows, kv_heads, rule.budget.of(rows.tokens), rule.window,
-                                    kind_of(rule.pool), rule.pool.width));
+                                    kind_of(rule.pool), rule.pool.width, rule.head_floor));
       });
 }
 

@@ -42,6 +42,10 @@ TEST_CASE("options outside their range are named", "[policy]") {
   CHECK(why(snapkv{.window = wrapped}, seen) == "window");
   CHECK(why(snapkv{.pool = {pool_kind::max, 4}}, seen) == "pool.width");
   CHECK(why(snapkv{.pool = {pool_kind::max, 0}}, seen) == "pool.width");
+  CHECK(why(snapkv{.head_floor = 0}, seen) == "");
+  CHECK(why(snapkv{.head_floor = -0.1}, seen) == "head_floor");
+  CHECK(why(snapkv{.head_floor = 1.1}, seen) == "head_floor");
+  CHECK(why(snapkv{.head_floor = std::nan("")}, seen) == "head_floor");
   CHECK(why(pyramidkv{}, seen) == "");
   CHECK(why(pyramidkv{.budget = wrapped}, seen) == "budget");
   CHECK(why(pyramidkv{.window = 0}, seen) == "window");
@@ -200,6 +204,7 @@ TEST_CASE("work that no memory holds is refused, not wrapped", "[policy]") {
   };
   all(policy::h2o{.window = 8});
   all(policy::snapkv{.window = 8});
+  all(policy::snapkv{.window = 8, .head_floor = 0.2});
   all(policy::tova{});
   all(policy::attention_ranked{});
   all(policy::twilight{});

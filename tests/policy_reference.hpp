@@ -127,6 +127,33 @@ inline std::vector<choice> top_k(const std::vector<scores>& heads, index_t count
   return out;
 }
 
+/// As many of each head as it has among the heads * count best of all: those of lower heads, then
+/// the lower positions, before their equals. But `floor` of a count is each head's own.
+inline std::vector<choice> shared_top_k(const std::vector<scores>& heads, index_t count,
+                                        index_t tokens, double floor) {
+  if (floor == 1 || any_nan(heads)) return top_k(heads, count, tokens);
+  scores all;
+  for (const scores& of_head : heads) all.insert(all.end(), of_head.begin(), of_head.end());
+  const auto number = [](size_t n) { return static_cast<index_t>(n); };
+  count = std::clamp<index_t>(count, 0, number(heads.front().size()));
+  const choice best = top_k(all, count * number(heads.size()), number(all.size()));
+  std::vector<choice> out;
+  for (size_t h = 0; h < heads.size(); ++h) {
+    const auto share = [&](const std::vector<bool>& taken) {
+      const auto first = taken.begin() + number(h * heads[h].size());
+      const auto own = std::count(first, first + number(heads[h].size()), true);
+      return static_cast<index_t>(std::nearbyint(floor * static_cast<double>(count) +
+                                                 (1 - floor) * static_cast<double>(own)));
+    };
+    const auto keep = [&](const std::vector<bool>& taken) {
+      return top_k(heads[h], share(taken), tokens);
+    };
+    const choice least = keep(best.must), most = keep(best.may);
+    out.push_back({keep(best.kept).kept, least.must, most.may, least.fewest, most.most});
+  }
+  return out;
+}
+
 inline std::vector<choice> keep_all_heads(index_t kv_heads, index_t tokens) {
   return {static_cast<size_t>(kv_heads), keep_all(tokens)};
 }
@@ -279,11 +306,12 @@ inline std::vector<scores> snapkv_scores(const attention_rows& rows, index_t kv_
 }
 
 inline std::vector<choice> snapkv(const attention_rows& rows, index_t kv_heads, index_t budget,
-                                  index_t window, pool kind, index_t width) {
+                                  index_t window, pool kind, index_t width, double floor = 1) {
   if (rows.tokens <= budget || state_of(rows, kv_heads, window).there == 0) {
     return keep_all_heads(kv_heads, rows.tokens);
   }
-  return top_k(snapkv_scores(rows, kv_heads, window, kind, width), budget - window, rows.tokens);
+  return shared_top_k(snapkv_scores(rows, kv_heads, window, kind, width), budget - window,
+                      rows.tokens, floor);
 }
 
 enum class pyramid_divisor { layers_less_one, layers };

@@ -61,9 +61,10 @@ namespace refreekv::inline v0 {
 /// below tokens(s) are read or written; quotas are [sequence].
 ///
 /// - `attention_scratch take_attention_scratch(arena&, B, rows, seen)`, `selection_scratch
-///   take_selection_scratch(arena&, B, seen)`, where seen may still have its pages, and
-///   `ranking_scratch take_ranking_scratch(arena&, B, seen)`: what the backend needs for the
-///   primitives below that are given them.
+///   take_selection_scratch(arena&, B, seen)`, where seen may still have its pages,
+///   `sharing_scratch take_sharing_scratch(arena&, B, seen)` and `ranking_scratch
+///   take_ranking_scratch(arena&, B, seen)`: what the backend needs for the primitives below that
+///   are given them.
 ///
 /// - `attention_sums(B, score_rows, seen, scores, counts, scratch)`: the attention that each token
 ///   receives from the last rows, summed, in place of its score or, where it is carried, on top of
@@ -84,6 +85,13 @@ namespace refreekv::inline v0 {
 ///   recent ones, which neither get a score nor lend theirs. O(tokens * width).
 ///
 /// - `keep_all(B, seen, kept)`: keeps every token. O(tokens).
+///
+/// - `share_quotas(B, floor, quotas, seen, scores, shared, scratch)`: shares each sequence's quota
+///   out, shared [sequence, kv_head]: a head has of_head(floor, how many of its tokens are among
+///   the kv_heads * ranked with the highest scores of all heads, those of lower heads and then the
+///   earlier ones among equals). Where the quota holds all, each head has it, and scores are not
+///   looked at. With NaN in a score any quotas, but not all of the head that has it, so that
+///   top_tokens sees it. O(kv_heads * tokens) expected.
 ///
 /// - `top_tokens(B, quotas, seen, scores, kept, scratch)`: keeps what each KV head's quota says,
 ///   a quotas_view. A head that is `undecided` already, or has NaN in a score before the recent

@@ -14,15 +14,19 @@ struct score_ranking {
   index_t rows;  ///< of the observation
   pooling pool;  ///< width 1 for none
   bool carried;  ///< scores are the caller's and go on from what they were
-  Quota quota;   ///< device-callable: the token_quota of a number of tokens
+  /// Device-callable: the token_quota of a number of tokens. Where it has a `head_floor` below 1,
+  /// KV heads share it.
+  Quota quota;
 
   template <class Backend>
   struct buffers {
     float* scores;        ///< [sequence, kv_head, capacity]; null where they are the caller's
     float* pooled;        ///< the same; null for no pooling
     token_quota* quotas;  ///< [sequence]
+    token_quota* shared;  ///< [sequence, kv_head]; null where KV heads share nothing
     typename ops<Backend>::attention_scratch attention;
     typename ops<Backend>::selection_scratch selection;
+    typename ops<Backend>::sharing_scratch sharing;
   };
 
   template <backend Backend, attention_observation Seen>
@@ -36,6 +40,10 @@ struct score_ranking {
     work.quotas = from.take<token_quota>(sequences);
     work.attention = run::take_attention_scratch(from, on, rows, observed(seen));
     work.selection = run::take_selection_scratch(from, on, observed(seen));
+    if (shares()) {
+      work.shared = from.take<token_quota>(sequences, heads);
+      work.sharing = run::take_sharing_scratch(from, on, observed(seen));
+    }
     return work;
   }
 
@@ -61,11 +69,24 @@ struct score_ranking {
       s = run::pool(on, pool, work.quotas, what, scores, own(work.pooled));
       scores = own(work.pooled);
     }
-    if (s == status::ok) {
-      s = run::top_tokens(on, quotas_by_sequence(work.quotas, what), what, scores, kept,
-                          work.selection);
+    auto quotas = quotas_by_sequence(work.quotas, what);
+    if constexpr (requires { quota.head_floor; }) {
+      if (s == status::ok && shares()) {
+        s = run::share_quotas(on, quota.head_floor, work.quotas, what, scores, work.shared,
+                              work.sharing);
+        quotas = {work.shared, {what.sequences(), what.kv_heads()}};
+      }
     }
+    if (s == status::ok) s = run::top_tokens(on, quotas, what, scores, kept, work.selection);
     return s;
+  }
+
+  [[nodiscard]] constexpr bool shares() const noexcept {
+    if constexpr (requires { quota.head_floor; }) {
+      return quota.head_floor < 1;
+    } else {
+      return false;
+    }
   }
 
   template <class Seen>

@@ -60,6 +60,16 @@ struct token_quota {
     if (budget < 1 && recent < 1) return {0, 1};
     return {budget > recent ? budget - recent : 0, recent};
   }
+  /// Of a KV head among those that share: `floor` of the quota is every head's own, and the rest of
+  /// all heads goes where their best tokens are, `best` of them in this head. Rounded to the
+  /// nearest number, the even one from halfway.
+  [[nodiscard]] REFREEKV_HOST_DEVICE token_quota of_head(double floor,
+                                                         index_t best) const noexcept {
+    // In one rounding: some compilers would join the product and the sum, and others not.
+    const double share =
+        std::fma(floor, static_cast<double>(ranked - best), static_cast<double>(best));
+    return {static_cast<index_t>(std::rint(share)), recent};
+  }
 };
 
 /// What each KV head keeps: [sequence, kv_head].

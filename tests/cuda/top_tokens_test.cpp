@@ -6,6 +6,7 @@
 #include "../estimates.hpp"
 #include "emulated_backend.hpp"
 #include "refreekv/cuda/estimate.hpp"
+#include "refreekv/cuda/head_quotas.hpp"
 #include "refreekv/cuda/ranked_scan.hpp"
 
 using namespace refreekv;
@@ -295,8 +296,8 @@ struct batch {
   score_tensor scores;
 
   batch(random_source& random, std::vector<position_t> lengths, index_t group, bool of_q_heads,
-        index_t stride, index_t dim = 1)
-      : layer(2, group, dim, 1, std::move(lengths)),
+        index_t stride, index_t dim = 1, index_t kv_heads = 2)
+      : layer(kv_heads, group, dim, 1, std::move(lengths)),
         cache(filled_rows(random)),
         heads(of_q_heads ? layer.q_heads() : layer.keys.kv_heads),
         scores(layer.sequences(), heads, capacity(), stride) {
@@ -419,6 +420,117 @@ TEST_CASE("blocks keep the CPU's best tokens", "[cuda][top_tokens]") {
       }
     }
   }
+}
+
+namespace {
+
+/// By sorting: what each head keeps of a sequence's quota.
+std::vector<index_t> shares(batch& b, index_t s, const token_quota& quota, double floor) {
+  const index_t heads = b.kv_heads(), candidates = std::max<index_t>(0, b.tokens(s) - quota.recent);
+  if (quota.ranked >= candidates) return std::vector<index_t>(size(heads), quota.ranked);
+  std::vector<float> all;
+  for (index_t i = 0; i < heads * candidates; ++i) {
+    all.push_back(b.scores.view()(s, i / candidates, i % candidates));
+  }
+  std::vector<index_t> best(size(heads));
+  for (const index_t i : first_of(ranked(all), size(heads * quota.ranked))) {
+    ++best[size(i / candidates)];
+  }
+  for (index_t& own : best) {
+    own = static_cast<index_t>(std::nearbyint(floor * static_cast<double>(quota.ranked) +
+                                              (1 - floor) * static_cast<double>(own)));
+  }
+  return best;
+}
+
+/// Checks what the CPU and blocks share out. The second head of the sequence `spoilt` has NaN.
+void check_shares(batch& b, const std::vector<token_quota>& quotas, double floor,
+                  const row_cut& cut, index_t spoilt = -1) {
+  const auto seen = b.seen();
+  const index_t heads = b.kv_heads();
+  const auto check = [&](const auto& share) {
+    std::vector<token_quota> shared(size(b.sequences() * heads));
+    share(shared.data());
+    for (index_t s = 0; s < b.sequences(); ++s) {
+      const token_quota quota = quotas[size(s)];
+      const index_t candidates = b.tokens(s) - quota.recent;
+      if (quota.ranked < candidates && s == spoilt) {
+        REQUIRE(shared[size(s * heads + 1)].ranked < candidates);
+        continue;
+      }
+      const std::vector<index_t> expected = shares(b, s, quota, floor);
+      for (index_t h = 0; h < heads; ++h) {
+        CAPTURE(s, h, quota.ranked, quota.recent, floor);
+        REQUIRE(shared[size(s * heads + h)].ranked == expected[size(h)]);
+        REQUIRE(shared[size(s * heads + h)].recent == quota.recent);
+      }
+    }
+  };
+  const auto cpu = scratch_of([&](arena& from) {
+    return ops<cpu_backend<>>::take_sharing_scratch(from, cpu_backend{}, seen);
+  });
+  check([&](token_quota* shared) {
+    cpu_detail::share_quotas(cpu_backend{}.on, floor, quotas.data(), seen, b.scores.view(), shared,
+                             *cpu);
+  });
+  for (const unsigned order : orders) {
+    CAPTURE(order, cut.parts);
+    const auto device =
+        scratch_of([&](arena& from) { return cuda_detail::take_sharing_scratch(from, seen, cut); });
+    check([&](token_quota* shared) {
+      REQUIRE(cuda_detail::share_quotas(emulated_backend{order}, floor, quotas.data(), seen,
+                                        b.scores.view(), shared, *device) == status::ok);
+    });
+  }
+}
+
+}  // namespace
+
+TEST_CASE("heads share by the best scores of all", "[cuda][top_tokens]") {
+  random_source random(base_seed());
+  for (const token_quota quota : {token_quota{0, 4}, token_quota{1, 0}, token_quota{100, 32},
+                                  token_quota{254, 1}, token_quota{256, 1}, token_quota::all()}) {
+    for (const bool with_nan : {false, true}) {
+      batch b(random, ragged, 1, false, random.one_of<index_t>({1, 3}), 1, 3);
+      for (index_t h = 0; h < 3; ++h) {
+        const auto rows = nasty_rows(random, b.tokens(5));
+        const auto& row = rows[size(random.between(0, static_cast<index_t>(rows.size()) - 1))];
+        for (index_t t = 0; t < b.tokens(5); ++t) b.scores.view()(5, h, t) = row[size(t)];
+      }
+      for (index_t t = 0; t < b.tokens(4) && with_nan;
+           ++t) {  // all of this head are among the best
+        b.scores.view()(4, 1, t) = t == 17 ? random.one_of({not_a_number, -not_a_number}) : 2;
+      }
+      std::vector<token_quota> quotas(ragged.size(), quota);
+      quotas[3] = {quota.ranked / 2, quota.recent + 1};
+      CAPTURE(base_seed(), with_nan);
+      check_shares(b, quotas, random.one_of({0.0, 0.2, 0.5, 1.0}),
+                   random.one_of({cuts[0], cuts[1], cuts[2]}), with_nan ? 4 : -1);
+    }
+  }
+  // More parts of all heads than a block has threads.
+  for (const float tie : {0.0f, 0.5f}) {
+    batch many(random, {400, 90}, 1, false, 1, 1, 40);
+    for (index_t h = 0; h < 40 && tie > 0; ++h) {
+      for (index_t t = 0; t < 400; ++t) many.scores.view()(0, h, t) = tie;
+    }
+    check_shares(many, {{350, 10}, {3, 1}}, 0, {8, 16});
+  }
+}
+
+TEST_CASE("heads that share are cut in few parts", "[cuda][top_tokens]") {
+  random_source random(base_seed());
+  const auto parts_of = [&](index_t kv_heads, position_t tokens) {
+    const batch b(random, {tokens}, 1, false, 1, 1, kv_heads);
+    arena count;
+    return cuda_detail::take_sharing_scratch(count, b.seen()).rows.cut.parts;
+  };
+  CHECK(parts_of(1, 12000) == 6);
+  CHECK(parts_of(8, 12000) == 4);
+  CHECK(parts_of(33, 12000) == 1);
+  CHECK(parts_of(8, 100) == 1);
+  batch b(random, {12000, 9000}, 1, false, 1);
+  check_shares(b, {{1000, 50}, {8000, 8}}, 0.2, {4});
 }
 
 TEST_CASE("blocks keep the CPU's share of attention", "[cuda][top_tokens]") {

@@ -44,6 +44,7 @@ struct ops<cpu_backend<Executor>> {
   using scan_scratch = cpu_detail::scan_scratch;
   using attention_scratch = cpu_detail::attention_scratch;
   using selection_scratch = cpu_detail::selection_scratch;
+  using sharing_scratch = float*;
   struct ranking_scratch {};
   using importance_scratch = cpu_detail::importance_scratch;
 
@@ -162,6 +163,16 @@ struct ops<cpu_backend<Executor>> {
     cpu_detail::for_each_head(b.on, seen, 1, [&](int, index_t s, index_t h) {
       cpu_detail::keep_all(kept, s, h, seen.tokens(s));
     });
+    return status::ok;
+  }
+
+  template <class Seen>
+  static sharing_scratch take_sharing_scratch(arena& from, const backend_type&,
+                                              const Seen& seen) noexcept {
+    return from.take<float>(seen.sequences(), seen.kv_heads(), seen.capacity());
+  }
+  static status share_quotas(const backend_type& b, const auto&... arguments) noexcept {
+    cpu_detail::share_quotas(b.on, arguments...);
     return status::ok;
   }
 

@@ -145,6 +145,34 @@ inline bool any_nan(const float* values, index_t stride, index_t count) noexcept
   return nan;
 }
 
+/// scratch [sequence, kv_head, capacity]: the scores of all heads, which are reordered.
+template <class Executor, class Seen>
+void share_quotas(const Executor& on, double floor, const token_quota* quotas, const Seen& seen,
+                  const scores_view<>& scores, token_quota* shared, float* scratch) noexcept {
+  const index_t heads = seen.kv_heads(), elements = seen.sequences() * heads * seen.capacity();
+  for_each_item(on, seen.sequences(), elements * 4, [&](int, index_t s) {
+    const token_quota quota = quotas[s];
+    token_quota* own = std::fill_n(shared + s * heads, heads, quota) - heads;
+    const index_t candidates = std::max<index_t>(0, seen.tokens(s) - quota.recent);
+    if (quota.ranked >= candidates) return;
+    const index_t stride = scores.stride(2);
+    float* values = scratch + s * heads * seen.capacity();
+    for (index_t h = 0; h < heads; ++h) {
+      const float* row = scores.at(s, h);
+      float* copy = values + h * candidates;
+      for (index_t t = 0; t < candidates; ++t) copy[t] = row[t * stride];
+    }
+    if (quota.ranked == 0 || any_nan(values, 1, heads * candidates)) return;
+    value_limit limit = limit_of_largest(values, heads * candidates, heads * quota.ranked);
+    for (index_t h = 0; h < heads; ++h) {
+      const float* row = scores.at(s, h);
+      index_t best = 0;
+      for (index_t t = 0; t < candidates; ++t) best += limit.takes(row[t * stride]) ? 1 : 0;
+      own[h] = quota.of_head(floor, best);
+    }
+  });
+}
+
 template <class Executor, class Seen>
 void top_tokens(const Executor& on, const quotas_view<>& quotas, const Seen& seen,
                 const scores_view<>& scores, const kept_positions<>& kept,

@@ -28,10 +28,11 @@ struct grid_descent {
   descent_state<Bins>* states;  ///< [row, part]
   weight* weights;              ///< [2, row, part, bin]: of the last two digits, by turns
   double* sums;                 ///< [row, tile]: of the values; of masses alone
+  index_t joined;               ///< neighbouring rows that share a limit: those of 1, of 2, ...
 
   /// scores: [sequence, head, capacity]
   [[nodiscard]] static grid_descent take(arena& from, const scores_view<Memory>& scores,
-                                         const row_cut& cut) noexcept {
+                                         const row_cut& cut, index_t joined = 1) noexcept {
     const index_t count = scores.extent(0) * scores.extent(1);
     grid_descent d{};
     d.rows = {scores, cut, from.take<row_tokens>(count), from.take<value_limit>(count, cut.parts),
@@ -41,7 +42,13 @@ struct grid_descent {
     if constexpr (std::is_same_v<Bins, mass_bins>) {
       d.sums = from.take<double>(count, tiles_of(scores.extent(2)));
     }
+    d.joined = joined;
     return d;
+  }
+
+  /// The first parts of a row, those that are weighed; all of them where rows share a limit.
+  [[nodiscard]] REFREEKV_DEVICE index_t weighed(index_t count) const noexcept {
+    return joined == 1 ? rows.cut.used(count) : rows.cut.parts;
   }
 
   /// Weighs a part by a digit. item: [row, part]
@@ -58,14 +65,15 @@ struct grid_descent {
     }
   }
 
-  /// The end with a digit found by which the launch before weighed the row's `used` parts.
+  /// The end with a digit found by which the launch before weighed the row's first `used` parts.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE descent_end<weight> found(Block& block, memory& s, index_t row,
                                                           index_t used,
                                                           const descent_end<weight>& end,
                                                           int digit) const noexcept {
     constexpr int batch = 8, lanes = digits::lanes;
-    const weight* of = weights_by(digit, row * rows.cut.parts) + block.rank() / lanes;
+    const weight* of = weights_by(digit, first_item(row)) + block.rank() / lanes;
+    used *= joined;
     weight sum[1] = {};
     for (index_t first = block.rank() % lanes; first < used; first += batch * lanes) {
       REFREEKV_UNROLL
@@ -84,22 +92,27 @@ struct grid_descent {
                                                   index_t index, index_t count,
                                                   const descent_state<Bins>& state) const noexcept {
     constexpr int last = digits::count - 1;
-    const index_t used = rows.cut.used(count);
-    const auto end = found(block, s, row, used, state.end, last);
+    const auto end = found(block, s, row, weighed(count), state.end, last);
     const float least = from_ordered_bits(end.bits);
-    const weight* of = weights_by(last, row * rows.cut.parts) + end.bits % digits::bins;
-    const auto equals = [&](index_t part) {
-      return state.bins.values_of(of[part * digits::bins], least);
+    const weight* of = weights_by(last, first_item(row)) + end.bits % digits::bins;
+    const auto equals = [&](index_t i) {
+      return state.bins.values_of(of[i * digits::bins], least);
     };
-    const index_t own = block.rank() < index ? equals(block.rank()) : 0;
+    const index_t item = row * rows.cut.parts + index - first_item(row);
+    index_t own = 0;
+    for (index_t i = block.rank(); i < item; i += block_threads) own += equals(i);
     const auto before = block_reduce(block, s.counts, static_cast<std::uint64_t>(own), plus{});
     const token_range part = rows.cut.part(index, count);
     return limit_at(block, s, rows.row(row).from(part.begin), part.begin, part.end - part.begin,
                     least, state.bins.values_for(end.needed, least) - static_cast<index_t>(before),
-                    equals(index));
+                    equals(item));
   }
 
  private:
+  /// The first part of the rows that share a row's limit.
+  [[nodiscard]] REFREEKV_DEVICE index_t first_item(index_t row) const noexcept {
+    return row / joined * joined * rows.cut.parts;
+  }
   /// What each bin weighs. item: [row, part]
   [[nodiscard]] REFREEKV_DEVICE weight* weights_by(int digit, index_t item) const noexcept {
     const index_t items = rows.scores.extent(0) * rows.scores.extent(1) * rows.cut.parts;
@@ -119,7 +132,7 @@ struct weigh_parts_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const row_cut& cut = descent.rows.cut;
     const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t count = descent.rows.tokens[row].candidates, used = cut.used(count);
+    const index_t count = descent.rows.tokens[row].candidates, used = descent.weighed(count);
     if (part >= used) return;
     auto state = descent.states[item];
     if (state.end.needed == 0) return;
@@ -152,17 +165,25 @@ struct part_limits_body {
   }
 };
 
-/// Keeps what each group of rows takes, once a launch has weighed them by the first digit.
+/// Finds the limits of rows that a launch has weighed by the first digit.
 template <class Backend, class Bins, class Memory>
-[[nodiscard]] status keep_on_grid(const Backend& on, const grid_descent<Bins, Memory>& descent,
-                                  index_t group, const kept_positions<Memory>& kept) noexcept {
+[[nodiscard]] status find_on_grid(const Backend& on, const grid_descent<Bins, Memory>& descent,
+                                  const grid_keep<Memory>& keep) noexcept {
   const index_t items = descent.rows.items();
   status s = status::ok;
   for (int digit = 1; s == status::ok && digit < descent_digits<Bins>::count; ++digit) {
     s = run_blocks(on, items, weigh_parts_body<Bins, Memory>{descent, digit});
   }
+  if (s != status::ok) return s;
+  return run_blocks(on, items, part_limits_body<Bins, Memory>{descent, keep});
+}
+
+/// Keeps what each group of rows takes, once a launch has weighed them by the first digit.
+template <class Backend, class Bins, class Memory>
+[[nodiscard]] status keep_on_grid(const Backend& on, const grid_descent<Bins, Memory>& descent,
+                                  index_t group, const kept_positions<Memory>& kept) noexcept {
   const grid_keep<Memory> keep{descent.rows, group, kept};
-  if (s == status::ok) s = run_blocks(on, items, part_limits_body<Bins, Memory>{descent, keep});
+  status s = find_on_grid(on, descent, keep);
   if (s == status::ok && group > 1) {
     s = run_blocks(on, keep.items(), count_kept_body<Memory>{keep});
   }

@@ -7,6 +7,7 @@
 #include "refreekv/cuda/crossing.hpp"
 #include "refreekv/cuda/estimate.hpp"
 #include "refreekv/cuda/grades.hpp"
+#include "refreekv/cuda/head_quotas.hpp"
 #include "refreekv/cuda/importance.hpp"
 #include "refreekv/cuda/ranked_scan.hpp"
 #include "refreekv/cuda/release.hpp"
@@ -25,6 +26,7 @@ struct device_ops {
   using scan_scratch = cuda_detail::scan_scratch;
   using attention_scratch = cuda_detail::attention_scratch;
   using selection_scratch = cuda_detail::selection_scratch;
+  using sharing_scratch = cuda_detail::sharing_scratch<Memory>;
   using ranking_scratch = cuda_detail::ranking_scratch;
   using importance_scratch = cuda_detail::importance_scratch;
 
@@ -42,6 +44,11 @@ struct device_ops {
   static selection_scratch take_selection_scratch(arena& from, const Backend&,
                                                   const Seen& seen) noexcept {
     return selection_scratch::take(from, seen);
+  }
+  template <class Seen>
+  static sharing_scratch take_sharing_scratch(arena& from, const Backend&,
+                                              const Seen& seen) noexcept {
+    return cuda_detail::take_sharing_scratch(from, seen);
   }
   template <class Seen>
   static ranking_scratch take_ranking_scratch(arena& from, const Backend& on,
@@ -88,6 +95,9 @@ struct device_ops {
   static status pool(const auto&... arguments) noexcept { return cuda_detail::pool(arguments...); }
   static status keep_all(const auto&... arguments) noexcept {
     return cuda_detail::keep_all(arguments...);
+  }
+  static status share_quotas(const auto&... arguments) noexcept {
+    return cuda_detail::share_quotas(arguments...);
   }
   static status top_tokens(const auto&... arguments) noexcept {
     return cuda_detail::top_tokens(arguments...);

@@ -46,10 +46,11 @@ struct row_cut {
   /// By a model that no device has confirmed: a block reads 2,048 values in 1 µs, whose loads it
   /// waits for, 512 such blocks read as fast as a device can, and a launch takes 3.5 µs. A step
   /// over parts so costs a launch, and saves the share of the others in reading a row.
-  [[nodiscard]] static constexpr row_cut of(index_t rows, index_t capacity) noexcept {
+  [[nodiscard]] static constexpr row_cut of(index_t rows, index_t capacity,
+                                            index_t most = most_parts) noexcept {
     constexpr double launch = 3.5;
     const index_t reads = (capacity + read_at_once - 1) / read_at_once;
-    const index_t parts = row_parts::of(rows, reads < most_parts ? reads : most_parts, 512).parts;
+    const index_t parts = row_parts::of(rows, reads < most ? reads : most, 512).parts;
     const auto whole = static_cast<double>(reads);
     return {parts > 1 && launch + whole / static_cast<double>(parts) < whole ? parts : 1};
   }

@@ -71,8 +71,9 @@ struct limit_union {
 
 /// Weighs each value 1. The block shares its bins: to add 1, a device joins the threads of a warp
 /// that add to the same place.
-struct count_bins {
-  using weight = unsigned;
+template <class Weight>
+struct count_bins_of {
+  using weight = Weight;
   static constexpr int digit_bits = 8;
   struct shared {
     unsigned counts[1 << digit_bits];
@@ -87,8 +88,12 @@ struct count_bins {
     block.add(s.counts[bin], 1u);
   }
   /// How many values, all equal to `value`, have a weight, and how many have at least that.
-  [[nodiscard]] REFREEKV_DEVICE static index_t values_of(weight w, float) noexcept { return w; }
-  [[nodiscard]] REFREEKV_DEVICE static index_t values_for(weight w, float) noexcept { return w; }
+  [[nodiscard]] REFREEKV_DEVICE static index_t values_of(weight w, float) noexcept {
+    return static_cast<index_t>(w);
+  }
+  [[nodiscard]] REFREEKV_DEVICE static index_t values_for(weight w, float) noexcept {
+    return static_cast<index_t>(w);
+  }
 
   /// The weight of a bin, to the first of block_threads / bins neighbouring threads; 0 to others.
   template <thread_block Block>
@@ -96,6 +101,7 @@ struct count_bins {
     return s.counts[block.rank()];
   }
 };
+using count_bins = count_bins_of<unsigned>;
 
 /// Weighs each value > 0 by itself in fixed point, in which no value vanishes and one that holds
 /// at least 2^-37 of the sum is exact. Each thread has bins of its own: devices have no 64-bit

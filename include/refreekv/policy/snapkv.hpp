@@ -5,6 +5,15 @@
 // A token's score is the attention that it receives from the last queries, the observation window,
 // pooled over its neighbours. The window's own tokens stay, and of the others those with the
 // highest scores, up to the budget.
+//
+// With `head_floor` below 1 the KV heads of a layer share their budgets: Ada-SnapKV (Ada-KV, arXiv
+// 2407.11550). Say that each of H heads may keep B tokens before the window, and take the H * B
+// with the highest scores of all heads, those of lower heads and then the earlier ones among
+// equals. A head keeps head_floor * B + (1 - head_floor) * (how many of these are its own) tokens,
+// its best ones. As in the authors' code (FFY0/AdaKV), whose floor_alpha the floor is, that is
+// rounded, to even from halfway, so that a layer keeps H * B up to half a token a head. Unlike
+// there, head_floor * B is not cut to a whole number before; and scores are not weighted by what
+// share of a head's B of them hold, which is an option there.
 #pragma once
 
 #include "refreekv/score_ranking.hpp"
@@ -15,17 +24,23 @@ struct snapkv {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  /// Tokens, the window's included: those stay however small the budget is.
+  /// Tokens, the window's included: those stay however small the budget is. Of the mean KV head
+  /// where these share them.
   token_budget budget = 2048;
   /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
   /// least 1.
   count_t window = 32;
   pooling pool = {pool_kind::average, 5};
+  /// Share of the budget that is every KV head's own, in [0, 1]. 1: SnapKV. 0.2: Ada-SnapKV, with
+  /// pool {max, 7}. A rank with a part of a layer's heads shares among these. Where a head has
+  /// nothing to decide on, all keep all of its sequence, and nothing is shared.
+  double head_floor = 1;
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
     if (window < 1 || window > max_count) return "window must be >= 1";
     if (!pool.valid()) return "pool.width must be odd";
+    if (!(head_floor >= 0 && head_floor <= 1)) return "head_floor must be in [0, 1]";
     return nullptr;
   }
   [[nodiscard]] constexpr const char* invalid(const attention_observation auto&) const noexcept {
