@@ -317,6 +317,7 @@ const bool added = [] {
     add("streaming_llm", policy::streaming_llm{.budget = half}, 1, g, layers, all);
     add("h2o_8_rows", policy::h2o{.budget = half, .recent = 8, .window = 8}, 8, g, layers, all);
     add("snapkv", policy::snapkv{.budget = half}, 32, g, layers, all);
+    add("ada_snapkv", policy::snapkv{.budget = half, .head_floor = 0.2}, 32, g, layers, all);
     add("faithful", policy::faithful{}, 32, g, layers, all);
     add("faithful_no_error", policy::faithful{.tolerance = 0.2, .error_term = false}, 32, g, layers,
         all);

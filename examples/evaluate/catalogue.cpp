@@ -31,6 +31,12 @@ std::vector<variant> of_methods_with_budgets() {
          return policy::snapkv{.budget = share_of(c), .window = 32, .pool = max_of_7};
        },
        "snapkv"},
+      {"ada_snapkv", "window 32, max pool 7, head floor 0.2", true,
+       [=](const circumstances& c) {
+         return policy::snapkv{
+             .budget = share_of(c), .window = 32, .pool = max_of_7, .head_floor = 0.2};
+       },
+       "ada_snapkv"},
       {"pyramidkv", "window 8, max pool 7", true,
        [=](const circumstances& c) {
          return policy::pyramidkv{.budget = share_of(c), .window = 8, .pool = max_of_7};

@@ -74,6 +74,8 @@ void rule_options::add_to(CLI::App& app) {
   add_choice("--pool", pool_, "snapkv, pyramidkv",
              pools{{"average", kv::pool_kind::average}, {"max", kv::pool_kind::max}});
   add("--pool-width", pool_width_, "neighbours that a score takes in", "snapkv, pyramidkv");
+  add("--head-floor", head_floor_, "share of the budget that is each KV head's own, in [0, 1]",
+      "snapkv");
   add("--p", p_, "share of the attention that stays", "twilight");
 }
 
@@ -86,6 +88,7 @@ pruning_rule rule_options::rule() const {
         if constexpr (requires { rule.tolerance; }) replace(rule.tolerance, tolerance_);
         if constexpr (requires { rule.stand_ins; }) replace(rule.stand_ins, stand_ins_);
         if constexpr (requires { rule.error_term; }) replace(rule.error_term, error_term_);
+        if constexpr (requires { rule.head_floor; }) replace(rule.head_floor, head_floor_);
         if constexpr (requires { rule.p; }) replace(rule.p, p_);
         if constexpr (requires { rule.sinks; }) replace(rule.sinks, sinks_);
         if constexpr (requires { rule.window; }) replace(rule.window, window_);

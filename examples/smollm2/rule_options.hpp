@@ -21,7 +21,7 @@ class rule_options {
  private:
   std::string policy_ = "refreekv";
   // What is not given is what the policy says.
-  std::optional<double> threshold_, tolerance_, p_;
+  std::optional<double> threshold_, tolerance_, head_floor_, p_;
   std::optional<bool> stand_ins_, error_term_;
   std::optional<refreekv::count_t> sinks_, window_, full_layers_, room_, pool_width_;
   std::optional<std::string> budget_;

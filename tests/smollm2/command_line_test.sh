@@ -30,6 +30,7 @@ refuses 2 "prompt" --model "$model"
 refuses 2 "prompt" "${run[@]}" --prompt-file LICENSE
 refuses 2 "--protect wants BEGIN:END" "${run[@]}" --protect 7
 refuses 2 "--protect wants BEGIN:END" "${run[@]}" --protect 7:3
+refuses 2 "head_floor must be in" "${run[@]}" --policy snapkv --head-floor 1.1
 refuses 2 "keeps a range" "${run[@]}" --policy snapkv --protect 0:4
 refuses 2 "--plot needs" "${run[@]}" --policy none --plot "$work/p"
 
