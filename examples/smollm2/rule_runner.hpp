@@ -29,8 +29,8 @@ class rule_runner {
  public:
   explicit rule_runner(int threads) : pool_(threads) {}
 
-  // Fills in what stays of the layer: result.kept or result.counts, from result.tokens. Throws
-  // std::runtime_error where refreekv refuses.
+  // Fills in what stays of the layer: result.kept or result.counts. Throws std::runtime_error where
+  // refreekv refuses.
   template <class Rule, class Seen>
   void decide(const Rule& rule, const Seen& seen, layer_pruning& result) {
     const refreekv::cpu_backend backend{pool_};
@@ -42,7 +42,8 @@ class rule_runner {
           refreekv::select(rule, backend, seen, {result.kept.data(), {1, groups}}, scratch_));
     } else {
       result.counts.resize(static_cast<std::size_t>(groups));
-      positions_.resize(std::max(positions_.size(), result.counts.size() * result.tokens));
+      positions_.resize(
+          std::max(positions_.size(), static_cast<std::size_t>(groups * seen.capacity())));
       if constexpr (valued_rule<Rule>) make_room(rule, seen, result);
       require_ok(refreekv::select(rule, backend, seen, positions_of(result), scratch_));
     }
@@ -115,8 +116,8 @@ class rule_runner {
   // The tokens that result.counts counts, and the stand-ins that result.stand_ins does.
   refreekv::kept_with_stand_ins<> positions_of(layer_pruning& result) {
     const auto heads = static_cast<refreekv::index_t>(result.counts.size());
-    const auto tokens = static_cast<refreekv::index_t>(result.tokens);
-    const refreekv::kept_positions<> kept{refreekv::view(positions_.data(), {1, heads, tokens}),
+    const auto room = static_cast<refreekv::index_t>(positions_.size() / result.counts.size());
+    const refreekv::kept_positions<> kept{refreekv::view(positions_.data(), {1, heads, room}),
                                           refreekv::view(result.counts.data(), {1, heads})};
     if (result.stand_ins.empty()) return kept;
     return {
@@ -126,7 +127,7 @@ class rule_runner {
 
   refreekv::thread_pool pool_;
   std::vector<std::byte> scratch_;                      // grows with the largest layer, then stays
-  std::vector<refreekv::position_t> positions_;         // [kv_head, tokens], the same
+  std::vector<refreekv::position_t> positions_;         // [kv_head, room], the same
   std::vector<float> stand_in_keys_, stand_in_values_;  // the same
   refreekv::stand_in_rows<> stand_ins_;                 // of the layer that was decided on
 };
