@@ -8,6 +8,19 @@
 #include "rule_options.hpp"
 
 namespace paged {
+namespace {
+
+page_rule rule_of(const smollm2::pruning_rule& chosen, bool scope_given) {
+  if (const auto* range = std::get_if<refreekv::policy::refreekv>(&chosen)) return *range;
+  const auto* faithful = std::get_if<refreekv::policy::faithful>(&chosen);
+  if (faithful == nullptr) throw smollm2::usage_error("pages need --policy refreekv or faithful");
+  if (scope_given && faithful->scope == refreekv::cut_scope::kv_head) {
+    throw smollm2::usage_error("KV heads share pages, so faithful has --scope layer here");
+  }
+  return *faithful;
+}
+
+}  // namespace
 
 std::optional<options> parse_options(int argc, char** argv) {
   options result;
@@ -33,10 +46,7 @@ std::optional<options> parse_options(int argc, char** argv) {
   rule.add_to(app);
   if (!smollm2::parse(app, argc, argv)) return std::nullopt;
 
-  const smollm2::pruning_rule chosen = rule.rule();
-  const auto* range = std::get_if<refreekv::policy::refreekv>(&chosen);
-  if (range == nullptr) throw smollm2::usage_error("pages need --policy refreekv");
-  result.rule = *range;
+  result.rule = rule_of(rule.rule(), app.count("--scope") > 0);
   const std::string end = question.empty() ? "" : "\n\n" + question;
   result.a = smollm2::read_file(a) + end;
   result.b = smollm2::read_file(b) + end;

@@ -4,15 +4,16 @@
 
 #include <filesystem>
 #include <optional>
-#include <refreekv/refreekv.hpp>
 #include <string>
+
+#include "page_pruning.hpp"
 
 namespace paged {
 
 struct options {
   std::filesystem::path model;
   std::string a, b, c;  // prompts
-  refreekv::policy::refreekv rule;
+  page_rule rule;
   std::size_t page_tokens = 16;
   std::size_t tokens = 24;
   int threads = 1;

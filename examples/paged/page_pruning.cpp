@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "page_pruning.hpp"
 
+#include <algorithm>
 #include <numeric>
 
 #include "rule_runner.hpp"
@@ -11,16 +12,71 @@ using refreekv::index_t;
 using refreekv::view;
 using smollm2::require_ok;
 
-refreekv::kept_range decide(const refreekv::policy::refreekv& rule, std::size_t layer,
-                            std::span<const float> queries, std::size_t q_heads,
-                            const paged_layer& cache) {
+namespace {
+
+auto observe_layer(std::size_t layer, std::span<const float> queries, std::size_t q_heads,
+                   const paged_layer& cache) {
   const std::size_t rows = queries.size() / (q_heads * cache.head_dim());
-  const auto seen = refreekv::observe(
+  return refreekv::observe(
       view(queries.data(), {1, static_cast<index_t>(rows), static_cast<index_t>(q_heads),
                             static_cast<index_t>(cache.head_dim())}),
       cache.rows().keys, {.layer = static_cast<index_t>(layer)});
+}
+
+page_release prune_layer(const refreekv::policy::refreekv& rule, std::size_t layer,
+                         std::span<const float> queries, std::size_t q_heads, paged_layer& cache) {
+  return release(decide(rule, layer, queries, q_heads, cache), cache);
+}
+
+// What stays moves down, and the stand-ins behind it; so the pages at the end are what is free.
+page_release prune_layer(refreekv::policy::faithful rule, std::size_t layer,
+                         std::span<const float> queries, std::size_t q_heads, paged_layer& cache) {
+  rule.scope = refreekv::cut_scope::layer;  // heads on the same pages have one length
+  // Sinks stay in their slots, so that nothing is written before the first token that goes.
+  rule.sinks = std::max(rule.sinks, static_cast<refreekv::count_t>(cache.shared_tokens()));
+  const auto [keys, values] = cache.rows();
   smollm2::layer_pruning result{};
-  smollm2::rule_runner(1).decide(rule, seen, result);
+  smollm2::rule_runner runner(1);
+  runner.decide(rule, refreekv::with_values(observe_layer(layer, queries, q_heads, cache), values),
+                result);
+  const std::size_t kept = runner.compact(result, keys, values).front().length;
+
+  std::vector<block_id> table = cache.table();
+  const std::size_t promised = (cache.length(0) - kept) / cache.pool().shape().tokens;
+  table.resize(table.size() - promised);
+  page_release released{.kept = kept,
+                        .stand_ins = kept - static_cast<std::size_t>(result.counts.front().count),
+                        .pages_before = cache.table().size(),
+                        .pages_after = table.size(),
+                        .promised = promised,
+                        .returned = {}};
+  released.returned =
+      cache.shrink(std::move(table), {.tokens = static_cast<refreekv::position_t>(kept)});
+  return released;
+}
+
+}  // namespace
+
+page_release prune(const page_rule& rule, std::size_t layer, std::span<const float> queries,
+                   std::size_t q_heads, paged_layer& cache) {
+  return std::visit(
+      [&](const auto& each) { return prune_layer(each, layer, queries, q_heads, cache); }, rule);
+}
+
+smollm2::prefill_hooks_for<paged_cache> pruning_hooks(const page_rule& rule, std::size_t q_heads,
+                                                      std::vector<page_release>& releases) {
+  return {.window = std::visit([](const auto& each) -> std::size_t { return each.window; }, rule),
+          .on_layer = [=, &releases](std::size_t layer, std::span<const float> queries,
+                                     paged_cache& cache) {
+            releases.push_back(prune(rule, layer, queries, q_heads, cache.layer(layer)));
+          }};
+}
+
+refreekv::kept_range decide(const refreekv::policy::refreekv& rule, std::size_t layer,
+                            std::span<const float> queries, std::size_t q_heads,
+                            const paged_layer& cache) {
+  smollm2::layer_pruning result{};
+  smollm2::rule_runner(1).decide(rule, observe_layer(layer, queries, q_heads, cache), result);
   return std::accumulate(result.kept.begin(), result.kept.end(), result.kept.front(),
                          refreekv::unite);
 }
@@ -50,10 +106,14 @@ page_release release(const refreekv::kept_range& kept, paged_layer& cache) {
   table.resize(static_cast<std::size_t>(pages));
   returned.resize(static_cast<std::size_t>(freed));
 
-  page_release result{kept, cache.table().size(), table.size(),
-                      static_cast<std::size_t>(plan.freed), std::move(returned)};
+  page_release released{.kept = static_cast<std::size_t>(kept.length()),
+                        .stand_ins = 0,
+                        .pages_before = cache.table().size(),
+                        .pages_after = table.size(),
+                        .promised = static_cast<std::size_t>(plan.freed),
+                        .returned = std::move(returned)};
   cache.shrink(std::move(table), slots);
-  return result;
+  return released;
 }
 
 }  // namespace paged

@@ -3,30 +3,42 @@
 #pragma once
 
 #include <span>
+#include <variant>
 #include <vector>
 
+#include "llama.hpp"
 #include "paged_cache.hpp"
 
 namespace paged {
 
+// The rules that can leave all KV heads of a layer one length and a shared prefix where it is.
+using page_rule = std::variant<refreekv::policy::refreekv, refreekv::policy::faithful>;
+
 struct page_release {
-  refreekv::kept_range kept;
+  std::size_t kept;          // slots of each KV head that attention sees
+  std::size_t stand_ins;     // of these, in place of tokens that went
   std::size_t pages_before;  // of the layer's table
   std::size_t pages_after;
-  std::size_t promised;            // pages, by the plan
+  std::size_t promised;            // pages, by what is kept
   std::vector<block_id> returned;  // pages that nobody owns any more
 };
 
-// What stays of a layer whose cache holds the whole prompt. All heads are on the same pages, so
-// they share a range. queries: [row, q_head, head_dim], of the last tokens; where there are fewer
-// than the rule's window, behind a shared prefix say, it looks at these. Throws std::runtime_error
-// where refreekv refuses.
+// A layer whose cache holds the whole prompt gives up whole pages, and keeps the room for tokens to
+// come that it had. Pages that others own, too, are neither written nor freed.
+// queries: [row, q_head, head_dim], of the last tokens; where there are fewer than the rule's
+// window, behind a shared prefix say, it looks at these. Throws std::runtime_error where refreekv
+// refuses.
+page_release prune(const page_rule& rule, std::size_t layer, std::span<const float> queries,
+                   std::size_t q_heads, paged_layer& cache);
+
+// A prefill that prunes each layer as soon as it can, and adds what that released.
+smollm2::prefill_hooks_for<paged_cache> pruning_hooks(const page_rule& rule, std::size_t q_heads,
+                                                      std::vector<page_release>& releases);
+
+// The two steps of a rule that keeps a range. All heads are on the same pages, so they share it.
 refreekv::kept_range decide(const refreekv::policy::refreekv& rule, std::size_t layer,
                             std::span<const float> queries, std::size_t q_heads,
                             const paged_layer& cache);
-
-// Takes whole pages out of the layer's table. Pages that others own, too, are neither written nor
-// freed.
 page_release release(const refreekv::kept_range& kept, paged_layer& cache);
 
 }  // namespace paged

@@ -80,13 +80,23 @@ std::vector<std::uint8_t> paged_layer::shared_pages() const {
   return bits;
 }
 
-void paged_layer::shrink(std::vector<block_id> table, const refreekv::kept_range& slots) {
-  // Those that go are one piece, and no page is in a table twice.
-  for (const block_id page : table_) {
-    if (std::find(table.begin(), table.end(), page) == table.end()) pool_->manager.release(page);
+std::size_t paged_layer::shared_tokens() const {
+  const auto shared = [&](block_id page) { return pool_->manager.owners(page) > 1; };
+  const auto last = std::find_if(table_.rbegin(), table_.rend(), shared);
+  return static_cast<std::size_t>(table_.rend() - last) * pool_->shape().tokens;
+}
+
+std::vector<block_id> paged_layer::shrink(std::vector<block_id> table,
+                                          const refreekv::kept_range& slots) {
+  std::vector<block_id> freed;
+  for (const block_id page : table_) {  // no page is in a table twice
+    if (std::find(table.begin(), table.end(), page) != table.end()) continue;
+    pool_->manager.release(page);
+    if (pool_->manager.owners(page) == 0) freed.push_back(page);
   }
   table_ = std::move(table);
   slots_ = slots;
+  return freed;
 }
 
 std::optional<paged_cache> paged_cache::admit(page_pool& pool, std::size_t layers,

@@ -46,9 +46,12 @@ class paged_layer : public smollm2::layer_memory {
 
   // One bit for each page of the table, lowest first: 1 where others own it, too.
   std::vector<std::uint8_t> shared_pages() const;
+  // Slots up to the end of the last of these.
+  std::size_t shared_tokens() const;
 
-  // Gives up the pages that are not in `table`, which is a part of the one that was.
-  void shrink(std::vector<block_id> table, const refreekv::kept_range& slots);
+  // Gives up the pages that are not in `table`, which is a part of the one that was. Returns those
+  // that nobody owns any more.
+  std::vector<block_id> shrink(std::vector<block_id> table, const refreekv::kept_range& slots);
 
  private:
   page_pool* pool_;

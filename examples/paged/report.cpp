@@ -21,10 +21,10 @@ void print_layers(const serving_result& run, std::ostream& out) {
   const std::size_t page = run.page.bytes();
   for (std::size_t layer = 0; layer < run.releases.size(); ++layer) {
     const page_release& each = run.releases[layer];
-    out << std::setw(5) << layer << std::setw(16) << each.kept.length() << std::setw(16)
-        << each.pages_before << " -> " << std::left << std::setw(5) << each.pages_after
-        << std::right << std::setw(15) << each.pages_before * page / 1024 << " -> " << std::left
-        << std::setw(5) << each.pages_after * page / 1024 << std::right << std::setw(11)
+    out << std::setw(5) << layer << std::setw(16) << each.kept << std::setw(16) << each.pages_before
+        << " -> " << std::left << std::setw(5) << each.pages_after << std::right << std::setw(15)
+        << each.pages_before * page / 1024 << " -> " << std::left << std::setw(5)
+        << each.pages_after * page / 1024 << std::right << std::setw(11)
         << each.returned.size() * page / 1024 << '\n';
   }
 }
@@ -61,11 +61,14 @@ void print(const serving_result& run, const smollm2::tokenizer& tokens, std::ost
   event("C needs " + count(run.needed_by_c) + " pages and is refused", run.free_before);
   event("A prefilled and pruned layer by layer", run.free_after);
   event("C admitted, " + count(run.returned_to_c) + " of its pages are A's", run.free_at_end);
-  out << "\nthe plan promised " << run.promised() << " bytes, " << run.returned() << " came back ("
+  out << std::fixed << std::setprecision(1) << "\nkept " << 100 * run.kept_fraction()
+      << " % of A's slots";
+  if (run.stand_in_fraction() > 0) out << ", " << 100 * run.stand_in_fraction() << " % stand-ins";
+  out << "\npromised " << run.promised() << " bytes, " << run.returned() << " came back ("
       << mebibytes(run.returned())
       << ")\nshared pages: " << (run.shared_pages_unchanged ? "no byte was written" : "WRITTEN")
       << '\n';
-  out << std::setprecision(3);
+  out << std::defaultfloat << std::setprecision(3);
   print_sequence("A", run.a, tokens, out);
   print_sequence("B", run.b, tokens, out);
   print_sequence("C", run.c, tokens, out);

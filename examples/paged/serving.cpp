@@ -69,22 +69,20 @@ std::vector<block_id> pages_of(const paged_cache& cache) {
 }
 
 // The same tokens in a pool of their own, where the prefix is computed first, too, and the prompt
-// is pruned at the same cuts, if any: how far the logits are from those that were served.
+// is pruned by the same rule, if any: how far the logits are from those that were served.
 double difference_alone(const llama& model, const page_shape& page, tokens_view prompt,
-                        std::size_t shared, const std::vector<page_release>& releases,
-                        const running& together, const report_progress& on_progress) {
+                        std::size_t shared, const page_rule* rule, const running& together,
+                        const report_progress& on_progress) {
   const std::size_t layers = model.config().layers;
   const std::size_t tokens = prompt.size() + together.tokens.size();
   page_pool pool(page, layers * ((tokens + page.tokens - 1) / page.tokens));
   running prefix = admit(pool, layers, shared);
   if (shared > 0) model.prefill(prompt.first(shared), prefix.cache);
   running alone = admit(pool, layers, tokens, &prefix.cache);
-  smollm2::prefill_hooks_for<paged_cache> hooks{.on_progress = on_progress};
-  if (!releases.empty()) {
-    hooks.on_layer = [&](std::size_t layer, std::span<const float>, paged_cache& cache) {
-      release(releases[layer].kept, cache.layer(layer));
-    };
-  }
+  std::vector<page_release> releases;
+  smollm2::prefill_hooks_for<paged_cache> hooks;
+  if (rule != nullptr) hooks = pruning_hooks(*rule, model.config().q_heads, releases);
+  hooks.on_progress = on_progress;
   alone.logits.push_back(model.prefill(prompt.subspan(shared), alone.cache, hooks));
   for (const int token : together.tokens) alone.logits.push_back(model.decode(token, alone.cache));
 
@@ -98,12 +96,26 @@ double difference_alone(const llama& model, const page_shape& page, tokens_view 
   return largest;
 }
 
+std::size_t sum_over(const std::vector<page_release>& releases, std::size_t page_release::*what) {
+  std::size_t sum = 0;
+  for (const page_release& each : releases) sum += each.*what;
+  return sum;
+}
+
 }  // namespace
 
+double serving_result::kept_fraction() const {
+  return static_cast<double>(sum_over(releases, &page_release::kept)) /
+         static_cast<double>(releases.size() * a.prompt_tokens);
+}
+
+double serving_result::stand_in_fraction() const {
+  return static_cast<double>(sum_over(releases, &page_release::stand_ins)) /
+         static_cast<double>(releases.size() * a.prompt_tokens);
+}
+
 std::size_t serving_result::promised() const {
-  std::size_t pages = 0;
-  for (const page_release& each : releases) pages += each.promised;
-  return pages * page.bytes();
+  return sum_over(releases, &page_release::promised) * page.bytes();
 }
 
 std::size_t serving_result::returned() const {
@@ -115,7 +127,7 @@ std::size_t serving_result::returned() const {
 const char* serving_result::wrong() const {
   constexpr double tolerance = 1e-5;
   if (promised() != returned() || (free_after - free_before) * page.bytes() != returned()) {
-    return "the bytes that came back are not those that the plan promised";
+    return "the bytes that came back are not those that were promised";
   }
   if (returned_to_c != c.pages) return "C has pages that A did not return";
   if (!shared_pages_unchanged) return "a shared page was written";
@@ -165,16 +177,9 @@ serving_result serve(const llama& model, const serving_plan& plan,
 
   run_b.logits.push_back(model.prefill(b.subspan(result.shared_tokens), run_b.cache,
                                        {.on_progress = show("prefill of B")}));
-  run_a.logits.push_back(model.prefill(
-      a.subspan(result.shared_tokens), run_a.cache,
-      {.window = plan.rule.window,
-       .on_layer =
-           [&](std::size_t layer, std::span<const float> queries, paged_cache& cache) {
-             paged_layer& filled = cache.layer(layer);
-             const auto kept = decide(plan.rule, layer, queries, model.config().q_heads, filled);
-             result.releases.push_back(release(kept, filled));
-           },
-       .on_progress = show("prefill of A")}));
+  auto pruning = pruning_hooks(plan.rule, model.config().q_heads, result.releases);
+  pruning.on_progress = show("prefill of A");
+  run_a.logits.push_back(model.prefill(a.subspan(result.shared_tokens), run_a.cache, pruning));
   result.free_after = free_pages();
 
   std::optional<running> run_c;
@@ -197,13 +202,13 @@ serving_result serve(const llama& model, const serving_plan& plan,
   for (const block_id page : pages_of(run_c->cache)) result.returned_to_c += returned.count(page);
 
   const auto summary = [&](const running& run, tokens_view prompt, std::size_t shared,
-                           const std::vector<page_release>& releases, const char* what) {
+                           const page_rule* rule, const char* what) {
     return served{prompt.size(), run.cache.pages(), run.tokens,
-                  difference_alone(model, result.page, prompt, shared, releases, run, show(what))};
+                  difference_alone(model, result.page, prompt, shared, rule, run, show(what))};
   };
-  result.a = summary(run_a, a, result.shared_tokens, result.releases, "A alone");
-  result.b = summary(run_b, b, result.shared_tokens, {}, "B alone");
-  result.c = summary(*run_c, c, 0, {}, "C alone");
+  result.a = summary(run_a, a, result.shared_tokens, &plan.rule, "A alone");
+  result.b = summary(run_b, b, result.shared_tokens, nullptr, "B alone");
+  result.c = summary(*run_c, c, 0, nullptr, "C alone");
   return result;
 }
 

@@ -15,7 +15,7 @@ struct serving_plan {
   std::vector<int> a, b, c;  // prompts
   std::size_t steps;         // tokens that A and B decode; C comes in after half of them
   std::size_t page_tokens;
-  refreekv::policy::refreekv rule;
+  page_rule rule;
 };
 
 struct served {
@@ -40,8 +40,10 @@ struct serving_result {
   bool shared_pages_unchanged;
   served a, b, c;
 
-  std::size_t promised() const;  // bytes, by the plans for A's layers
-  std::size_t returned() const;  // bytes, on the lists of freed pages
+  double kept_fraction() const;      // of the slots of A's prompt, stand-ins among them
+  double stand_in_fraction() const;  // of the same slots
+  std::size_t promised() const;      // bytes, by the decisions on A's layers
+  std::size_t returned() const;      // bytes, on the lists of freed pages
 
   // Null, or which of the things that must hold does not.
   const char* wrong() const;

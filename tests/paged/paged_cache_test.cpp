@@ -147,6 +147,71 @@ TEST_CASE("what is released comes back, and attention sees what is kept") {
   CHECK(pool.manager.free_blocks() == layers * (12 - shared / 16));
 }
 
+TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
+  using refreekv::policy::faithful;
+  const faithful rule = GENERATE(values<faithful>({{.window = 8},
+                                                   {.sinks = 100, .stand_ins = false},
+                                                   {.tolerance = 0.05, .error_term = false}}));
+  const std::size_t page_tokens = GENERATE(1u, 16u, 64u), shared = GENERATE(0u, 64u);
+  const std::size_t prompt = GENERATE(67u, 192u, 250u), more = 40;
+  CAPTURE(rule.window, rule.stand_ins, page_tokens, shared, prompt);
+  const tiny_model model;
+  const std::vector<int> tokens = random_tokens(prompt + more, 3);
+  const auto prefix = std::span(tokens).first(shared);
+  const auto rest = std::span(tokens).subspan(shared, prompt - shared);
+
+  faithful own_rule = rule;  // with what pages ask for
+  own_rule.scope = refreekv::cut_scope::layer;
+  own_rule.sinks = std::max(rule.sinks, static_cast<refreekv::count_t>(shared));
+  smollm2::pruner engine(own_rule, smollm2_test::small_llama::q_heads, 1);
+  smollm2::kv_cache own = model.network.new_cache();
+  if (shared > 0) model.network.prefill(prefix, own);
+  smollm2::prefill_hooks to_engine{.window = rule.window};
+  to_engine.on_layer = [&](std::size_t layer, std::span<const float> queries,
+                           smollm2::kv_cache& cache) { engine.prune(layer, queries, cache); };
+  model.network.prefill(rest, own, to_engine);
+
+  page_pool pool(shape_of(page_tokens), layers * (400 / page_tokens));
+  auto first = paged_cache::admit(pool, layers, shared);
+  if (shared > 0) model.network.prefill(prefix, *first);
+  auto cache = paged_cache::admit(pool, layers, tokens.size(), &*first);
+  REQUIRE(cache);
+  std::vector<std::vector<std::byte>> before;
+  for (std::size_t l = 0; l < layers; ++l) {
+    before.push_back(contents(pool, first->layer(l).table(), shared / page_tokens));
+  }
+  const std::size_t free = pool.manager.free_blocks();
+  std::vector<page_release> releases;
+  model.network.prefill(rest, *cache,
+                        pruning_hooks(rule, smollm2_test::small_llama::q_heads, releases));
+
+  std::size_t returned = 0, dropped = 0, stand_ins = 0;
+  for (std::size_t l = 0; l < layers; ++l) {
+    const std::size_t length = own.layer(l).length(0);
+    CHECK((releases[l].kept == length && cache->layer(l).length(1) == length));
+    CHECK(releases[l].returned.size() == (prompt - length) / page_tokens);
+    CHECK(releases[l].promised == releases[l].returned.size());
+    CHECK(releases[l].pages_after == cache->layer(l).table().size());
+    returned += releases[l].returned.size();
+    dropped += prompt - length;
+    stand_ins += releases[l].stand_ins;
+  }
+  CHECK(pool.manager.free_blocks() == free + returned);
+  CHECK((prompt < 100 || dropped > 0));
+  CHECK((stand_ins > 0) == (rule.stand_ins && dropped > 0));
+  for (std::size_t next = prompt; next < tokens.size(); ++next) {
+    CHECK(cache->next_position() == next);
+    CHECK(largest_difference(model.network.decode(tokens[next], *cache),
+                             model.network.decode(tokens[next], own)) <= 1e-5);
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    CHECK(contents(pool, first->layer(l).table(), shared / page_tokens) == before[l]);
+  }
+  cache.reset();
+  first.reset();
+  CHECK(pool.manager.free_blocks() == pool.manager.blocks());
+}
+
 TEST_CASE("behind a shared prefix there may be fewer queries than the window has") {
   const std::size_t tail = GENERATE(1u, 2u, 3u, 4u, 6u);
   CAPTURE(tail);

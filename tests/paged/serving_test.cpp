@@ -23,17 +23,24 @@ std::vector<int> after(std::vector<int> prefix, std::size_t count, unsigned seed
 TEST_CASE("three sequences share a pool and have the logits that they have alone") {
   const tiny_model model;
   const std::size_t page_tokens = GENERATE(1u, 8u, 16u);
-  const double threshold = GENERATE(0.3, 0.6);
-  CAPTURE(page_tokens, threshold);
+  using namespace refreekv::policy;
+  const page_rule rule = GENERATE(values<page_rule>(
+      {refreekv::policy::refreekv{.threshold = 0.3, .window = 4, .full_layers = 0},
+       refreekv::policy::refreekv{.threshold = 0.6, .window = 4, .full_layers = 0},
+       faithful{.tolerance = 0.3, .window = 4}, faithful{.tolerance = 0.3, .stand_ins = false},
+       faithful{.tolerance = 0.3, .sinks = 90, .error_term = false}}));
+  CAPTURE(page_tokens, rule.index());
   const std::vector<int> prefix = random_tokens(70, 1);
-  serving_plan plan{after(prefix, 200, 2), after(prefix, 30, 3),
-                    random_tokens(20, 4),  12,
-                    page_tokens,           {.threshold = threshold, .window = 4, .full_layers = 0}};
+  serving_plan plan{
+      after(prefix, 200, 2), after(prefix, 30, 3), random_tokens(20, 4), 12, page_tokens, rule};
   plan.b[70] = (plan.a[70] + 1) % 11;  // there they part
   const serving_result run = serve(model.network, plan, {});
   CHECK(run.shared_tokens == 70 / page_tokens * page_tokens);
   CHECK(run.free_before == 0);
   CHECK(run.returned() > 0);
+  const auto* faithful_rule = std::get_if<faithful>(&rule);
+  CHECK((run.stand_in_fraction() > 0) == (faithful_rule != nullptr && faithful_rule->stand_ins));
+  CHECK(run.kept_fraction() < 1);
   CHECK(run.returned_to_c == run.needed_by_c);
   CHECK(run.free_at_end == run.free_after - run.needed_by_c);
   CHECK((run.a.tokens.size() == 12 && run.b.tokens.size() == 12 && run.c.tokens.size() == 6));
@@ -49,7 +56,7 @@ TEST_CASE("what does not fit is refused in words") {
                     random_tokens(390, 4),
                     2,
                     8,
-                    {.threshold = 0.3, .full_layers = 0}};
+                    refreekv::policy::refreekv{.threshold = 0.3, .full_layers = 0}};
   CHECK_THROWS_WITH(serve(model.network, plan, {}), Catch::Contains("do not fit into"));
   plan.b = {};
   plan.b.assign(50, (plan.a[0] + 1) % 11);
