@@ -2,6 +2,7 @@
 // A block manager of the kind that vLLM has, around the SmolLM2 engine: a pruned sequence returns
 // pages, and another one is admitted into them.
 #include <iostream>
+#include <optional>
 
 #include "command_line.hpp"
 #include "loaded_model.hpp"
@@ -16,11 +17,15 @@ void run(const paged::options& opts) {
   const auto encode = [&](const std::string& text) { return model.tokens.encode_chat(text); };
   const paged::serving_plan plan{encode(opts.a), encode(opts.b),   encode(opts.c),
                                  opts.tokens,    opts.page_tokens, opts.rule};
-  const paged::serving_result result = [&] {
-    smollm2::progress_bar bar;
-    return paged::serve(model.network, plan,
-                        [&](const std::string& what, double done) { bar.show(what, done); });
-  }();
+  std::optional<smollm2::progress_bar> bar(std::in_place);
+  const auto show = [&](const std::string& what, double done) { bar->show(what, done); };
+  if (opts.speed) {
+    const auto speed = paged::measure_speed(model.network, plan, opts.threads, show);
+    bar.reset();  // ends its line
+    return print(speed, std::cout);
+  }
+  const paged::serving_result result = paged::serve(model.network, plan, show);
+  bar.reset();
   print(result, model.tokens, std::cout);
   if (const char* wrong = result.wrong()) throw std::runtime_error(wrong);
 }

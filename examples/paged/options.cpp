@@ -35,20 +35,26 @@ std::optional<options> parse_options(int argc, char** argv) {
   app.option_defaults()->always_capture_default();
   app.add_option("--model", result.model, "a Llama model in GGUF")->required();
   app.add_option("--prompt-file", a, "A's text")->required();
-  app.add_option("--sharing-file", b, "B's text, which begins as A's does")->required();
-  app.add_option("--next-file", c, "C's text")->required();
+  app.add_option("--sharing-file", b, "B's text, which begins as A's does");
+  app.add_option("--next-file", c, "C's text");
   app.add_option("--question", question, "text to append to A's and B's");
   app.add_option("--page-tokens", result.page_tokens, "tokens of a page")
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20));
   app.add_option("--tokens", result.tokens, "tokens to generate")
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20));
   app.add_option("--threads", result.threads)->check(CLI::Range(1, 1024));
+  app.add_flag("--speed", result.speed,
+               "instead of serving: measure A's tokens/s, full and pruned, in alternating runs");
   rule.add_to(app);
   if (!smollm2::parse(app, argc, argv)) return std::nullopt;
 
   result.rule = rule_of(rule.rule(), app.count("--scope") > 0);
+  if (!result.speed && (b.empty() || c.empty())) {
+    throw smollm2::usage_error("--sharing-file and --next-file are needed to serve");
+  }
   const std::string end = question.empty() ? "" : "\n\n" + question;
   result.a = smollm2::read_file(a) + end;
+  if (result.speed) return result;
   result.b = smollm2::read_file(b) + end;
   result.c = smollm2::read_file(c);
   return result;

@@ -12,11 +12,12 @@ namespace paged {
 
 struct options {
   std::filesystem::path model;
-  std::string a, b, c;  // prompts
+  std::string a, b, c;  // prompts; b and c are empty with `speed`
   page_rule rule;
   std::size_t page_tokens = 16;
   std::size_t tokens = 24;
   int threads = 1;
+  bool speed = false;  // of A alone, without the others
 };
 
 // Nothing where only help was asked for. Throws usage_error for options that cannot be, and

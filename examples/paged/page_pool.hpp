@@ -3,6 +3,7 @@
 // layer of any sequence can use it.
 #pragma once
 
+#include <algorithm>
 #include <refreekv/layouts.hpp>
 #include <span>
 
@@ -16,6 +17,7 @@ struct page_shape {
   std::size_t kv_heads;
   std::size_t head_dim;
 
+  std::size_t pages_for(std::size_t count) const { return (count + tokens - 1) / tokens; }
   std::size_t bytes() const { return 2 * tokens * kv_heads * head_dim * sizeof(float); }
 };
 
@@ -40,12 +42,21 @@ class page_pool {
         table);
   }
 
+  void copy(block_id from, block_id to) {
+    const std::span<const std::byte> source = bytes_of(from);
+    std::copy(source.begin(), source.end(), memory_.bytes().subspan(first_byte(to)).begin());
+  }
+
   // Of one page.
   std::span<const std::byte> bytes_of(block_id page) const {
-    return memory_.bytes().subspan(static_cast<std::size_t>(page) * shape_.bytes(), shape_.bytes());
+    return memory_.bytes().subspan(first_byte(page), shape_.bytes());
   }
 
  private:
+  std::size_t first_byte(block_id page) const {
+    return static_cast<std::size_t>(page) * shape_.bytes();
+  }
+
   page_shape shape_;
   smollm2::pages memory_;
 };

@@ -44,7 +44,8 @@ page_release prune_layer(refreekv::policy::faithful rule, std::size_t layer,
   std::vector<block_id> table = cache.table();
   const std::size_t promised = (cache.length(0) - kept) / cache.pool().shape().tokens;
   table.resize(table.size() - promised);
-  page_release released{.kept = kept,
+  page_release released{.tokens = cache.length(0),
+                        .kept = kept,
                         .stand_ins = kept - static_cast<std::size_t>(result.counts.front().count),
                         .pages_before = cache.table().size(),
                         .pages_after = table.size(),
@@ -56,6 +57,15 @@ page_release prune_layer(refreekv::policy::faithful rule, std::size_t layer,
 }
 
 }  // namespace
+
+double share_of(std::size_t page_release::*what, const std::vector<page_release>& releases) {
+  double sum = 0, tokens = 0;
+  for (const page_release& each : releases) {
+    sum += static_cast<double>(each.*what);
+    tokens += static_cast<double>(each.tokens);
+  }
+  return sum / tokens;
+}
 
 page_release prune(const page_rule& rule, std::size_t layer, std::span<const float> queries,
                    std::size_t q_heads, paged_layer& cache) {
@@ -106,7 +116,8 @@ page_release release(const refreekv::kept_range& kept, paged_layer& cache) {
   table.resize(static_cast<std::size_t>(pages));
   returned.resize(static_cast<std::size_t>(freed));
 
-  page_release released{.kept = static_cast<std::size_t>(kept.length()),
+  page_release released{.tokens = static_cast<std::size_t>(kept.tokens),
+                        .kept = static_cast<std::size_t>(kept.length()),
                         .stand_ins = 0,
                         .pages_before = cache.table().size(),
                         .pages_after = table.size(),

@@ -15,6 +15,7 @@ namespace paged {
 using page_rule = std::variant<refreekv::policy::refreekv, refreekv::policy::faithful>;
 
 struct page_release {
+  std::size_t tokens;        // of the prompt
   std::size_t kept;          // slots of each KV head that attention sees
   std::size_t stand_ins;     // of these, in place of tokens that went
   std::size_t pages_before;  // of the layer's table
@@ -22,6 +23,9 @@ struct page_release {
   std::size_t promised;            // pages, by what is kept
   std::vector<block_id> returned;  // pages that nobody owns any more
 };
+
+// What is kept of all layers' tokens, or how much of that stands in for others: in [0, 1].
+double share_of(std::size_t page_release::*what, const std::vector<page_release>& releases);
 
 // A layer whose cache holds the whole prompt gives up whole pages, and keeps the room for tokens to
 // come that it had. Pages that others own, too, are neither written nor freed.

@@ -7,13 +7,6 @@
 #include <utility>
 
 namespace paged {
-namespace {
-
-std::size_t pages_for(std::size_t tokens, std::size_t page_tokens) {
-  return (tokens + page_tokens - 1) / page_tokens;
-}
-
-}  // namespace
 
 paged_layer::paged_layer(page_pool& pool, std::vector<block_id> table, std::size_t tokens)
     : pool_(&pool), table_(std::move(table)) {
@@ -50,9 +43,8 @@ void paged_layer::append(std::span<const float> keys, std::span<const float> val
   const std::size_t tokens = keys.size() / row;
   reserve(tokens);
   const auto first = static_cast<std::size_t>(slots_.tokens);
-  const std::size_t page_tokens = pool_->shape().tokens;
-  for (std::size_t page = first / page_tokens; page < pages_for(first + tokens, page_tokens);
-       ++page) {
+  const page_shape& shape = pool_->shape();
+  for (std::size_t page = first / shape.tokens; page < shape.pages_for(first + tokens); ++page) {
     if (pool_->manager.owners(table_[page]) != 1) {
       throw std::logic_error("a page that several sequences own must not be written");
     }
@@ -86,6 +78,14 @@ std::size_t paged_layer::shared_tokens() const {
   return static_cast<std::size_t>(table_.rend() - last) * pool_->shape().tokens;
 }
 
+void paged_layer::assign(const paged_layer& other) {
+  const std::size_t pages = pool_->shape().pages_for(static_cast<std::size_t>(other.slots_.tokens));
+  for (std::size_t page = 0; page < pages; ++page) {
+    pool_->copy(other.table_.at(page), table_.at(page));
+  }
+  slots_ = other.slots_;
+}
+
 std::vector<block_id> paged_layer::shrink(std::vector<block_id> table,
                                           const refreekv::kept_range& slots) {
   std::vector<block_id> freed;
@@ -105,7 +105,7 @@ std::optional<paged_cache> paged_cache::admit(page_pool& pool, std::size_t layer
   const std::size_t begun = prefix == nullptr ? 0 : prefix->next_position();
   if (tokens < begun) throw std::logic_error("a sequence is as long as its prefix at least");
   if (begun % page_tokens != 0) throw std::logic_error("a prefix is whole pages");
-  const std::size_t own = pages_for(tokens, page_tokens) - begun / page_tokens;
+  const std::size_t own = pool.shape().pages_for(tokens) - begun / page_tokens;
   const auto taken = pool.manager.take(layers * own);
   if (!taken) return std::nullopt;
 

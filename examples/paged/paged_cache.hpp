@@ -49,6 +49,9 @@ class paged_layer : public smollm2::layer_memory {
   // Slots up to the end of the last of these.
   std::size_t shared_tokens() const;
 
+  // Copies the slots in use of a layer of the same pool, into pages that must be its own.
+  void assign(const paged_layer& other);
+
   // Gives up the pages that are not in `table`, which is a part of the one that was. Returns those
   // that nobody owns any more.
   std::vector<block_id> shrink(std::vector<block_id> table, const refreekv::kept_range& slots);

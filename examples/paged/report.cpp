@@ -29,6 +29,16 @@ void print_layers(const serving_result& run, std::ostream& out) {
   }
 }
 
+void print_kept(const std::vector<page_release>& releases, std::ostream& out) {
+  const double stand_ins = share_of(&page_release::stand_ins, releases);
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(1) << "kept "
+       << 100 * share_of(&page_release::kept, releases) << " % of A's " << releases.front().tokens
+       << " tokens";
+  if (stand_ins > 0) text << ", " << 100 * stand_ins << " % as stand-ins";
+  out << text.str() << '\n';
+}
+
 std::string on_one_line(std::string text) {
   std::replace(text.begin(), text.end(), '\n', ' ');
   return text;
@@ -61,17 +71,21 @@ void print(const serving_result& run, const smollm2::tokenizer& tokens, std::ost
   event("C needs " + count(run.needed_by_c) + " pages and is refused", run.free_before);
   event("A prefilled and pruned layer by layer", run.free_after);
   event("C admitted, " + count(run.returned_to_c) + " of its pages are A's", run.free_at_end);
-  out << std::fixed << std::setprecision(1) << "\nkept " << 100 * run.kept_fraction()
-      << " % of A's slots";
-  if (run.stand_in_fraction() > 0) out << ", " << 100 * run.stand_in_fraction() << " % stand-ins";
-  out << "\npromised " << run.promised() << " bytes, " << run.returned() << " came back ("
+  out << '\n';
+  print_kept(run.releases, out);
+  out << "promised " << run.promised() << " bytes, " << run.returned() << " came back ("
       << mebibytes(run.returned())
       << ")\nshared pages: " << (run.shared_pages_unchanged ? "no byte was written" : "WRITTEN")
       << '\n';
-  out << std::defaultfloat << std::setprecision(3);
+  out << std::setprecision(3);
   print_sequence("A", run.a, tokens, out);
   print_sequence("B", run.b, tokens, out);
   print_sequence("C", run.c, tokens, out);
+}
+
+void print(const decoding_speed& run, std::ostream& out) {
+  print_kept(run.releases, out);
+  print(run.test, out);
 }
 
 }  // namespace paged

@@ -75,7 +75,7 @@ double difference_alone(const llama& model, const page_shape& page, tokens_view 
                         const report_progress& on_progress) {
   const std::size_t layers = model.config().layers;
   const std::size_t tokens = prompt.size() + together.tokens.size();
-  page_pool pool(page, layers * ((tokens + page.tokens - 1) / page.tokens));
+  page_pool pool(page, layers * page.pages_for(tokens));
   running prefix = admit(pool, layers, shared);
   if (shared > 0) model.prefill(prompt.first(shared), prefix.cache);
   running alone = admit(pool, layers, tokens, &prefix.cache);
@@ -96,26 +96,12 @@ double difference_alone(const llama& model, const page_shape& page, tokens_view 
   return largest;
 }
 
-std::size_t sum_over(const std::vector<page_release>& releases, std::size_t page_release::*what) {
-  std::size_t sum = 0;
-  for (const page_release& each : releases) sum += each.*what;
-  return sum;
-}
-
 }  // namespace
 
-double serving_result::kept_fraction() const {
-  return static_cast<double>(sum_over(releases, &page_release::kept)) /
-         static_cast<double>(releases.size() * a.prompt_tokens);
-}
-
-double serving_result::stand_in_fraction() const {
-  return static_cast<double>(sum_over(releases, &page_release::stand_ins)) /
-         static_cast<double>(releases.size() * a.prompt_tokens);
-}
-
 std::size_t serving_result::promised() const {
-  return sum_over(releases, &page_release::promised) * page.bytes();
+  std::size_t pages = 0;
+  for (const page_release& each : releases) pages += each.promised;
+  return pages * page.bytes();
 }
 
 std::size_t serving_result::returned() const {
@@ -137,8 +123,7 @@ const char* serving_result::wrong() const {
   return nullptr;
 }
 
-serving_result serve(const llama& model, const serving_plan& plan,
-                     const std::function<void(const std::string&, double)>& on_progress) {
+serving_result serve(const llama& model, const serving_plan& plan, const progress& on_progress) {
   const auto show = [&](const char* what) {
     return [&on_progress, what](double done) {
       if (on_progress) on_progress(what, done);
@@ -150,9 +135,7 @@ serving_result serve(const llama& model, const serving_plan& plan,
   result.page = {plan.page_tokens, model.config().kv_heads, model.config().head_dim};
   result.shared_tokens = common_tokens(a, b, plan.page_tokens);
   if (result.shared_tokens == 0) throw std::runtime_error("A and B share no whole page");
-  const auto pages = [&](std::size_t tokens) {
-    return layers * ((tokens + plan.page_tokens - 1) / plan.page_tokens);
-  };
+  const auto pages = [&](std::size_t tokens) { return layers * result.page.pages_for(tokens); };
   result.shared_pages = pages(result.shared_tokens);
   result.pool_pages =
       pages(a.size() + plan.steps) + pages(b.size() + plan.steps) - result.shared_pages;

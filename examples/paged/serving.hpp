@@ -11,6 +11,8 @@
 
 namespace paged {
 
+using progress = std::function<void(const std::string& what, double done)>;
+
 struct serving_plan {
   std::vector<int> a, b, c;  // prompts
   std::size_t steps;         // tokens that A and B decode; C comes in after half of them
@@ -40,10 +42,8 @@ struct serving_result {
   bool shared_pages_unchanged;
   served a, b, c;
 
-  double kept_fraction() const;      // of the slots of A's prompt, stand-ins among them
-  double stand_in_fraction() const;  // of the same slots
-  std::size_t promised() const;      // bytes, by the decisions on A's layers
-  std::size_t returned() const;      // bytes, on the lists of freed pages
+  std::size_t promised() const;  // bytes, by the decisions on A's layers
+  std::size_t returned() const;  // bytes, on the lists of freed pages
 
   // Null, or which of the things that must hold does not.
   const char* wrong() const;
@@ -52,6 +52,6 @@ struct serving_result {
 // The pool is as large as A and B need, so C does not fit before A has returned pages. Throws
 // std::runtime_error where it does not fit into those either, or nothing can be shared.
 serving_result serve(const smollm2::llama& model, const serving_plan& plan,
-                     const std::function<void(const std::string& what, double done)>& on_progress);
+                     const progress& on_progress);
 
 }  // namespace paged

@@ -3,6 +3,7 @@
 #include <iostream>
 
 #include "command_line.hpp"
+#include "decoding.hpp"
 #include "generation.hpp"
 #include "loaded_model.hpp"
 #include "options.hpp"
@@ -15,21 +16,6 @@
 namespace {
 
 using namespace smollm2;
-
-// Keys and values of all slots that hold a token.
-std::size_t bytes_in_use(const kv_cache& cache) {
-  std::size_t rows = 0;
-  for (std::size_t i = 0; i < cache.layers(); ++i) {
-    const layer_cache& layer = cache.layer(i);
-    for (std::size_t head = 0; head < layer.kv_heads(); ++head) rows += layer.length(head);
-  }
-  return rows * cache.layer(0).head_dim() * 2 * sizeof(float);
-}
-
-decoding_cache decoding(const llama& model, kv_cache& cache) {
-  // Any token does: what it costs does not depend on it.
-  return {[&] { model.decode(0, cache); }, [&] { return bytes_in_use(cache); }};
-}
 
 // A conversation on one cache, which is pruned after each of the user's messages.
 class conversation {

@@ -31,4 +31,7 @@ for policy in refreekv faithful; do
   fi
   [ $failures = $before ] || cat "$work/out"
 done
+"$program" --model "$model" --prompt-file "$prompts/eggs.txt" --speed --policy faithful > "$work/out" ||
+  failures=$((failures + 1))
+grep -q "^pruned cache .* tokens/s" "$work/out" || { cat "$work/out"; failures=$((failures + 1)); }
 [ $failures = 0 ] && echo "pages come back, and others live in them"

@@ -39,8 +39,9 @@ TEST_CASE("three sequences share a pool and have the logits that they have alone
   CHECK(run.free_before == 0);
   CHECK(run.returned() > 0);
   const auto* faithful_rule = std::get_if<faithful>(&rule);
-  CHECK((run.stand_in_fraction() > 0) == (faithful_rule != nullptr && faithful_rule->stand_ins));
-  CHECK(run.kept_fraction() < 1);
+  CHECK((share_of(&page_release::stand_ins, run.releases) > 0) ==
+        (faithful_rule != nullptr && faithful_rule->stand_ins));
+  CHECK(share_of(&page_release::kept, run.releases) < 1);
   CHECK(run.returned_to_c == run.needed_by_c);
   CHECK(run.free_at_end == run.free_after - run.needed_by_c);
   CHECK((run.a.tokens.size() == 12 && run.b.tokens.size() == 12 && run.c.tokens.size() == 6));
