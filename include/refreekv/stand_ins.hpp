@@ -8,8 +8,8 @@ namespace refreekv::inline v0 {
 
 /// Keys and values of which each stands in for several tokens of its KV head that went. To
 /// attention they are tokens as all others, but that every later query sees them, past any sliding
-/// window. They have no
-/// position: keys are as rotated ones are, and the next position goes on from what it was.
+/// window. They have no position: keys are as rotated ones are, and the next position goes on from
+/// what it was.
 template <class Memory = host_memory>
 struct stand_in_rows {
   view<float, 4, Memory> keys;         ///< [sequence, kv_head, stand_in, head_dim]
