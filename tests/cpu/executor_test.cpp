@@ -182,12 +182,15 @@ TEST_CASE("workers share items evenly", "[cpu][executor]") {
     });
     index_t last = 0;
     for (std::size_t w = 0; w < 3; ++w) {
-      if (ends[w] == 0) continue;  // had nothing to do
+      const bool works = static_cast<index_t>(w) < std::min<index_t>(items, 3);
+      CHECK((ends[w] > 0) == works);
+      if (!works) continue;
       CHECK(begins[w] == last);
       CHECK(ends[w] > begins[w]);
       CHECK(ends[w] - begins[w] <= items / 3 + 1);
       last = ends[w];
     }
     CHECK(last == items);
+    CHECK(workers_for(pool, items) == std::clamp<index_t>(items, 1, 3));
   }
 }

@@ -343,3 +343,17 @@ TEST_CASE("prune writes stand-ins into values that are passed by name, too", "[f
           std::vector<float>(row, row + value_dim));
   }
 }
+
+TEST_CASE("workers beyond the KV heads need no memory", "[faithful][workspace]") {
+  layer l({1000});
+  const dense_cache<float> keys(l.p.keys), values(l.values);
+  const auto seen = observe(l.p.query_view(), keys.source(), l.p.info());
+  const auto check = [&](const auto& rule, const auto& what, const auto& run) {
+    CHECK(workspace_size(rule, divided<64>(), what) ==
+          workspace_size(rule, divided<kv_heads>(), what));
+    CHECK(run(rule, divided<64>(), what) == run(rule, divided<1>(), what));
+  };
+  check(policy::faithful{}, with_values(seen, values.source()),
+        [](const auto&... a) { return run_valued(a...); });
+  check(policy::snapkv{.budget = 300}, seen, [](const auto&... a) { return run_ranked(a...); });
+}

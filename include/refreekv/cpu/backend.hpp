@@ -118,13 +118,13 @@ struct ops<cpu_backend<Executor>> {
   template <class Seen>
   static attention_scratch take_attention_scratch(arena& from, const backend_type& b, index_t rows,
                                                   const Seen& seen) noexcept {
-    return attention_scratch::take(from, b.on.workers(), rows, seen);
+    return attention_scratch::take(from, cpu_detail::head_workers(b.on, seen), rows, seen);
   }
 
   template <class Seen>
   static selection_scratch take_selection_scratch(arena& from, const backend_type& b,
                                                   const Seen& seen) noexcept {
-    return selection_scratch::take(from, b.on.workers(), seen);
+    return selection_scratch::take(from, cpu_detail::head_workers(b.on, seen), seen);
   }
 
   template <class Seen>
@@ -220,7 +220,8 @@ struct ops<cpu_backend<Executor>> {
   static importance_scratch take_importance_scratch(arena& from, const backend_type& b,
                                                     const importance_rule& rule,
                                                     const Seen& seen) noexcept {
-    return cpu_detail::take_importance_scratch(from, b.on.workers(), rule, seen);
+    return cpu_detail::take_importance_scratch(from, cpu_detail::head_workers(b.on, seen), rule,
+                                               seen);
   }
 
   // Of the faithful rule, in the headers that weigh, grade, measure and fit.

@@ -2,6 +2,7 @@
 // Who runs the work of a CPU backend: one thread, the library's pool, or an engine's own.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <concepts>
 #include <memory>
@@ -117,13 +118,20 @@ class thread_pool {
   std::vector<std::thread> threads_;
 };
 
-/// Calls f(worker, begin, end) with a part of [0, items) for each worker that has one.
+/// How many workers have a part of so many items, and are numbered from 0 by for_each_range.
+template <class Executor>
+[[nodiscard]] index_t workers_for(const Executor& on, index_t items) noexcept {
+  return std::clamp<index_t>(items, 1, on.workers());
+}
+
+/// Calls f(worker, begin, end) with a part of [0, items) for each worker that has one. Those are
+/// numbered without gaps: what they work in need not be there for more.
 template <class Executor, class F>
 void for_each_range(const Executor& on, index_t items, const F& f) noexcept {
   const index_t workers = on.workers();
   on.run([&](int w) {
     const index_t begin = items * w / workers, end = items * (w + 1) / workers;
-    if (begin < end) f(w, begin, end);
+    if (begin < end) f(items < workers ? static_cast<int>(begin) : w, begin, end);
   });
 }
 

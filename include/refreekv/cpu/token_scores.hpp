@@ -18,6 +18,12 @@ void for_each_head(const Executor& on, const Seen& seen, index_t work, const F& 
                 [&](int worker, index_t i) { f(worker, i / kv_heads, i % kv_heads); });
 }
 
+/// The workers that for_each_head has a head for, at most.
+template <class Executor, class Seen>
+[[nodiscard]] index_t head_workers(const Executor& on, const Seen& seen) noexcept {
+  return workers_for(on, seen.sequences() * seen.kv_heads());
+}
+
 /// What the attention of a token costs: two products with the rows of a KV head, or a look at them.
 template <class Seen>
 [[nodiscard]] index_t attention_work(const Seen& seen, index_t rows) noexcept {
