@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "refreekv/config.hpp"
+#include "refreekv/core/config.hpp"
 
 namespace bench {
 

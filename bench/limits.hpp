@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "refreekv/cpu/executor.hpp"
-#include "refreekv/cpu/lanes.hpp"
+#include "refreekv/cpu/simd/lanes.hpp"
 
 namespace bench {
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "layouts.hpp"
-#include "refreekv/release.hpp"
 
 /// [row, column] with something before, between and after the rows that must not change.
 template <class T>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <refreekv/shard.hpp>
+#include <refreekv/cache/shard.hpp>
 #include <vector>
 
 #include "geometry.hpp"

@@ -2,7 +2,7 @@
 // The shapes of real models' attention layers.
 #pragma once
 
-#include <refreekv/config.hpp>
+#include <refreekv/core/config.hpp>
 #include <span>
 #include <string_view>
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <refreekv/config.hpp>
-#include <refreekv/status.hpp>
+#include <refreekv/core/config.hpp>
+#include <refreekv/core/status.hpp>
 #include <vector>
 
 namespace distributed {

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 #include <limits>
-#include <refreekv/config.hpp>
-#include <refreekv/status.hpp>
+#include <refreekv/core/config.hpp>
+#include <refreekv/core/status.hpp>
 #include <utility>
 #include <vector>
 

@@ -7,8 +7,8 @@
 #include <barrier>
 #include <cstdint>
 #include <cstring>
-#include <refreekv/config.hpp>
-#include <refreekv/status.hpp>
+#include <refreekv/core/config.hpp>
+#include <refreekv/core/status.hpp>
 #include <stdexcept>
 #include <utility>
 #include <vector>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <optional>
-#include <refreekv/attention.hpp>
+#include <refreekv/backend/norm_scan.hpp>
 #include <vector>
 
 #include "deployment.hpp"

@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cstring>
+#include <refreekv/compact.hpp>
 #include <refreekv/policy/refreekv.hpp>
-#include <refreekv/prune.hpp>
+#include <refreekv/select.hpp>
 #include <stdexcept>
 
 #include "deployment.hpp"

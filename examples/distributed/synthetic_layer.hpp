@@ -5,7 +5,7 @@
 
 #include <cmath>
 #include <cstring>
-#include <refreekv/view.hpp>
+#include <refreekv/core/view.hpp>
 
 #include "geometry.hpp"
 

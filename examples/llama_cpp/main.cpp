@@ -128,13 +128,14 @@ void run(const program_options& opts) {
   saved.moved_bytes = cache.saved_bytes();
   saved.resident_before = smollm2::resident_bytes();
   cache = shrink(std::move(cache), static_cast<std::size_t>(kept.length()) + room);
-  result.layers.push_back({{kept},
-                           {},
-                           prompt.size(),
-                           saved.cells_before * cell_bytes,
-                           cache.cells() * cell_bytes,
-                           pruning.seconds(),
-                           library_seconds});
+  result.layers.push_back({.kept = {kept},
+                           .counts = {},
+                           .stand_ins = {},
+                           .tokens = prompt.size(),
+                           .bytes_before = saved.cells_before * cell_bytes,
+                           .bytes_after = cache.cells() * cell_bytes,
+                           .seconds = pruning.seconds(),
+                           .library_seconds = library_seconds});
   saved.cells_after = cache.cells();
   saved.resident_after = smollm2::resident_bytes();
 

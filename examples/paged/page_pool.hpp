@@ -4,7 +4,7 @@
 #pragma once
 
 #include <algorithm>
-#include <refreekv/layouts.hpp>
+#include <refreekv/cache/layouts.hpp>
 #include <span>
 
 #include "block_manager.hpp"

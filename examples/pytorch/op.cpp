@@ -6,9 +6,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <refreekv/compact.hpp>
 #include <refreekv/cpu/backend.hpp>
 #include <refreekv/policy/refreekv.hpp>
-#include <refreekv/prune.hpp>
+#include <refreekv/select.hpp>
 
 namespace {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <optional>
-#include <refreekv/budget.hpp>
+#include <refreekv/policy/budget.hpp>
 #include <string>
 
 namespace smollm2 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lengths are int32, as engines' kernels have them.
 // fails with: lengths are int32
-#include <refreekv/cache.hpp>
+#include <refreekv/cache/dense.hpp>
 
 #ifdef REFREEKV_BAD
 using length = std::int64_t;

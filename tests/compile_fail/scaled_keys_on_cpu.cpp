@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys of 8 bits with scales are read by the CUDA backend.
 // fails with: 8-bit scaled_keys are read by
+#include <refreekv/cache/scaled_keys.hpp>
 #include <refreekv/refreekv.hpp>
-#include <refreekv/scaled_keys.hpp>
 
 namespace r = refreekv;
 

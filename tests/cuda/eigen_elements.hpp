@@ -4,7 +4,7 @@
 
 #include <Eigen/Core>
 
-#include "refreekv/cuda/element.hpp"
+#include "refreekv/cuda/block/element.hpp"
 
 template <>
 struct refreekv::cuda_detail::stored_as<Eigen::half> {

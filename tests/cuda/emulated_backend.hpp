@@ -6,8 +6,8 @@
 
 #include "eigen_elements.hpp"
 #include "emulated_block.hpp"
+#include "refreekv/core/status.hpp"
 #include "refreekv/cuda/ops.hpp"
-#include "refreekv/status.hpp"
 
 namespace emulation {
 

@@ -27,7 +27,7 @@
 #include <vector>
 
 #include "fiber.hpp"
-#include "refreekv/cuda/block.hpp"
+#include "refreekv/cuda/block/block.hpp"
 
 namespace emulation {
 

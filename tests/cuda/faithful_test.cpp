@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The faithful rule's bodies where there is more of everything than a block goes through at once,
 // and how stand-ins are rounded.
-#include "../valued_selection.hpp"
-#include "refreekv/cpu/element.hpp"
+#include "refreekv/cpu/simd/element.hpp"
+#include "valued_selection.hpp"
 
 using namespace refreekv;
 

@@ -2,12 +2,12 @@
 // Keys wherever they lie: a device brings them in 16 bytes, in words or element by element.
 #include "refreekv/cuda/key_reader.hpp"
 
-#include "../catch.hpp"
-#include "../estimates.hpp"
-#include "../ranked_selection.hpp"
-#include "../selection.hpp"
+#include "catch.hpp"
 #include "emulated_backend.hpp"
+#include "estimates.hpp"
+#include "ranked_selection.hpp"
 #include "refreekv/cuda/attend.hpp"
+#include "selection.hpp"
 
 using namespace refreekv;
 using emulation::emulated_backend;

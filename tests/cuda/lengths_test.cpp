@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lengths that an engine did not bring up to date, which nobody can look at before a kernel does.
-#include "../catch.hpp"
-#include "../layouts.hpp"
+#include "catch.hpp"
 #include "emulated_backend.hpp"
+#include "layouts.hpp"
 
 using namespace refreekv;
 

@@ -2,11 +2,11 @@
 // Selections of emulated blocks against sorting, and against the CPU's.
 #include "refreekv/cuda/top_tokens.hpp"
 
-#include "../catch.hpp"
-#include "../estimates.hpp"
+#include "catch.hpp"
 #include "emulated_backend.hpp"
-#include "refreekv/cuda/estimate.hpp"
+#include "estimates.hpp"
 #include "refreekv/cuda/head_quotas.hpp"
+#include "refreekv/cuda/key_index.hpp"
 #include "refreekv/cuda/ranked_scan.hpp"
 
 using namespace refreekv;

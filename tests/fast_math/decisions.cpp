@@ -11,7 +11,7 @@
 #include "refreekv/cpu/backend.hpp"
 #include "refreekv/policy/refreekv.hpp"
 #include "refreekv/policy/snapkv.hpp"
-#include "refreekv/prune.hpp"
+#include "refreekv/select.hpp"
 
 namespace r = refreekv;
 

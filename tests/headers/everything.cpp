@@ -4,8 +4,8 @@
 #if defined(REFREEKV_HOSTILE_MACROS)
 #include "hostile_macros.hpp"
 #endif
+#include <refreekv/cache/scaled_keys.hpp>
 #include <refreekv/refreekv.hpp>
-#include <refreekv/scaled_keys.hpp>
 
 namespace r = refreekv;
 

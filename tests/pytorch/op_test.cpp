@@ -5,9 +5,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
 
+#include <refreekv/compact.hpp>
 #include <refreekv/cpu/backend.hpp>
 #include <refreekv/policy/refreekv.hpp>
-#include <refreekv/prune.hpp>
+#include <refreekv/select.hpp>
 
 #undef CHECK  // torch's, which aborts
 #include "catch.hpp"

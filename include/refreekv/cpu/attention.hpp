@@ -3,7 +3,7 @@
 #pragma once
 
 #include "refreekv/cpu/logits.hpp"
-#include "refreekv/cpu/statistics.hpp"
+#include "refreekv/cpu/simd/statistics.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 

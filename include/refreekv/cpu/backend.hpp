@@ -7,14 +7,13 @@
     "refreekv decides on NaN and Inf: compile the files that include it without -ffast-math (/fp:fast), or with -fno-finite-math-only behind it"
 #endif
 
-#include "refreekv/backend.hpp"
+#include "refreekv/backend/backend.hpp"
 #include "refreekv/cpu/compact.hpp"
-#include "refreekv/cpu/estimate.hpp"
-#include "refreekv/cpu/executor.hpp"
+#include "refreekv/cpu/faithful/stand_ins.hpp"
+#include "refreekv/cpu/key_index.hpp"
 #include "refreekv/cpu/norm_scan.hpp"
+#include "refreekv/cpu/pages.hpp"
 #include "refreekv/cpu/ranked_scan.hpp"
-#include "refreekv/cpu/release.hpp"
-#include "refreekv/cpu/stand_ins.hpp"
 
 namespace refreekv::inline v0 {
 

@@ -6,9 +6,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "refreekv/cache.hpp"
-#include "refreekv/cpu/target.hpp"
-#include "refreekv/kept_positions.hpp"
+#include "refreekv/cache/source.hpp"
+#include "refreekv/cpu/simd/target.hpp"
+#include "refreekv/decision/compaction.hpp"
+#include "refreekv/decision/kept_positions.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 

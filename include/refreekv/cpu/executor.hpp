@@ -14,7 +14,7 @@
 #include <unistd.h>
 #endif
 
-#include "refreekv/config.hpp"
+#include "refreekv/core/config.hpp"
 
 namespace refreekv::inline v0 {
 

@@ -2,64 +2,14 @@
 // The attention of one KV head's query heads to all of its tokens, in blocks of rows and tokens.
 #pragma once
 
-#include "refreekv/cpu/scan_scratch.hpp"
-#include "refreekv/estimate.hpp"
+#include "refreekv/backend/token_scores.hpp"
+#include "refreekv/cpu/unpacked_keys.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Rows of all query heads of a KV head that are worked on together: their tile stays in the
 /// second-level cache.
 inline constexpr index_t block_rows = 64;
-
-/// The keys of a block of tokens, unpacked to floats.
-struct unpacked_keys {
-  using element_type = const float;
-  using memory = host_memory;
-
-  const float* rows;  ///< [token from `begin` on, head_dim]
-  index_t begin, end, dims, batch, heads;
-
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return batch; }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return heads; }
-  [[nodiscard]] constexpr index_t head_dim() const noexcept { return dims; }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return end; }
-  [[nodiscard]] constexpr index_t tokens(index_t) const noexcept { return end; }
-  [[nodiscard]] constexpr const char* invalid() const noexcept { return nullptr; }
-  [[nodiscard]] constexpr token_run<const float> run_at(index_t, index_t,
-                                                        index_t token) const noexcept {
-    return {rows + (token - begin) * dims, end - token, dims, 1};
-  }
-};
-
-/// Writes keys [begin, end) as floats [token, head_dim].
-inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, token_range tokens,
-                   float* rows) noexcept {
-  const float* centre = keys.centres.at(sequence, kv_head);
-  for (index_t t = tokens.begin; t < tokens.end; ++t, rows += keys.dims) {
-    const std::uint8_t* codes = keys.codes.at(sequence, kv_head, t);
-    const float low = keys.ranges(sequence, kv_head, t, 0);
-    const float step = keys.ranges(sequence, kv_head, t, 1);
-    for (index_t d = 0; d < keys.dims; ++d) {
-      const int code = d % 2 == 0 ? codes[d / 2] & 15 : codes[d / 2] >> 4;
-      rows[d] = static_cast<float>(code) * step + low;
-    }
-    for (index_t d = 0; centre != nullptr && d < keys.dims; ++d) rows[d] += centre[d];
-  }
-}
-
-/// Whether an observation's keys have to be unpacked.
-template <class Seen>
-concept has_packed_keys = has_queries<Seen> && requires(const Seen& seen) { seen.keys.codes; };
-
-/// What an observation's rows are multiplied with.
-template <class Seen>
-struct readable {
-  using type = Seen;
-};
-template <class Query>
-struct readable<query_observation<Query, int4_keys<>>> {
-  using type = query_observation<Query, unpacked_keys>;
-};
 
 /// Whole lines of the cache that hold so many bytes, and no more than there is an index for: the
 /// arena refuses what is that large.

@@ -6,9 +6,10 @@
 #include <cmath>
 #include <limits>
 
-#include "refreekv/cpu/dot_bf16.hpp"
-#include "refreekv/norm_scan.hpp"
-#include "refreekv/observation.hpp"
+#include "refreekv/attention/observe.hpp"
+#include "refreekv/backend/logit.hpp"
+#include "refreekv/core/chunks.hpp"
+#include "refreekv/cpu/simd/dot_bf16.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 

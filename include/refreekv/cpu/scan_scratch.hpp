@@ -2,6 +2,7 @@
 // What the norm scan works in on the CPU, besides norm_scan_buffers.
 #pragma once
 
+#include "refreekv/backend/norm_scan.hpp"
 #include "refreekv/cpu/attention.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {

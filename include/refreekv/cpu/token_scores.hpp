@@ -4,7 +4,7 @@
 
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/head_attention.hpp"
-#include "refreekv/kept_positions.hpp"
+#include "refreekv/decision/kept_positions.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 

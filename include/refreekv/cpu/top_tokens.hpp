@@ -6,7 +6,6 @@
 #include <cmath>
 
 #include "refreekv/cpu/token_scores.hpp"
-#include "refreekv/kept_positions.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 

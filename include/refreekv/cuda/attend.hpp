@@ -2,8 +2,8 @@
 // Attention of a tile of rows to a chunk, in units of each row's own.
 #pragma once
 
+#include "refreekv/cuda/block/row_parts.hpp"
 #include "refreekv/cuda/logits.hpp"
-#include "refreekv/cuda/row_parts.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

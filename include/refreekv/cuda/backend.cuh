@@ -2,9 +2,8 @@
 // The CUDA backend.
 #pragma once
 
-#include "refreekv/cuda/kernel.cuh"
+#include "refreekv/cuda/device/sort.cuh"
 #include "refreekv/cuda/ops.hpp"
-#include "refreekv/cuda/sort.cuh"
 
 namespace refreekv::inline v0 {
 

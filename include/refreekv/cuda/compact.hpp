@@ -10,10 +10,10 @@
 
 #include <cstring>
 
-#include "refreekv/cache.hpp"
-#include "refreekv/cuda/block.hpp"
-#include "refreekv/kept_positions.hpp"
-#include "refreekv/status.hpp"
+#include "refreekv/cache/source.hpp"
+#include "refreekv/cuda/block/block.hpp"
+#include "refreekv/decision/compaction.hpp"
+#include "refreekv/decision/kept_positions.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

@@ -3,10 +3,10 @@
 // part keeps, the next one writes it, behind what the parts before it keep.
 #pragma once
 
+#include "refreekv/backend/token_scores.hpp"
+#include "refreekv/cuda/block/row_parts.hpp"
+#include "refreekv/cuda/block/value_limit.hpp"
 #include "refreekv/cuda/keep.hpp"
-#include "refreekv/cuda/row_parts.hpp"
-#include "refreekv/cuda/value_limit.hpp"
-#include "refreekv/scores.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

@@ -6,8 +6,8 @@
 // these, find the same digit, and weigh their parts by the one after it.
 #pragma once
 
+#include "refreekv/core/workspace.hpp"
 #include "refreekv/cuda/grid_keep.hpp"
-#include "refreekv/workspace.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

@@ -2,8 +2,8 @@
 // Writing down which tokens a head keeps.
 #pragma once
 
-#include "refreekv/cuda/value_row.hpp"
-#include "refreekv/kept_positions.hpp"
+#include "refreekv/cuda/block/value_row.hpp"
+#include "refreekv/decision/kept_positions.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

@@ -2,10 +2,10 @@
 // How kernels find and read the keys of every kind of source.
 #pragma once
 
-#include "refreekv/cuda/element.hpp"
-#include "refreekv/estimate.hpp"
-#include "refreekv/scaled_keys.hpp"
-#include "refreekv/shard.hpp"
+#include "refreekv/cache/int4_keys.hpp"
+#include "refreekv/cache/scaled_keys.hpp"
+#include "refreekv/cache/shard.hpp"
+#include "refreekv/cuda/block/element.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

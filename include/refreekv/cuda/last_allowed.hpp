@@ -2,8 +2,8 @@
 // The stop rule of a falling curve, by a whole block.
 #pragma once
 
-#include "refreekv/cuda/block.hpp"
-#include "refreekv/norm_scan.hpp"
+#include "refreekv/backend/norm_scan.hpp"
+#include "refreekv/cuda/block/block.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

@@ -9,9 +9,10 @@
 
 #include <cmath>
 
+#include "refreekv/attention/chunk_statistics.hpp"
+#include "refreekv/attention/observe.hpp"
+#include "refreekv/backend/logit.hpp"
 #include "refreekv/cuda/key_reader.hpp"
-#include "refreekv/norm_scan.hpp"
-#include "refreekv/observation.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

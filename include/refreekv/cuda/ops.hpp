@@ -2,19 +2,19 @@
 // The primitives of a device, on whatever runs blocks of threads: see run_blocks.
 #pragma once
 
-#include "refreekv/backend.hpp"
+#include "refreekv/backend/backend.hpp"
+#include "refreekv/cuda/attention_spread.hpp"
 #include "refreekv/cuda/compact.hpp"
 #include "refreekv/cuda/crossing.hpp"
-#include "refreekv/cuda/estimate.hpp"
-#include "refreekv/cuda/grades.hpp"
+#include "refreekv/cuda/faithful/grades.hpp"
+#include "refreekv/cuda/faithful/importance.hpp"
+#include "refreekv/cuda/faithful/size_errors.hpp"
+#include "refreekv/cuda/faithful/write_stand_ins.hpp"
 #include "refreekv/cuda/head_quotas.hpp"
-#include "refreekv/cuda/importance.hpp"
+#include "refreekv/cuda/key_index.hpp"
+#include "refreekv/cuda/pages.hpp"
 #include "refreekv/cuda/ranked_scan.hpp"
-#include "refreekv/cuda/release.hpp"
-#include "refreekv/cuda/size_errors.hpp"
-#include "refreekv/cuda/token_scores.hpp"
-#include "refreekv/cuda/top_tokens.hpp"
-#include "refreekv/cuda/write_stand_ins.hpp"
+#include "refreekv/cuda/select_pages.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

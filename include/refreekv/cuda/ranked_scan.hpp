@@ -2,9 +2,8 @@
 // The norm scan along a ranking by score, on a device.
 #pragma once
 
-#include "refreekv/cuda/key_segments.hpp"
+#include "refreekv/cuda/block/key_segments.hpp"
 #include "refreekv/cuda/last_allowed.hpp"
-#include "refreekv/cuda/row_parts.hpp"
 #include "refreekv/cuda/top_tokens.hpp"
 
 namespace refreekv::inline v0::cuda_detail {

@@ -2,6 +2,7 @@
 // What the norm scan knows of a query head, and what another read of a chunk adds to that.
 #pragma once
 
+#include "refreekv/backend/norm_scan.hpp"
 #include "refreekv/cuda/attend.hpp"
 
 namespace refreekv::inline v0::cuda_detail {

@@ -2,9 +2,9 @@
 // Choosing tokens by score on a device: the best ones, or those that hold a share of the sum.
 #pragma once
 
-#include "refreekv/cuda/bisection.hpp"
+#include "refreekv/backend/norm_scan.hpp"
+#include "refreekv/cuda/block/bisection.hpp"
 #include "refreekv/cuda/selection_scratch.hpp"
-#include "refreekv/norm_scan.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

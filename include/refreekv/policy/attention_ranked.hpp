@@ -7,7 +7,7 @@
 // same number of tokens; the recent ones stay and are outside the norm.
 #pragma once
 
-#include "refreekv/policy.hpp"
+#include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 

@@ -8,8 +8,8 @@
 // code.
 #pragma once
 
-#include "refreekv/cake_layers.hpp"
-#include "refreekv/score_ranking.hpp"
+#include "refreekv/policy/cake_layers.hpp"
+#include "refreekv/policy/score_ranking.hpp"
 
 namespace refreekv::inline v0::policy {
 

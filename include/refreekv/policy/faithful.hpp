@@ -10,9 +10,9 @@
 // window's outputs, and the share of the scores that goes.
 #pragma once
 
-#include "refreekv/aliasing.hpp"
-#include "refreekv/policy.hpp"
-#include "refreekv/values.hpp"
+#include "refreekv/attention/values.hpp"
+#include "refreekv/cache/aliasing.hpp"
+#include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 

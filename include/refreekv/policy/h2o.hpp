@@ -6,7 +6,7 @@
 // decoding, each step adds its row to scores that the caller keeps and evicts what is over budget.
 #pragma once
 
-#include "refreekv/score_ranking.hpp"
+#include "refreekv/policy/score_ranking.hpp"
 
 namespace refreekv::inline v0::policy {
 

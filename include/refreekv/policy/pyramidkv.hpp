@@ -6,7 +6,7 @@
 // same line in real numbers, which pyramid_step::exact keeps to.
 #pragma once
 
-#include "refreekv/score_ranking.hpp"
+#include "refreekv/policy/score_ranking.hpp"
 
 namespace refreekv::inline v0::policy {
 

@@ -7,7 +7,7 @@
 // largest c at which the norm has lost at most `threshold` of itself.
 #pragma once
 
-#include "refreekv/policy.hpp"
+#include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 

@@ -16,7 +16,7 @@
 // share of a head's B of them hold, which is an option there.
 #pragma once
 
-#include "refreekv/score_ranking.hpp"
+#include "refreekv/policy/score_ranking.hpp"
 
 namespace refreekv::inline v0::policy {
 

@@ -8,7 +8,8 @@
 // by slot. A cache that is pruned again and again keeps its own count of positions.
 #pragma once
 
-#include "refreekv/policy.hpp"
+#include "refreekv/policy/budget.hpp"
+#include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 

@@ -6,7 +6,7 @@
 // While decoding, each step scores all tokens anew and evicts what is over budget.
 #pragma once
 
-#include "refreekv/score_ranking.hpp"
+#include "refreekv/policy/score_ranking.hpp"
 
 namespace refreekv::inline v0::policy {
 

@@ -9,7 +9,7 @@
 // to the last row of a prompt and compacted, it is what table 4 of arXiv 2502.16886 compares with.
 #pragma once
 
-#include "refreekv/policy.hpp"
+#include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 

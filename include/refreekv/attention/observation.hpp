@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a policy is given of a layer, whatever it is made of: see observe.hpp.
+#pragma once
+
+#include "refreekv/attention/attention_params.hpp"
+#include "refreekv/attention/query_window.hpp"
+#include "refreekv/cache/source.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Which rows of an observation's window exist, and what they see, where that is not every row and
+/// all tokens up to its own. Both views may have strides, and neither is read past the sequences.
+template <class Memory = host_memory>
+struct window_rows {
+  /// [sequence], in [0, window]: the last counts(s) rows are the sequence's, and the values of
+  /// those before them do not matter. No pointer: all rows exist. For sequences that bring
+  /// different numbers of queries in one batch: decoding beside a prefill, hits of a prefix cache,
+  /// the short last piece of a prompt, drafts that are verified.
+  lengths_view<Memory> counts = {};
+  /// [sequence, window], in [1, tokens(s)]: the row sees tokens [0, ends(s, r)). No pointer:
+  /// attention is causal along the cache. For prefixes that see each other (PaliGemma, the images
+  /// of Gemma 3), and for cross attention: there all see all, which the lengths are with a stride
+  /// of 0 along the window. Sliding windows and ALiBi still go by tokens(s) - window + r.
+  view<const position_t, 2, Memory> ends = {};
+};
+
+/// A layer number that nobody gave.
+inline constexpr index_t unknown_layer = -1;
+
+/// What the layer is, besides its tensors.
+template <class Memory = host_memory>
+struct layer_info {
+  /// 0-based. Rules that treat layers differently ask for it; it has no default, as every layer
+  /// would be the first one.
+  index_t layer = unknown_layer;
+  attention_params<Memory> attention = {};
+  window_rows<Memory> rows = {};
+};
+
+/// One layer of a ragged batch. All sizes are of the whole batch but tokens(sequence).
+/// - `invalid()`: null, or what is wrong with the description, in words. O(tables).
+template <class O>
+concept observation = requires(const O& seen, index_t sequence) {
+  typename O::memory;
+  { seen.sequences() } -> std::same_as<index_t>;
+  { seen.q_heads() } -> std::same_as<index_t>;
+  { seen.kv_heads() } -> std::same_as<index_t>;
+  { seen.capacity() } -> std::same_as<index_t>;
+  { seen.tokens(sequence) } -> std::same_as<index_t>;
+  { seen.invalid() } -> std::same_as<const char*>;
+  { seen.info } -> std::convertible_to<layer_info<typename O::memory>>;
+};
+
+/// An observation that shows attention: the last `window()` rows of each query head.
+template <class O>
+concept attention_observation = observation<O> && requires(const O& seen) {
+  { seen.window() } -> std::same_as<index_t>;
+};
+
+/// An observation of keys whose tokens are split over ranks: see shard.hpp.
+template <class O>
+concept sharded = observation<O> && requires(const O& seen) {
+  requires sharded_source<std::remove_cvref_t<decltype(seen.keys)>>;
+};
+
+/// Whether the chunk that begins with that token is on this rank.
+template <class O>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool has_chunk_at(
+    [[maybe_unused]] const O& seen, [[maybe_unused]] index_t sequence,
+    [[maybe_unused]] index_t token) noexcept {
+  if constexpr (sharded<O>) {
+    return seen.keys.owns(sequence, token);
+  } else {
+    return true;
+  }
+}
+
+namespace detail {
+
+template <class O>
+[[nodiscard]] constexpr const char* invalid_layer(const O& seen) noexcept {
+  if (seen.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
+  if (seen.sequences() > max_count) return "a batch may have 2^31 - 1 sequences at most";
+  if (seen.info.layer < unknown_layer) return "layer must be >= 0";
+  if (seen.kv_heads() < 1) return "kv_heads must be >= 1";
+  if (seen.q_heads() < 1 || seen.q_heads() > max_count) return "q_heads must be in [1, 2^31 - 1]";
+  if (seen.q_heads() % seen.kv_heads() != 0) return "q_heads must be a multiple of kv_heads";
+  return nullptr;
+}
+
+template <class O>
+[[nodiscard]] constexpr const char* invalid_window(const O& seen) noexcept {
+  const auto& [counts, ends] = seen.info.rows;
+  if (counts.data() != nullptr && (counts.malformed() || counts.extent(0) != seen.sequences())) {
+    return "row counts must be [sequence]";
+  }
+  if (ends.data() != nullptr &&
+      (ends.malformed() || ends.extent(0) != seen.sequences() || ends.extent(1) != seen.window())) {
+    return "row ends must be [sequence, window]";
+  }
+  if constexpr (std::same_as<typename O::memory, host_memory>) {
+    for (index_t s = 0; s < seen.sequences(); ++s) {
+      if (counts.data() != nullptr && (counts(s) < 0 || counts(s) > seen.window())) {
+        return "a row count is outside [0, window]";
+      }
+      if (seen.tokens(s) == 0) continue;
+      if (counts.data() == nullptr && seen.window() < 1) return "a window of no rows";
+      const index_t there = counts.data() == nullptr ? seen.window() : index_t{counts(s)};
+      for (index_t r = seen.window() - there; ends.data() != nullptr && r < seen.window(); ++r) {
+        if (ends(s, r) < 1 || ends(s, r) > seen.tokens(s))
+          return "a row end is outside [1, tokens]";
+      }
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace detail
+
+/// The last `rows` rows of a sequence's window. Requires 0 <= rows <= seen.window().
+template <class Seen>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr query_window window_of(const Seen& seen,
+                                                                    index_t sequence,
+                                                                    index_t rows) noexcept {
+  query_window window{seen.tokens(sequence), rows, seen.info.attention.sliding_window};
+  const auto& [counts, ends] = seen.info.rows;
+  if (counts.data() != nullptr) {
+    const index_t there = counts(sequence);
+    window.missing = there < 0 ? rows : there < rows ? rows - there : 0;
+  }
+  if (ends.data() != nullptr) {
+    window.ends = ends.at(sequence, seen.window() - rows);
+    window.ends_stride = ends.stride(1);
+  }
+  return window;
+}
+
+/// The observation without what rides on it.
+template <observation Seen>
+[[nodiscard]] constexpr const auto& observed(const Seen& seen) noexcept {
+  if constexpr (requires { typename Seen::observed; }) {
+    return observed(static_cast<const typename Seen::observed&>(seen));
+  } else {
+    return seen;
+  }
+}
+
+}  // namespace refreekv::inline v0

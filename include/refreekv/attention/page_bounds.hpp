@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bounds of the keys of each page, by which Twilight's selector Quest (arXiv 2406.10774)
+// chooses.
+#pragma once
+
+#include "refreekv/attention/observation.hpp"
+
+namespace refreekv::inline v0 {
+
+/// The smallest and the largest key of each page of tokens, by which Quest (arXiv 2406.10774) finds
+/// the pages that a query may attend to. After a compaction they are made anew from token 0.
+template <class Memory = host_memory>
+struct page_bounds {
+  view<float, 5, Memory> bounds;  ///< [sequence, kv_head, page, 2, head_dim]: smallest, largest
+  index_t page_tokens = 16;
+};
+
+/// An observation of queries with the bounds of its keys' pages.
+template <observation Seen>
+  requires requires(const Seen& seen) { seen.queries; }
+struct paged_observation : Seen {
+  using observed = Seen;
+
+  page_bounds<typename Seen::memory> pages;
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = Seen::invalid()) return why;
+    const auto& b = pages.bounds;
+    if (pages.page_tokens < 1 || pages.page_tokens > max_count) return "page_tokens must be >= 1";
+    if (b.malformed() || b.extent(0) != this->sequences() || b.extent(1) != this->kv_heads() ||
+        b.extent(2) < (this->capacity() + pages.page_tokens - 1) / pages.page_tokens ||
+        b.extent(3) != 2 || b.extent(4) != this->head_dim()) {
+      return "page bounds must be [sequence, kv_head, page, 2, head_dim]";
+    }
+    return nullptr;
+  }
+};
+
+template <observation Seen>
+[[nodiscard]] constexpr auto with_pages(const Seen& seen,
+                                        const page_bounds<typename Seen::memory>& pages) noexcept {
+  return paged_observation<Seen>{{seen}, pages};
+}
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// The soft cap of a logit, and what was there before it; arithmetic shared by all backends.
+#pragma once
+
+#include <cmath>
+
+#include "refreekv/core/config.hpp"
+
+namespace refreekv::inline v0 {
+
+/// cap * tanh(x / cap), given 1 / cap and exp(2 x / cap); NaN stays NaN. In double: a cap of 50
+/// would turn float tanh's last digit into 3e-6 of a logit. tanh is 1 - 2 / (exp + 1), which
+/// cancels where x is small beside the cap: there the first two terms of its series are right
+/// to 1.4e-13.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline float softly_capped(float x, double cap, double inverse,
+                                                              double exponential) noexcept {
+  const auto wide = static_cast<double>(x);
+  const double y = wide * inverse, square = y * y;
+  // Both, without a branch: compilers vectorise this.
+  const double series = wide * (1 - square * (1.0 / 3));
+  const double whole = cap * (1 - 2 / (exponential + 1));
+  return static_cast<float>(square >= 1e-6 ? whole : series);
+}
+
+/// A logit before the soft cap made it what it is; what is near the cap or above it counts as 0.9
+/// of it, as no key could reach more.
+[[nodiscard]] REFREEKV_HOST_DEVICE inline double uncapped(double logit, double cap) noexcept {
+  if (!(cap > 0)) return logit;
+  const double part = logit / cap;
+  return cap * std::atanh(part > 0.9 ? 0.9 : part < -0.9 ? -0.9 : part);
+}
+
+}  // namespace refreekv::inline v0

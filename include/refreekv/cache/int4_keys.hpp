@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Keys in 4 bits a dimension, as Twilight (arXiv 2502.02770) reads them in place of the keys.
+#pragma once
+
+#include "refreekv/cache/source.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Keys in 4 bits a dimension. An engine keeps them beside its cache and lets `quantise` add what
+/// is new; they are observed in place of the keys. They are compacted as two sources of their own:
+/// codes of (head_dim + 1) / 2 bytes, ranges of 2 floats. Centres stay where they are.
+template <class Memory = host_memory>
+struct int4_keys {
+  using memory = Memory;
+
+  /// [sequence, kv_head, token, (head_dim + 1) / 2]: dimension 2 i in the low half of byte i. The
+  /// last axis is contiguous.
+  view<std::uint8_t, 4, Memory> codes;
+  /// [sequence, kv_head, token, 2]: a key is low + step * code, and the centre if there is one.
+  view<float, 4, Memory> ranges;
+  index_t dims;  ///< head_dim
+  lengths_view<Memory> lengths;
+  /// [sequence, kv_head, head_dim], none with no pointer: what keys are taken relative to. The
+  /// dimensions of a key share 16 steps, so that one at 100, as with Qwen2, leaves none for the
+  /// others. For models whose keys have biases or other large components in common. The last axis
+  /// is contiguous. (ours)
+  view<float, 3, Memory> centres = {};
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return codes.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return codes.extent(1);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return codes.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept { return dims; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return length_of(lengths, sequence, capacity());
+  }
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (codes.malformed() || ranges.malformed()) {
+      return "codes and ranges need a pointer and extents >= 0";
+    }
+    if (dims < 1 || dims > max_count) return "head_dim must be in [1, 2^31 - 1]";
+    if (codes.extent(3) != (dims + 1) / 2 || codes.stride(3) != 1) {
+      return "codes must be [sequence, kv_head, token, (head_dim + 1) / 2]";
+    }
+    for (std::size_t axis = 0; axis < 3; ++axis) {
+      if (ranges.extent(axis) != codes.extent(axis)) return "codes and ranges differ in extents";
+    }
+    if (ranges.extent(3) != 2) return "ranges must be [sequence, kv_head, token, 2]";
+    const bool centred = centres.data() != nullptr || centres.extent(1) != 0;
+    if (centred &&
+        (centres.malformed() || centres.extent(0) != sequences() ||
+         centres.extent(1) != kv_heads() || centres.extent(2) != dims || centres.stride(2) != 1)) {
+      return "centres must be [sequence, kv_head, head_dim]";
+    }
+    return invalid_lengths(lengths, sequences(), capacity());
+  }
+};
+
+}  // namespace refreekv::inline v0

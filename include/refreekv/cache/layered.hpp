@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// The caches of several layers as one batch, so that one call decides about all of them.
+#pragma once
+
+#include "refreekv/cache/aliasing.hpp"
+
+namespace refreekv::inline v0 {
+
+/// A source for each layer, all of one shape: sequence s of layer l is sequence l * batch + s of
+/// the whole, and queries and decisions are ordered the same way. On a device the table of sources
+/// lies in its memory: they are plain values, copied there once, as pointers would be.
+/// A rule that tells layers apart by number takes all of them for info.layer: leave those out that
+/// are never pruned (the first full_layers), and give pyramidkv and cake one layer at a time.
+template <kv_source Source>
+class layered {
+ public:
+  using element_type = typename Source::element_type;
+  using memory = typename Source::memory;
+
+  /// layers: [layer]; shape: any one of them, or one like them.
+  constexpr layered(view<const Source, 1, memory> layers, const Source& shape) noexcept
+      : layers_(layers), shape_(shape) {}
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return layers_.extent(0) * shape_.sequences();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return shape_.kv_heads();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return shape_.head_dim();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return shape_.capacity();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    const index_t batch = shape_.sequences();
+    return layers_(sequence / batch).tokens(sequence % batch);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<element_type> run_at(
+      index_t sequence, index_t kv_head, index_t token) const noexcept {
+    const index_t batch = shape_.sequences();
+    return layers_(sequence / batch).run_at(sequence % batch, kv_head, token);
+  }
+  /// Null, or that layers are one cache, or that a layer names memory twice that is written.
+  template <class Written>
+  [[nodiscard]] constexpr const char* written_twice(const Written& written) const noexcept {
+    const index_t batch = shape_.sequences();
+    const auto is_written = [&](index_t l) {
+      for (index_t i = 0; i < batch * kv_heads(); ++i) {
+        const token_range range = written(l * batch + i / kv_heads(), i % kv_heads());
+        if (range.begin != range.end) return true;
+      }
+      return false;
+    };
+    for (index_t l = 0; l < layers_.extent(0); ++l) {
+      if (!is_written(l)) continue;
+      const auto of_layer = [&](index_t s, index_t h) { return written(l * batch + s, h); };
+      if (const char* why = detail::written_twice(layers_(l), of_layer)) return why;
+      for (index_t m = 0; m < l; ++m) {
+        if (detail::share_memory(layers_(m), layers_(l)) != nullptr && is_written(m)) {
+          return "layers share a cache, which would move twice: pass one of them";
+        }
+      }
+    }
+    return nullptr;
+  }
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (layers_.malformed()) return "layers need a pointer and an extent >= 0";
+    if constexpr (std::same_as<memory, host_memory>) {
+      for (index_t l = 0; l < layers_.extent(0); ++l) {
+        const Source& layer = layers_(l);
+        if (const char* why = layer.invalid()) return why;
+        if (layer.sequences() != shape_.sequences() || layer.kv_heads() != kv_heads() ||
+            layer.head_dim() != head_dim() || layer.capacity() != capacity()) {
+          return "layers differ in shape";
+        }
+      }
+    }
+    return shape_.invalid();
+  }
+
+ private:
+  view<const Source, 1, memory> layers_;
+  Source shape_;
+};
+
+}  // namespace refreekv::inline v0

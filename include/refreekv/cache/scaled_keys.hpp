@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Keys in 8 bits with a scale for each token.
+#pragma once
+
+#include "refreekv/cache/source.hpp"
+
+namespace refreekv::inline v0 {
+
+/// A key is its row times the token's scale. Rows are of int8 or fp8 e4m3, in any layout; scales
+/// are a source of head_dim 1, of float. Compact them as the two sources that they are.
+template <kv_source Rows, kv_source Scales>
+  requires std::same_as<typename Rows::memory, typename Scales::memory>
+struct scaled_keys {
+  using memory = typename Rows::memory;
+
+  Rows rows;
+  Scales scales;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return rows.sequences();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return rows.kv_heads();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return rows.head_dim();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return rows.capacity();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return rows.tokens(sequence);
+  }
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = rows.invalid()) return why;
+    if (const char* why = scales.invalid()) return why;
+    if (scales.sequences() != sequences() || scales.kv_heads() != kv_heads()) {
+      return "scales and keys differ in sequences or kv_heads";
+    }
+    if (scales.head_dim() != 1) return "scales must have a head_dim of 1";
+    if constexpr (std::same_as<memory, host_memory>) {
+      for (index_t s = 0; s < sequences(); ++s) {
+        if (scales.tokens(s) != tokens(s)) return "scales and keys differ in tokens";
+      }
+    }
+    return nullptr;
+  }
+};
+template <class Rows, class Scales>
+scaled_keys(Rows, Scales) -> scaled_keys<Rows, Scales>;
+
+}  // namespace refreekv::inline v0

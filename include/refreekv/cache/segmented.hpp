@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// The keys or the values of one layer in up to three runs of slots: a ring, sinks and a ring.
+#pragma once
+
+#include "refreekv/cache/source.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Slots [begin, begin + tokens) of a segmented cache.
+struct segment {
+  position_t begin;
+  position_t tokens;
+};
+
+/// A dense tensor whose tokens lie in up to three runs of slots, in time order: a ring buffer that
+/// has wrapped is [head, end) then [0, head); sinks and a ring are three.
+template <class T, class Memory = host_memory>
+class segmented {
+ public:
+  using element_type = T;
+  using memory = Memory;
+
+  /// rows: [sequence, kv_head, slot, head_dim]; segments: [sequence, 1 to 3].
+  constexpr segmented(view<T, 4, Memory> rows, view<const segment, 2, Memory> segments) noexcept
+      : slots_(rows), segments_(segments) {}
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return slots_.extent(0);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return slots_.extent(1);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return slots_.extent(2);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return slots_.extent(3);
+  }
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    index_t tokens = 0;
+    for (index_t i = 0; i < segments_.extent(1); ++i) tokens += segments_(sequence, i).tokens;
+    return at_most(capacity(), tokens);
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<T> run_at(index_t sequence,
+                                                                   index_t kv_head,
+                                                                   index_t token) const noexcept {
+    index_t i = 0;
+    while (token >= segments_(sequence, i).tokens) token -= segments_(sequence, i++).tokens;
+    const segment& part = segments_(sequence, i);
+    return {slots_.at(sequence, kv_head, part.begin + token), part.tokens - token, slots_.stride(2),
+            slots_.stride(3)};
+  }
+  /// Where the tensor begins: known without lengths or tables, which a device may have.
+  [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
+    return {slots_.data(), 0, slots_.stride(2), slots_.stride(3)};
+  }
+  [[nodiscard]] constexpr bool repeats_heads() const noexcept {
+    return kv_heads() > 1 && slots_.stride(1) == 0;
+  }
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (slots_.malformed()) return "segmented slots need a pointer and extents >= 0";
+    if (segments_.malformed() || segments_.extent(0) != sequences() || segments_.extent(1) < 1 ||
+        segments_.extent(1) > 3) {
+      return "segments must be [sequence, 1 to 3]";
+    }
+    if constexpr (std::same_as<Memory, host_memory>) {
+      for (index_t s = 0; s < sequences(); ++s) {
+        for (index_t i = 0; i < segments_.extent(1); ++i) {
+          const segment& part = segments_(s, i);
+          if (part.begin < 0 || part.tokens < 0 || index_t{part.begin} + part.tokens > capacity()) {
+            return "a segment is outside the slots";
+          }
+          for (index_t j = 0; j < i; ++j) {
+            const segment& other = segments_(s, j);
+            if (part.tokens > 0 && other.tokens > 0 &&
+                part.begin < index_t{other.begin} + other.tokens &&
+                other.begin < index_t{part.begin} + part.tokens) {
+              return "segments overlap";
+            }
+          }
+        }
+      }
+    }
+    return nullptr;
+  }
+
+ private:
+  view<T, 4, Memory> slots_;
+  view<const segment, 2, Memory> segments_;
+};
+
+}  // namespace refreekv::inline v0

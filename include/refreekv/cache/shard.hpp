@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// Context parallelism: the keys of one rank of several, among which a sequence's tokens are split.
+//
+// A rank reads the chunks that it has and leaves zeros for all others; an exchange adds the ranks'
+// bits up, and from there on each does what a single rank would do. So all ranks reach the single
+// rank's decision, to the last bit, whatever adds the words up and in whatever order.
+#pragma once
+
+#include "refreekv/cache/source.hpp"
+#include "refreekv/core/chunks.hpp"
+#include "refreekv/decision/kept_range.hpp"
+
+namespace refreekv::inline v0 {
+
+/// One of `count` parts of a sequence that begin and end where chunks do and have equally many, to
+/// one. Part 0 has the sinks, too. For causal attention, whose cost grows along the sequence, rank
+/// r of R may have parts r and 2R - 1 - r of 2R. O(1)
+[[nodiscard]] constexpr token_range even_part(const chunking& chunks, index_t part,
+                                              index_t count) noexcept {
+  const index_t first = chunking::of_sinks(chunks.sinks);
+  const index_t candidates = chunks.tokens > chunks.sinks ? chunks.count() - first : 0;
+  const auto begin = [&](index_t i) {
+    const index_t chunk = first + candidates * i / count;
+    return i == 0 ? 0 : chunk < chunks.count() ? chunks[chunk].begin : chunks.tokens;
+  };
+  return {begin(part), begin(part + 1)};
+}
+
+namespace detail {
+
+template <class Source>
+struct element_of {
+  using type = void;
+};
+template <row_source Source>
+struct element_of<Source> {
+  using type = typename Source::element_type;
+};
+
+}  // namespace detail
+
+/// The keys of which `source` holds one rank's part. Tokens are counted along the whole sequence,
+/// so causal masks, sliding windows and ALiBi stay what they are. Every rank observes it with the
+/// same last queries, and has the same heads; see also `exchange`. The ranks' parts are all of each
+/// sequence, once. (context parallelism; what is exchanged is ours)
+template <key_source Source>
+class shard {
+ public:
+  using element_type = typename detail::element_of<Source>::type;
+  using memory = typename Source::memory;
+
+  /// source: the tokens of this rank alone, part after part; values are compacted by the same.
+  /// parts: [sequence, part], ascending; a part may be empty. As a policy of `sinks` sinks
+  /// requires, they begin and end where chunks do: at sinks + k * chunk_tokens, or the sequence's
+  /// ends. totals: [sequence], tokens on all ranks. capacity: what they hold together at most;
+  /// workspaces and what is exchanged are sized by it, so it is the same on every rank.
+  constexpr shard(const Source& source, view<const token_range, 2, memory> parts,
+                  lengths_view<memory> totals, index_t capacity) noexcept
+      : source_(source), parts_(parts), totals_(totals), capacity_(capacity) {}
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return source_.sequences();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return source_.kv_heads();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
+    return source_.head_dim();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return capacity_;
+  }
+  /// On all ranks.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return length_of(totals_, sequence, capacity_);
+  }
+  /// This rank's.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr const Source& source() const noexcept {
+    return source_;
+  }
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool owns(index_t sequence,
+                                                         index_t token) const noexcept {
+    for (index_t p = 0; p < parts_.extent(1); ++p) {
+      const token_range& part = parts_(sequence, p);
+      if (part.begin <= token && token < part.end) return true;
+    }
+    return false;
+  }
+  /// How many of the sequence's tokens before that one are here: in `source`, the token's own
+  /// number. O(parts)
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t own_before(index_t sequence,
+                                                                  index_t token) const noexcept {
+    index_t before = 0;
+    for (index_t p = 0; p < parts_.extent(1); ++p) {
+      const token_range& part = parts_(sequence, p);
+      const index_t end = token < part.end ? token : part.end;
+      if (end > part.begin) before += end - part.begin;
+    }
+    return before;
+  }
+  /// What a decision about the whole sequence leaves here: `kept` for `source`. A part keeps order,
+  /// so it is a range, too. The next token's position is still that of `all`.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range own_range(
+      index_t sequence, const kept_range& all) const noexcept {
+    return {static_cast<position_t>(own_before(sequence, all.sinks)),
+            static_cast<position_t>(own_before(sequence, all.cut)),
+            static_cast<position_t>(source_.tokens(sequence)),
+            all.loss,
+            all.dropped_mass,
+            all.undecided};
+  }
+
+  /// Requires owns(sequence, token).
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<element_type> run_at(
+      index_t sequence, index_t kv_head, index_t token) const noexcept
+    requires row_source<Source>
+  {
+    auto run = source_.run_at(sequence, kv_head, own_before(sequence, token));
+    for (index_t p = 0; p < parts_.extent(1); ++p) {
+      const token_range& part = parts_(sequence, p);
+      const bool is_here = part.begin <= token && token < part.end;
+      if (is_here && part.end - token < run.tokens) run.tokens = part.end - token;
+    }
+    return run;
+  }
+
+  /// How many chunks of the sequence are here. O(parts)
+  [[nodiscard]] constexpr index_t own_chunks(index_t sequence,
+                                             const chunking& chunks) const noexcept {
+    index_t count = 0;
+    for (index_t p = 0; p < parts_.extent(1); ++p) {
+      const auto [first, last] = chunks_of(parts_(sequence, p), chunks);
+      count += last - first;
+    }
+    return count;
+  }
+  /// The i-th of them. O(parts)
+  [[nodiscard]] constexpr index_t own_chunk(index_t sequence, const chunking& chunks,
+                                            index_t i) const noexcept {
+    for (index_t p = 0;; ++p) {
+      const auto [first, last] = chunks_of(parts_(sequence, p), chunks);
+      if (i < last - first) return first + i;
+      i -= last - first;
+    }
+  }
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = source_.invalid()) return why;
+    if (parts_.malformed() || parts_.extent(0) != sequences()) {
+      return "parts of a shard must be [sequence, part]";
+    }
+    if (capacity_ < 0) return "capacity of a shard must be >= 0";
+    if (const char* why = invalid_lengths(totals_, sequences(), capacity_)) return why;
+    if constexpr (std::same_as<memory, host_memory>) {
+      for (index_t s = 0; s < sequences(); ++s) {
+        index_t end = 0;
+        for (index_t p = 0; p < parts_.extent(1); ++p) {
+          const token_range& part = parts_(s, p);
+          if (part.begin == part.end) continue;
+          if (part.begin < end || part.begin > part.end || part.end > tokens(s)) {
+            return "parts of a shard must ascend within the sequence";
+          }
+          end = part.end;
+        }
+        if (own_before(s, tokens(s)) != source_.tokens(s)) {
+          return "a shard's parts and its source differ in tokens";
+        }
+      }
+    }
+    return nullptr;
+  }
+  /// Null, or that a chunk of a policy with that many sinks lies on two ranks. O(parts)
+  [[nodiscard]] constexpr const char* splits_chunk(index_t sinks) const noexcept {
+    if constexpr (std::same_as<memory, host_memory>) {
+      for (index_t s = 0; s < sequences(); ++s) {
+        const chunking chunks{tokens(s), sinks};
+        const auto is_between = [&](index_t token) {
+          return token == chunks.tokens || chunks[chunks.of(token)].begin == token;
+        };
+        for (index_t p = 0; p < parts_.extent(1); ++p) {
+          const token_range& part = parts_(s, p);
+          if (part.begin == part.end || (is_between(part.begin) && is_between(part.end))) continue;
+          return "a shard's parts must begin and end where chunks do: at sinks + k * 256 tokens, "
+                 "or the sequence's ends";
+        }
+      }
+    }
+    return nullptr;
+  }
+
+ private:
+  struct chunk_range {
+    index_t first, last;
+  };
+  /// An empty first chunk belongs to the sequence's first token.
+  [[nodiscard]] static constexpr chunk_range chunks_of(const token_range& part,
+                                                       const chunking& chunks) noexcept {
+    if (part.begin == part.end) return {0, 0};
+    return {part.begin == 0 ? 0 : chunks.of(part.begin), chunks.of(part.end - 1) + 1};
+  }
+
+  Source source_;
+  view<const token_range, 2, memory> parts_;
+  lengths_view<memory> totals_;
+  index_t capacity_;
+};
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// view<T, Rank, Memory>: a strided tensor that somebody else owns.
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "refreekv/core/config.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Where a view's elements live. Part of the type: mixing the two does not compile.
+struct host_memory {};
+struct device_memory {};
+
+/// Raw storage of an engine that has no type for it: `reinterpret_cast<bf16_bits*>(p)` of a
+/// uint16_t* says what the bits mean.
+struct bf16_bits {
+  std::uint16_t bits;
+};
+struct f16_bits {
+  std::uint16_t bits;
+};
+/// 4 bits of exponent, 3 of mantissa, no infinity. (OCP fp8)
+struct fp8_e4m3_bits {
+  std::uint8_t bits;
+};
+
+/// A non-owning tensor: pointer, extents and strides, both in elements. A layout is its strides:
+/// any axis order, padding or broadcast (stride 0) is a view. Copying copies no elements.
+template <class T, std::size_t Rank, class Memory = host_memory>
+class view {
+ public:
+  using element_type = T;
+  using memory = Memory;
+
+  /// No elements: data() is null and every extent 0.
+  constexpr view() noexcept = default;
+
+  /// Contiguous, last axis fastest.
+  template <std::size_t N>
+    requires(N == Rank)
+  constexpr view(T* data, const index_t (&extents)[N]) noexcept : data_(data) {
+    std::uint64_t stride = 1;  // wraps for extents that no memory holds, which nobody indexes
+    for (std::size_t axis = Rank; axis-- > 0;) {
+      extents_[axis] = extents[axis];
+      strides_[axis] = static_cast<index_t>(stride);
+      stride *= static_cast<std::uint64_t>(extents[axis]);
+    }
+  }
+
+  template <std::size_t N, std::size_t M>
+    requires(N == Rank && M == Rank)
+  constexpr view(T* data, const index_t (&extents)[N], const index_t (&strides)[M]) noexcept
+      : data_(data) {
+    for (std::size_t axis = 0; axis < Rank; ++axis) {
+      extents_[axis] = extents[axis];
+      strides_[axis] = strides[axis];
+    }
+  }
+
+  /// Mutable to const.
+  template <class U>
+    requires(std::is_same_v<const U, T>)
+  REFREEKV_HOST_DEVICE constexpr view(const view<U, Rank, Memory>& other) noexcept
+      : data_(other.data()) {
+    for (std::size_t axis = 0; axis < Rank; ++axis) {
+      extents_[axis] = other.extent(axis);
+      strides_[axis] = other.stride(axis);
+    }
+  }
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr T* data() const noexcept { return data_; }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t extent(std::size_t axis) const noexcept {
+    return extents_[axis];
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t stride(std::size_t axis) const noexcept {
+    return strides_[axis];
+  }
+
+  /// Address of the element at the given leading indices; missing trailing indices are 0.
+  template <class... Index>
+    requires(sizeof...(Index) <= Rank)
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr T* at(Index... index) const noexcept {
+    index_t offset = 0;
+    std::size_t axis = 0;
+    ((offset += static_cast<index_t>(index) * strides_[axis++]), ...);
+    return data_ + offset;
+  }
+
+  template <class... Index>
+    requires(sizeof...(Index) == Rank)
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr T& operator()(Index... index) const noexcept {
+    return *at(index...);
+  }
+
+  /// True where any extent is negative, or elements are asked for and there is no pointer.
+  [[nodiscard]] constexpr bool malformed() const noexcept {
+    index_t elements = 1;
+    for (const index_t extent : extents_) {
+      if (extent < 0) return true;
+      elements = extent == 0 ? 0 : elements;
+    }
+    return elements != 0 && data_ == nullptr;
+  }
+
+ private:
+  T* data_ = nullptr;
+  index_t extents_[Rank] = {};  // not std::array, whose members are no device functions
+  index_t strides_[Rank] = {};
+};
+
+template <class T, std::size_t N>
+view(T*, const index_t (&)[N]) -> view<T, N>;
+template <class T, std::size_t N, std::size_t M>
+view(T*, const index_t (&)[N], const index_t (&)[M]) -> view<T, N>;
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+// One KV head whose tokens have grades, on the CPU: its blocks, and rows that stand in for what a
+// size drops of them.
+#pragma once
+
+#include "refreekv/cpu/faithful/fitting_parts.hpp"
+#include "refreekv/cpu/faithful/grades.hpp"
+#include "refreekv/decision/stand_ins.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// How many rows stand in for what a size drops of one KV head: one for each block that loses a
+/// token, but none where a single token goes, whose place it would take. O(tokens).
+[[nodiscard]] inline index_t stand_ins_of(const importance_rule& rule, const query_window& window,
+                                          const grade* grades, index_t size) noexcept {
+  index_t tokens = 0, blocks = 0, last = -1;
+  for (index_t t = importance_rule::seen_by(window).begin; t < window.tokens; ++t) {
+    if (grades[t] <= size) continue;
+    ++tokens;
+    blocks += t / rule.block != last ? 1 : 0;
+    last = t / rule.block;
+  }
+  return tokens < 2 ? 0 : blocks;
+}
+
+/// One KV head whose tokens have grades.
+template <class Seen>
+class graded_head {
+ public:
+  graded_head(const importance_rule& rule, const Seen& seen, index_t sequence, index_t kv_head,
+              const importance_scratch& scratch, index_t worker, const grade* grades) noexcept
+      : rule_(rule),
+        seen_(seen),
+        sequence_(sequence),
+        kv_head_(kv_head),
+        grades_(grades),
+        work_(parts_of(scratch, worker, rule, seen)),
+        rows_(scratch.pack_head(rule, seen, sequence, kv_head, work_.packed)),
+        stride_(fitting_parts::stride_of(rule)),
+        key_stride_(whole_registers(seen.head_dim())),
+        value_stride_(whole_registers(seen.values.head_dim())),
+        row_stride_(whole_registers(rows_.count())),
+        first_measured_((rows_.window.rows - 1) % rule.error_rows),
+        measured_(rule.measured(rows_.window.rows)),
+        measured_stride_(whole_registers(measured_rows())) {
+    for (index_t t = 0; t < rows_.window.tokens; ++t) {
+      if (grades[t] != grade_never) ++dropped_[grades[t]];
+    }
+    // From how many tokens have a grade to how many a size drops.
+    index_t larger = 0;
+    for (index_t size = rule.sizes; size >= 0; --size) {
+      const index_t own = dropped_[size];
+      dropped_[size] = larger;
+      larger += own;
+    }
+    if (rule.stand_ins) fit_head();
+  }
+
+  /// Writes the stand-ins of a size: one for each block that loses a token, and where there are to
+  /// be more than that, as many as can be for each part of the first ones.
+  void write_stand_ins(index_t size, index_t count, const stand_in_rows<>& to) noexcept {
+    index_t written = 0, spare = count - stand_ins_of(rule_, rows_.window, grades_, size);
+    for_each_block([&](token_range block) {
+      list(block, [&](grade g) { return g > size; });
+      if (listed_ == 0) return;
+      const index_t all = listed_, parts = (std::min)(all, 1 + spare);
+      spare -= parts - 1;
+      for (index_t part = 0; part < parts; ++part) {
+        index_t before = 0;
+        list(block, [&](grade g) { return g > size && before++ * parts / all == part; });
+        read_block();
+        fit_block(size, 1);
+        std::copy_n(work_.keys, seen_.head_dim(), to.keys.at(sequence_, kv_head_, written));
+        std::copy_n(work_.values, seen_.values.head_dim(),
+                    to.values.at(sequence_, kv_head_, written));
+        ++written;
+      }
+    });
+  }
+
+  [[nodiscard]] index_t measured_rows() const noexcept { return rows_.queries.heads * measured_; }
+
+ protected:
+  static fitting_parts parts_of(const importance_scratch& scratch, index_t worker,
+                                const importance_rule& rule, const Seen& seen) noexcept {
+    arena carve(scratch.memory + worker * scratch.worker_bytes);
+    return fitting_parts::take(carve, rule, seen);
+  }
+
+  /// Whether a size drops a listed token.
+  [[nodiscard]] bool drops(index_t i, index_t size) const noexcept { return levels_[i] > size; }
+  [[nodiscard]] bool stands_in(index_t size) const noexcept { return dropped_[size] >= 2; }
+  /// The row that is measured as the e-th.
+  [[nodiscard]] index_t row_of(index_t e) const noexcept {
+    return e / measured_ * rows_.window.rows + first_measured_ + e % measured_ * rule_.error_rows;
+  }
+
+  template <class F>
+  void for_each_block(const F& f) const noexcept {
+    const auto [begin, end] = importance_rule::seen_by(rows_.window);
+    for (index_t t = begin; t < end;) {
+      const index_t next = (std::min)(end, (t / rule_.block + 1) * rule_.block);
+      f(token_range{t, next});
+      t = next;
+    }
+  }
+
+  /// Makes tokens of a block the ones that are worked on, in the tile's columns.
+  template <class Wanted>
+  void list(token_range block, const Wanted& wanted) noexcept {
+    listed_ = 0;
+    for (index_t t = block.begin; t < block.end; ++t) {
+      if (!wanted(grades_[t])) continue;
+      levels_[listed_] = grades_[t];
+      tokens_[listed_++] = static_cast<position_t>(t);
+    }
+  }
+
+  /// Fills the tile with the bare logits of the listed tokens, and their rows.
+  void read_block() noexcept {
+    const auto& keys = observed(seen_).keys;
+    rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_), work_.tile,
+                           stride_);
+    for (index_t i = 0; i < listed_; ++i) {
+      const auto value = seen_.values.run_at(sequence_, kv_head_, tokens_[i]);
+      widen_row(value.data, value.dim_stride, seen_.values.head_dim(),
+                work_.value_rows + i * value_stride_);
+      if (!rule_.stand_ins) continue;
+      const auto key = keys.run_at(sequence_, kv_head_, tokens_[i]);
+      widen_row(key.data, key.dim_stride, seen_.head_dim(), work_.key_rows + i * key_stride_);
+    }
+  }
+
+  /// What all blocks of a head share: its queries, and the map that corrects keys by them.
+  void fit_head() noexcept {
+    const auto& what = observed(seen_);
+    const index_t dims = seen_.head_dim(), rows = rows_.count(), count = rows_.window.rows;
+    std::fill_n(work_.key_rows, rule_.block * key_stride_, 0.0f);
+    std::fill_n(work_.value_rows, rule_.block * value_stride_, 0.0f);
+    std::fill_n(work_.queries, dims * row_stride_, 0.0f);
+    std::fill_n(work_.map, rows * key_stride_, 0.0f);
+    for (index_t i = 0; i < rows; ++i) {
+      const auto* query = what.queries.at(sequence_, seen_.window() - count + i % count,
+                                          rows_.queries.first_head + i / count);
+      for (index_t d = 0; d < dims; ++d) {
+        const float x = rows_.queries.scale * widen(query[d * what.queries.stride(3)]);
+        work_.map[i * key_stride_ + d] = x;
+        work_.queries[d * row_stride_ + i] = x;
+      }
+    }
+    fit_map(work_.map, rows, dims, key_stride_, rule_.ridge, work_.normal, work_.solved);
+    if (!rule_.error_term) return;
+    for (index_t e = 0; e < measured_rows(); ++e) {
+      work_.log_sums[e] = rows_.normalisers[row_of(e)].log_sum();
+    }
+    std::fill_n(work_.measured_queries, dims * measured_stride_, 0.0f);
+    for (index_t d = 0; d < dims; ++d) {
+      for (index_t e = 0; e < measured_rows(); ++e) {
+        work_.measured_queries[d * measured_stride_ + e] =
+            work_.queries[d * row_stride_ + row_of(e)];
+      }
+    }
+  }
+
+  /// Fits one row for what each of the sizes [first, first + count) drops of the listed tokens,
+  /// from their bare logits, which are used up, and their rows. With a and S of the tokens that are
+  /// dropped, a being their mean attention, normalised: the value is sum a v, and the key is k0 =
+  /// sum a k moved to where its logits come near log sum exp S, in the ridge regression over all
+  /// rows. Sizes that drop nothing of the block leave nothing of use.
+  void fit_block(index_t first, index_t count) noexcept {
+    constexpr auto most = static_cast<std::size_t>(chunk_tokens);
+    const index_t rows = rows_.count(), block_stride = whole_registers(rule_.block);
+    const index_t size_stride = whole_registers(count);
+
+    float attention[most];  // the mean over the rows
+    exponentiate_dropped(first, attention);
+    std::fill_n(work_.weights, count * block_stride, 0.0f);
+    std::fill_n(work_.dropped, listed_ * size_stride, 0.0f);
+    for (index_t c = 0; c < count; ++c) {
+      double total = 0;
+      for (index_t i = 0; i < listed_; ++i) {
+        if (drops(i, first + c)) total += static_cast<double>(attention[i]);
+      }
+      for (index_t i = 0; i < listed_; ++i) {
+        if (!drops(i, first + c)) continue;
+        work_.dropped[i * size_stride + c] = 1;
+        work_.weights[c * block_stride + i] =
+            static_cast<float>(static_cast<double>(attention[i]) / total);
+      }
+    }
+    std::fill_n(work_.keys, count * key_stride_, 0.0f);
+    std::fill_n(work_.values, count * value_stride_, 0.0f);
+    add_product({work_.weights, block_stride, 1}, {work_.key_rows, key_stride_}, count, listed_,
+                key_stride_, work_.keys, key_stride_);
+    add_product({work_.weights, block_stride, 1}, {work_.value_rows, value_stride_}, count, listed_,
+                value_stride_, work_.values, value_stride_);
+
+    // By how much a key's logits are too large: where they are to be, and from there to what they
+    // are.
+    std::fill_n(work_.masses, rows * size_stride, 0.0f);
+    add_product({work_.tile.values, stride_, 1}, {work_.dropped, size_stride}, rows, listed_,
+                size_stride, work_.masses, size_stride);
+    Eigen::Map<Eigen::ArrayXf> masses(work_.masses, static_cast<Eigen::Index>(rows * size_stride));
+    masses = (masses.max)(1e-37f).log();
+    const auto cap = static_cast<double>(rows_.queries.attention.soft_cap);
+    std::fill_n(work_.gaps, count * row_stride_, 0.0f);
+    for (index_t c = 0; c < count; ++c) {
+      float* gaps = work_.gaps + c * row_stride_;
+      for (index_t i = 0; i < rows; ++i) {
+        const float unit = work_.tile.statistics[i].unit * std::numbers::ln2_v<float>;
+        gaps[i] = -(work_.masses[i * size_stride + c] + unit);
+        if (cap > 0) gaps[i] = static_cast<float>(uncapped(static_cast<double>(gaps[i]), cap));
+      }
+    }
+    add_product({work_.keys, key_stride_, 1}, {work_.queries, row_stride_}, count, seen_.head_dim(),
+                row_stride_, work_.gaps, row_stride_);
+    add_product({work_.gaps, row_stride_, 1}, {work_.map, key_stride_}, count, rows, key_stride_,
+                work_.keys, key_stride_);
+  }
+
+  /// Turns the bare logits of the listed tokens into exponentials, each row in a unit of its own,
+  /// nearly 0 for those that a size keeps; attention [listed token]: the mean over all rows.
+  void exponentiate_dropped(index_t size, float* attention) noexcept {
+    const index_t rows = rows_.count();
+    const auto listed = static_cast<Eigen::Index>(listed_);
+    Eigen::Map<Eigen::ArrayXf> sum(attention, listed);
+    sum.setZero();
+    float hidden_of[static_cast<std::size_t>(chunk_tokens)];  // -inf where the size keeps a token
+    for (index_t i = 0; i < listed_; ++i) {
+      hidden_of[i] = drops(i, size) ? 0 : -std::numeric_limits<float>::infinity();
+    }
+    const Eigen::Map<const Eigen::ArrayXf> hidden(hidden_of, listed);
+    const bool all_see = rows_.window.all_see({tokens_[0], index_t{tokens_[listed_ - 1]} + 1});
+    for (index_t r = 0; r < rows; ++r) {
+      float* values = work_.tile.values + r * stride_;
+      const row_normaliser& row = rows_.normalisers[r];
+      if (!all_see) add_visible(r, size, values, attention);
+      Eigen::Map<Eigen::ArrayXf>(values, listed) += hidden;
+      const float unit = unit_of(values, listed_);
+      exponentiate(values, listed_, unit);
+      work_.tile.statistics[r].unit = unit;
+      if (!all_see) continue;
+      const double share = attention_at(unit, row) / static_cast<double>(rows);
+      sum += static_cast<float>(share) * Eigen::Map<const Eigen::ArrayXf>(values, listed);
+    }
+    sum += 1e-12f;  // where no row looks all weigh the same
+  }
+
+  /// Adds the attention of a row to what it sees of the listed tokens that a size drops. The others
+  /// may have larger logits than all that it sees: there is no unit for both.
+  void add_visible(index_t r, index_t size, const float* logits, float* attention) const noexcept {
+    const double log_sum = rows_.normalisers[r].log_sum();
+    const auto rows = static_cast<double>(rows_.count());
+    const token_range visible = rows_.window.visible(r % rows_.window.rows);
+    for (index_t i = 0; i < listed_; ++i) {
+      if (visible.begin > tokens_[i] || tokens_[i] >= visible.end || !drops(i, size)) continue;
+      attention[i] += static_cast<float>(std::exp(static_cast<double>(logits[i]) - log_sum) / rows);
+    }
+  }
+
+  const importance_rule& rule_;
+  const Seen& seen_;
+  index_t sequence_, kv_head_;
+  const grade* grades_;
+  fitting_parts work_;
+  head_rows<observed_product<Seen>> rows_;
+  index_t stride_, key_stride_, value_stride_, row_stride_;
+  index_t first_measured_, measured_;  // rows of each query head
+  index_t measured_stride_;
+  index_t dropped_[max_sizes + 1] = {};  // tokens that a size drops
+  index_t listed_ = 0;
+  position_t tokens_[static_cast<std::size_t>(chunk_tokens)];  // [listed_]
+  grade levels_[static_cast<std::size_t>(chunk_tokens)];       // [listed_]
+};
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the faithful rule's primitives read on the CPU: rows of a cache, and the rows of a window.
+#pragma once
+
+#include "refreekv/backend/importance.hpp"
+#include "refreekv/cpu/simd/matrix.hpp"
+#include "refreekv/cpu/token_scores.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// Writes a row of a cache as floats, to row [head_dim].
+template <class T>
+void widen_row(const T* from, index_t dim_stride, index_t dims, float* row) noexcept {
+  if (dim_stride == 1) {
+    for (index_t d = 0; d < dims; ++d) row[d] = widen(from[d]);
+  } else {
+    for (index_t d = 0; d < dims; ++d) row[d] = widen(from[d * dim_stride]);
+  }
+}
+
+/// Calls f(token, row as floats [head_dim]) for some tokens of one head, each in `row`, which is
+/// filled up with zeros to whole_registers.
+template <kv_source Source, class F>
+void for_each_row(const Source& source, index_t sequence, index_t kv_head, token_range tokens,
+                  float* row, const F& f) noexcept {
+  const index_t dims = source.head_dim();
+  std::fill(row + dims, row + whole_registers(dims), 0.0f);
+  for (index_t t = tokens.begin; t < tokens.end;) {
+    const auto run = source.run_at(sequence, kv_head, t);
+    for (index_t i = 0; i < run.tokens && t < tokens.end; ++i, ++t) {
+      widen_row(run.data + i * run.token_stride, run.dim_stride, dims, row);
+      f(t, row);
+    }
+  }
+}
+
+/// The length of a row of whole_registers, which is finite for any finite floats.
+[[nodiscard]] inline double length_of_row(const float* row, index_t dims) noexcept {
+  return std::sqrt(wide_dot(row, row, dims));
+}
+
+/// How an observation's keys and queries are multiplied.
+template <class Seen>
+using observed_type = std::remove_cvref_t<decltype(observed(std::declval<const Seen&>()))>;
+template <class Seen>
+using observed_product = product_of<observed_type<Seen>>;
+
+/// The rows that exist of one KV head's window, packed, and the attention of each.
+template <class Product>
+struct head_rows {
+  query_window window;
+  head_queries<Product> queries;
+  const row_normaliser* normalisers;  ///< [q_head of the KV head, row]
+
+  [[nodiscard]] index_t count() const noexcept { return queries.heads * window.rows; }
+
+  /// Fills the tile with the logits of a block as no mask and no position has changed them.
+  template <class Key>
+  void fill_bare_logits(const block_addresses<Key>& keys, const tile_scratch& tile,
+                        index_t stride = tile_stride) const noexcept {
+    store_logits<Product>(keys, queries.packed, count(), queries.head_dim, queries.scale,
+                          static_cast<Key*>(tile.gathered), tile.values, stride);
+    const float cap = queries.attention.soft_cap;
+    for (index_t i = 0; cap > 0 && i < count(); ++i) {
+      cap_softly(tile.values + i * stride, keys.count(), static_cast<double>(cap));
+    }
+  }
+
+  /// Turns bare logits [tokens] of row i into its attention.
+  void attend(index_t i, token_range tokens, float* logits) const noexcept {
+    attention_params<> params = queries.attention;
+    params.soft_cap = 0;  // is in the logits
+    const index_t q_head = queries.first_head + i / window.rows, count = tokens.end - tokens.begin;
+    finish_logits(params, window, q_head, i % window.rows, tokens, logits);
+    const row_normaliser& row = normalisers[i];
+    // A sink's logit may be so large that no token's is within reach of its unit.
+    if (std::abs(row.unit) < unit_limit && params.sink_logits.data() == nullptr) {
+      attend_in_units(logits, count, row);
+    } else {
+      const float unit = unit_of(logits, count);
+      exponentiate(logits, count, unit);
+      normalise_values(logits, count, unit, row);
+    }
+    const token_range visible = window.visible(i % window.rows);
+    const index_t from = std::clamp(visible.begin, tokens.begin, tokens.end) - tokens.begin;
+    const index_t to = std::clamp(visible.end, tokens.begin, tokens.end) - tokens.begin;
+    std::fill(logits, logits + from, 0.0f);
+    std::fill(logits + to, logits + count, 0.0f);
+  }
+
+  /// Turns logits [whole registers] into attention, that of the row's largest times 2^-62 or more.
+  /// Requires |unit| < unit_limit.
+  static void attend_in_units(float* logits, index_t count, const row_normaliser& row) noexcept {
+    const lanes lowest = splat((row.unit + lowest_power) * std::numbers::ln2_v<float>);
+    const lanes unit = splat(row.unit + integer_shift);
+    const lanes share = splat(static_cast<float>(1 / row.sum));
+    for (index_t t = 0; t < count; t += lane_count) {
+      store(exponential(larger(load(logits + t), lowest), unit) * share, logits + t);
+    }
+  }
+};
+
+/// What the primitives of the faithful rule work in.
+struct importance_scratch {
+  row_normaliser* normalisers;  ///< [sequence, q_head, rows]: left by the weighing for those after
+  double* errors;               ///< [sequence, kv_head, sizes + 1]; null without an error term
+  std::byte* memory;            ///< of each worker, or sorted scores [sequence, kv_head, capacity]
+  index_t worker_bytes;
+
+  struct weighing_parts {
+    void* packed;  ///< [q_head of the KV head, rows, packed_dim]
+    tile_scratch tile;
+    chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
+    float* row;                    ///< [whole_registers of the larger head_dim]
+    double* anchor;                ///< [whole_registers of the head_dim]
+  };
+
+  template <class Seen>
+  static weighing_parts take_weighing(arena& from, const importance_rule& rule,
+                                      const Seen& seen) noexcept {
+    using product = observed_product<Seen>;
+    const index_t heads = seen.q_heads() / seen.kv_heads(), dims = seen.head_dim();
+    weighing_parts p{};
+    p.packed = from.take<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
+    p.tile.gathered = from.take<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
+    p.tile.values = from.take<float>(heads, rule.rows, tile_stride);
+    p.tile.statistics = from.take<chunk_statistics>(heads, rule.rows);
+    p.statistics =
+        from.take<chunk_statistics>(heads, rule.rows, chunking{seen.capacity(), 0}.count());
+    p.row = from.take<float>(whole_registers((std::max)(dims, seen.values.head_dim())));
+    p.anchor = from.take<double>(whole_registers(dims));
+    return p;
+  }
+  template <class Seen>
+  [[nodiscard]] weighing_parts weighing(index_t worker, const importance_rule& rule,
+                                        const Seen& seen) const noexcept {
+    arena carve(memory + worker * worker_bytes);
+    return take_weighing(carve, rule, seen);
+  }
+
+  /// The rows of a KV head that exist, which are packed.
+  template <class Seen>
+  [[nodiscard]] auto pack_head(const importance_rule& rule, const Seen& seen, index_t sequence,
+                               index_t kv_head, void* packed) const noexcept {
+    using product = observed_product<Seen>;
+    const auto& what = observed(seen);
+    const query_window all = window_of(what, sequence, rule.rows);
+    const index_t heads = seen.q_heads() / seen.kv_heads(), rows = all.count();
+    auto* own = static_cast<typename product::packed*>(packed);
+    for (index_t g = 0; g < heads; ++g) {
+      pack_queries(what, sequence, kv_head * heads + g, rows, own);
+    }
+    return head_rows<product>{all.part(all.first_row(), rows), queries_of(what, kv_head, own),
+                              normalisers_of(rule, seen, sequence, kv_head)};
+  }
+
+  template <class Seen>
+  [[nodiscard]] row_normaliser* normalisers_of(const importance_rule& rule, const Seen& seen,
+                                               index_t sequence, index_t kv_head) const noexcept {
+    const index_t heads = seen.q_heads() / seen.kv_heads();
+    return normalisers + (sequence * seen.kv_heads() + kv_head) * heads * rule.rows;
+  }
+};
+
+/// Calls f(chunk, block of it, block after it) for the tokens that any row of a window sees.
+template <class F>
+void for_each_chunk(const query_window& window, index_t sequence, index_t kv_head,
+                    const F& f) noexcept {
+  const index_t begin = importance_rule::seen_by(window).begin;
+  const chunking chunks{window.tokens, 0};
+  const auto block_of = [&](index_t c) {
+    const token_range chunk = chunks[c];
+    return key_block{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
+  };
+  for (index_t c = chunks.of(begin); c < chunks.count(); ++c) {
+    f(c, block_of(c), block_of((std::min)(c + 1, chunks.count() - 1)));
+  }
+}
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

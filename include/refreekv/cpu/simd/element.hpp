@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// The element types of a cache on the CPU, and how they become floats.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <type_traits>
+
+#include "refreekv/core/view.hpp"
+#include "refreekv/cpu/simd/lanes.hpp"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+template <class T>
+concept half_element = std::is_same_v<T, Eigen::half> || std::is_same_v<T, f16_bits>;
+template <class T>
+concept bfloat16_element = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<T, bf16_bits>;
+template <class T>
+concept element = std::is_same_v<T, float> || half_element<T> || bfloat16_element<T>;
+
+/// Exact, NaN and Inf included, unless the engine treats denormals as zero. Written without
+/// branches and on integers: Eigen 3.4 does not vectorise its casts from half, compilers do
+/// vectorise this.
+template <element T>
+[[nodiscard]] inline float widen(T x) noexcept {
+  if constexpr (bfloat16_element<T>) {
+    return std::bit_cast<float>(std::uint32_t{std::bit_cast<std::uint16_t>(x)} << 16);
+  } else if constexpr (half_element<T>) {
+    const std::uint32_t bits = std::bit_cast<std::uint16_t>(x);
+    const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
+    // 2^112 moves the exponent from half's bias to float's and makes subnormals normal.
+    const auto finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+    const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    return std::bit_cast<float>(finite | special | (bits & 0x8000u) << 16);
+  } else {
+    return x;
+  }
+}
+
+/// The nearest value that there is, and the largest finite one of what is too large.
+template <element T>
+[[nodiscard]] inline T narrow(float x) noexcept {
+  if constexpr (bfloat16_element<T>) {
+    constexpr float most = 0x1.fep127f;
+    return std::bit_cast<T>(Eigen::bfloat16((std::min)((std::max)(x, -most), most)));
+  } else if constexpr (half_element<T>) {
+    constexpr float most = 65504;
+    return std::bit_cast<T>(Eigen::half((std::min)((std::max)(x, -most), most)));
+  } else {
+    return x;
+  }
+}
+
+/// `lane_count` elements from anywhere.
+template <element T>
+  requires(!std::is_same_v<T, float>)
+REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {
+#if defined(REFREEKV_VECTOR_LANES) && defined(__F16C__)
+  if constexpr (half_element<T>) {
+#if defined(__AVX512F__)
+    return std::bit_cast<lanes>(_mm512_cvtph_ps(
+        _mm256_loadu_si256(static_cast<const __m256i*>(static_cast<const void*>(data)))));
+#else
+    return std::bit_cast<lanes>(_mm256_cvtph_ps(
+        _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(data)))));
+#endif
+  }
+#endif
+  float out[lane_count];
+  for (int i = 0; i < lane_count; ++i) out[i] = widen(data[i]);
+  return load(out);
+}
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

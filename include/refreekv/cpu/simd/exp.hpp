@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// exp of a vector register, in units of a power of two.
+#pragma once
+
+#include <numbers>
+
+#include "refreekv/cpu/simd/lanes.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// Values below 2^lowest_power units are raised to that, 2e-19: the square of a smaller one would
+/// be denormal, which costs more than it weighs.
+inline constexpr float lowest_power = -62;
+
+/// Units of `exponential` are whole and less than this, either way.
+inline constexpr float unit_limit = 0x1p21f;
+
+/// exp(x) / 2^unit where that is below 2^127, given unit + integer_shift; NaN stays NaN. Requires
+/// x >= (unit + lowest_power) ln 2, so that no result is denormal. Within 2 units in the last place
+/// for |unit| up to 1000. Ours: x = n ln 2 + r, and on |r| <= ln 2 / 2 the polynomial of degree 6
+/// that starts with 1 + r and has the smallest relative error, 3.1e-9.
+REFREEKV_ALWAYS_INLINE lanes exponential(const lanes& x, const lanes& shifted_unit) noexcept {
+  const auto shifted = exactly<lanes>(x * std::numbers::log2e_v<float> + integer_shift);
+  const lanes n = shifted - integer_shift;
+  // ln 2 in two parts: a multiple of the first by a whole number up to 2^14 is exact.
+  auto r = exactly<lanes>(x - n * 0.693359375f);
+  r = r + n * 2.12194440e-4f;
+  lanes p = r * 1.381456968e-3f + 8.368730545e-3f;
+  p = p * r + 4.166838899e-2f;
+  p = p * r + 1.666652113e-1f;
+  p = p * r + 4.999999404e-1f;
+  p = p * (r * r) + r;
+  const lanes power = two_to_the_difference(shifted, shifted_unit);
+  return p * power + power;
+}
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// A product of small matrices that needs no memory of its own: Eigen's packs its operands, on the
+// stack or, where they are large, on the heap.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "refreekv/cpu/simd/element.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// Elements that hold `count` floats in whole registers of any target.
+constexpr index_t whole_registers(index_t count) noexcept { return (count + 15) / 16 * 16; }
+
+/// The sum of products of two rows of whole_registers(dims), in double.
+template <class Other>
+[[nodiscard]] inline double wide_dot(const float* row, const Other* other, index_t dims) noexcept {
+  constexpr index_t step = lane_count / 2;
+  wide_lanes sums[2] = {load_wide(row) * load_wide(other),
+                        load_wide(row + step) * load_wide(other + step)};
+  for (index_t d = 2 * step; d < dims; d += 2 * step) {
+    sums[0] += load_wide(row + d) * load_wide(other + d);
+    sums[1] += load_wide(row + d + step) * load_wide(other + d + step);
+  }
+  double sum = 0;
+  const wide_lanes both = sums[0] + sums[1];
+  for (int i = 0; i < lane_count / 2; ++i) sum += both[i];
+  return sum;
+}
+
+/// A factor of which single elements are read.
+struct left_factor {
+  const float* data;
+  index_t row_stride, column_stride;
+};
+
+/// Rows of whole_registers of floats, of which all are read.
+struct right_factor {
+  const float* data;
+  index_t row_stride;
+};
+
+/// sums [rows, columns] += left [rows, depth] . right [depth, columns], where `columns` stands for
+/// as many as whole_registers of them. The order of additions is that of the depth.
+template <int rows_together>
+REFREEKV_ALWAYS_INLINE void add_product_rows(const left_factor& left, const right_factor& right,
+                                             index_t depth, index_t columns, float* sums,
+                                             index_t sums_stride) noexcept {
+  for (index_t c = 0; c < columns; c += lane_count) {
+    lanes sum[static_cast<std::size_t>(rows_together)];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows_together; ++r) sum[r] = load(sums + r * sums_stride + c);
+#pragma GCC unroll 1
+    for (index_t k = 0; k < depth; ++k) {
+      const lanes factor = load(right.data + k * right.row_stride + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows_together; ++r) {
+        sum[r] += left.data[r * left.row_stride + k * left.column_stride] * factor;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows_together; ++r) store(sum[r], sums + r * sums_stride + c);
+  }
+}
+
+inline void add_product(left_factor left, const right_factor& right, index_t rows, index_t depth,
+                        index_t columns, float* sums, index_t sums_stride) noexcept {
+  for (; rows >= 8; rows -= 8, sums += 8 * sums_stride, left.data += 8 * left.row_stride) {
+    add_product_rows<8>(left, right, depth, columns, sums, sums_stride);
+  }
+  for (; rows > 0; --rows, sums += sums_stride, left.data += left.row_stride) {
+    add_product_rows<1>(left, right, depth, columns, sums, sums_stride);
+  }
+}
+
+/// Columns of a map that are solved for together.
+inline constexpr int map_columns = 32;
+
+/// The map by which a ridge regression finds how a key has to change from how much too large its
+/// logits are. x [row, dims], with dim_stride floats between rows, becomes -(X^T X + ridge *
+/// tr(X^T X) / dims * I)^-1 x, row by row; 0 where X is. normal: [dims, dims]; solved: [dims,
+/// map_columns]. O((rows + dims) * dims^2), in double: the quotient of the largest and the smallest
+/// eigenvalue is up to dims / ridge.
+inline void fit_map(float* x, index_t rows, index_t dims, index_t dim_stride, double ridge,
+                    double* normal, double* solved) noexcept {
+  const auto vector = [](double* data, index_t count) {
+    return Eigen::Map<Eigen::ArrayXd>(data, static_cast<Eigen::Index>(count));
+  };
+  std::fill_n(normal, dims * dims, 0.0);
+  for (index_t r = 0; r < rows; ++r) {
+    for (index_t d = 0; d < dims; ++d) solved[d] = static_cast<double>(x[r * dim_stride + d]);
+    for (index_t i = 0; i < dims; ++i) {
+      vector(normal + i * dims, i + 1) += solved[i] * vector(solved, i + 1);
+    }
+  }
+  double trace = 0;
+  for (index_t i = 0; i < dims; ++i) trace += normal[i * dims + i];
+  if (!(trace > 0 && std::isfinite(trace))) {
+    std::fill_n(x, rows * dim_stride, 0.0f);
+    return;
+  }
+  // Cholesky's factor takes the place of the matrix, row by row.
+  for (index_t i = 0; i < dims; ++i) {
+    double* row = normal + i * dims;
+    row[i] += ridge * trace / static_cast<double>(dims);
+    for (index_t k = 0; k <= i; ++k) {
+      const double rest = row[k] - (vector(row, k) * vector(normal + k * dims, k)).sum();
+      row[k] = k < i ? rest / normal[k * dims + k] : std::sqrt(rest);
+    }
+  }
+  using columns = Eigen::Map<Eigen::Array<double, map_columns, 1>>;
+  const auto solution = [&](index_t i) { return columns(solved + i * map_columns); };
+  for (index_t first = 0; first < rows; first += map_columns) {
+    const index_t count = (std::min)(rows - first, index_t{map_columns});
+    for (index_t i = 0; i < dims; ++i) {
+      for (index_t c = 0; c < map_columns; ++c) {
+        solved[i * map_columns + c] =
+            c < count ? static_cast<double>(x[(first + c) * dim_stride + i]) : 0;
+      }
+    }
+    for (index_t i = 0; i < dims; ++i) {
+      columns own = solution(i);
+      for (index_t k = 0; k < i; ++k) own -= normal[i * dims + k] * solution(k);
+      own /= normal[i * dims + i];
+    }
+    for (index_t i = dims - 1; i >= 0; --i) {
+      columns own = solution(i);
+      for (index_t k = i + 1; k < dims; ++k) own -= normal[k * dims + i] * solution(k);
+      own /= normal[i * dims + i];
+    }
+    for (index_t c = 0; c < count; ++c) {
+      for (index_t i = 0; i < dims; ++i) {
+        x[(first + c) * dim_stride + i] = static_cast<float>(-solved[i * map_columns + c]);
+      }
+    }
+  }
+}
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// The mean direction of a head's keys on a device.
+#pragma once
+
+#include "refreekv/cuda/faithful/bare_logits.hpp"
+#include "refreekv/cuda/faithful/importance_scratch.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// How many of a chunk's tokens are a warp's, a lane each: its threads' own.
+template <thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE int count_of_warp(const Block& block, token_range tokens) noexcept {
+  const index_t left = tokens.end - tokens.begin - warp_of(block) * warp_threads;
+  return left < 0 ? 0 : left < warp_threads ? narrow(left) : warp_threads;
+}
+
+/// Those of a chunk's tokens that any row of the window sees.
+[[nodiscard]] REFREEKV_DEVICE token_range seen_part(const query_window& window,
+                                                    token_range chunk) noexcept {
+  const index_t begin = importance_rule::seen_by(window).begin;
+  return {begin > chunk.begin ? begin < chunk.end ? begin : chunk.end : chunk.begin, chunk.end};
+}
+
+/// Sums k / |k| over the tokens of each chunk, to directions [sequence, kv_head, chunk, head_dim].
+template <class Seen>
+struct directions_body {
+  struct shared {
+    double sums[block_warps][warp_threads];
+  };
+  Seen seen;
+  index_t rows;
+  index_t chunks;
+  view<kept_count, 2, typename Seen::memory> counts;
+  double* directions;
+  row_parts cut;  ///< of the chunks of a KV head
+
+  /// item: [sequence, part, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
+    if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
+    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+      sum(block, s, sequence, kv_head, seen_part(window_of(seen, sequence, rows), tokens),
+          directions + ((sequence * kv_heads + kv_head) * chunks + chunk) * seen.head_dim());
+    });
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE void sum(Block& block, shared& s, index_t sequence, index_t kv_head,
+                           token_range tokens, double* to) const noexcept {
+    const index_t dims = seen.head_dim(), first = tokens.begin + warp_of(block) * warp_threads;
+    const int lane = lane_of(block);
+    const int count = count_of_warp(block, tokens);
+    const double square = sum_of_row(block, seen.keys, sequence, kv_head, first, count,
+                                     [](index_t, double x) { return x * x; });
+    // Of the length of the thread's own key; 0 of one without a direction.
+    const double inverse = lane >= count || square <= 0 ? 0 : 1 / std::sqrt(square);
+    for (index_t strip = 0; strip < dims; strip += warp_threads) {
+      double sum = 0;
+      const index_t dim = strip + lane < dims ? strip + lane : dims - 1;
+      for_each_element(
+          seen.keys, sequence, kv_head, dim, 0, count, 1, [&](int i) { return first + i; },
+          [&](int i, float x) { sum += double{x} * block.warp_broadcast(inverse, i); });
+      s.sums[warp_of(block)][lane] = sum;
+      block.sync();
+      if (block.rank() < warp_threads && strip + lane < dims) {
+        double all = 0;
+        for (int w = 0; w < block_warps; ++w) all += s.sums[w][lane];
+        to[strip + lane] = all;
+      }
+      block.sync();
+    }
+  }
+};
+
+/// Joins directions to anchors [sequence, kv_head, head_dim] of length 1, or 0 where they have
+/// none.
+template <class Seen>
+struct anchor_body {
+  using shared = warp_values<double>;
+  Seen seen;
+  index_t chunks;
+  view<kept_count, 2, typename Seen::memory> counts;
+  const double* directions;
+  double* anchors;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * seen.kv_heads();
+  }
+
+  /// item: [sequence, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t sequence = item / seen.kv_heads(), dims = seen.head_dim();
+    const index_t tokens = seen.tokens(sequence), count = chunking{tokens, 0}.count();
+    if (!block.sync_and(!counts(sequence, item % seen.kv_heads()).undecided)) return;
+    double* to = anchors + item * dims;
+    double square = 0;
+    for (index_t d = block.rank(); d < dims; d += block_threads) {
+      double sum = 0;
+      for (index_t c = 0; tokens > 0 && c < count; ++c) {
+        sum += directions[(item * chunks + c) * dims + d];
+      }
+      to[d] = sum;
+      square += sum * sum;
+    }
+    const double length = std::sqrt(block_reduce(block, s, square, plus{}));
+    const double factor = has_direction(length, tokens) ? 1 / length : 0;
+    for (index_t d = block.rank(); d < dims; d += block_threads) to[d] *= factor;
+  }
+};
+
+}  // namespace refreekv::inline v0::cuda_detail

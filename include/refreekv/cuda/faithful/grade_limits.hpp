@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the sizes of a ranking end, on a device: the scores at their last places.
+#pragma once
+
+#include "refreekv/cuda/block/value_row.hpp"
+#include "refreekv/cuda/faithful/importance_scratch.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// The heads [first, first + count) whose candidates [begin, end) are ranked together, in the order
+/// that decides between equals.
+struct ranked_heads {
+  index_t first, count;
+  token_range tokens;
+
+  [[nodiscard]] REFREEKV_DEVICE index_t candidates() const noexcept {
+    return count * (tokens.end - tokens.begin);
+  }
+};
+
+/// How the KV heads of a sequence are ranked.
+template <class Seen>
+struct rankings {
+  importance_rule rule;
+  Seen seen;
+  view<kept_count, 2, typename Seen::memory> counts;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool together() const noexcept {
+    return rule.scope == cut_scope::kv_head;
+  }
+  /// Of each sequence.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t count() const noexcept {
+    return together() ? 1 : seen.kv_heads();
+  }
+  [[nodiscard]] REFREEKV_DEVICE query_window window(index_t sequence) const noexcept {
+    return window_of(seen, sequence, rule.rows);
+  }
+  [[nodiscard]] REFREEKV_DEVICE ranked_heads heads(index_t sequence,
+                                                   index_t ranking) const noexcept {
+    const token_range candidates = rule.candidates(window(sequence));
+    if (together()) return {0, seen.kv_heads(), candidates};
+    return {ranking, 1, candidates};
+  }
+  /// Whether all heads of a sequence are decided.
+  template <thread_block Block>
+  [[nodiscard]] REFREEKV_DEVICE bool decided(Block& block, index_t sequence) const noexcept {
+    bool decided = true;
+    for (index_t h = block.rank(); h < seen.kv_heads(); h += block_threads) {
+      decided = decided && !counts(sequence, h).undecided;
+    }
+    return block.sync_and(decided);
+  }
+};
+
+/// The grade of the n-th of a ranking, from 0, which is among those that equal a limit.
+[[nodiscard]] REFREEKV_DEVICE grade grade_of_equal(const importance_rule& rule,
+                                                   const score_limit& limit, index_t candidates,
+                                                   index_t n) noexcept {
+  int g = limit.first;
+  while (g < limit.last && n >= rule.kept_by(g, candidates)) ++g;
+  // The last ones may be beyond all sizes that end among them.
+  return static_cast<grade>(n < rule.kept_by(g, candidates) ? g : g + 1);
+}
+
+template <class Seen>
+struct start_search_body {
+  struct shared {};
+  rankings<Seen> of;
+  limit_search* searches;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return of.seen.sequences() * of.count();
+  }
+
+  /// item: [sequence, ranking]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t sequence = item / of.count();
+    const index_t candidates = of.heads(sequence, item % of.count()).candidates();
+    const bool decides = of.decided(block, sequence) && candidates > 0;
+    limit_search& to = searches[item];
+    const int i = block.rank();
+    if (i == 0) to.decides = decides;
+    if (i < narrow(of.rule.sizes) && decides) {
+      to.begins[0][i] = 0;
+      to.left[i] = of.rule.kept_by(i + 1, candidates) - 1;
+    }
+  }
+};
+
+/// Counts the digits of a split.
+template <class Seen>
+struct count_digits_body {
+  struct shared {
+    unsigned counts[max_sizes * limit_search::bins];
+    limit_groups groups;
+  };
+  rankings<Seen> of;
+  scores_view<typename Seen::memory> scores;
+  search_digit digit;
+  index_t splits;  ///< of the longest sequence
+  limit_parts work;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return of.seen.sequences() * of.seen.kv_heads() * splits;
+  }
+
+  /// item: [sequence, kv_head, split]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t head = item / splits, begin = item % splits * split_tokens;
+    const index_t kv_heads = of.seen.kv_heads(), sequence = head / kv_heads;
+    if (begin >= of.seen.tokens(sequence)) return;
+    const limit_search& search = work.searches[of.together() ? sequence : head];
+    if (!search.decides) return;
+    const int groups = s.groups.find(block, search.begins[digit.before()], narrow(of.rule.sizes));
+    for (int b = block.rank(); b < groups * limit_search::bins; b += block_threads) s.counts[b] = 0;
+    block.sync();
+    const token_range all = of.rule.candidates(of.window(sequence));
+    const index_t first = begin > all.begin ? begin : all.begin;
+    const index_t last = begin + split_tokens < all.end ? begin + split_tokens : all.end;
+    const value_row row{scores.at(sequence, head % kv_heads, first), scores.stride(2)};
+    for_each_value(block, row, first < last ? last - first : 0, [&](float v) {
+      const std::uint32_t value = as_bits(v), begins = value >> digit.shift >> digit.bits;
+      int low = 0, high = groups - 1;  // the first group that is not larger
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (s.groups.begins[middle] > begins) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      if (s.groups.begins[low] != begins) return;
+      const std::uint32_t own = value >> digit.shift & ((1u << digit.bits) - 1);
+      block.add(s.counts[low * limit_search::bins + static_cast<int>(own)], 1u);
+    });
+    block.sync();
+    unsigned* const to = work.counts + item * of.rule.sizes * limit_search::bins;
+    for (int b = block.rank(); b < groups * limit_search::bins; b += block_threads) {
+      to[b] = s.counts[b];
+    }
+  }
+};
+
+/// Finds the digit of each size. A block a group.
+template <class Seen>
+struct find_digits_body {
+  static constexpr int shares = block_threads / limit_search::bins;  // of what is summed
+  struct shared {
+    index_t counts[shares][limit_search::bins];
+    limit_groups groups;
+  };
+  rankings<Seen> of;
+  search_digit digit;
+  index_t splits;
+  limit_parts work;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return of.seen.sequences() * of.count() * of.rule.sizes;
+  }
+
+  /// item: [sequence, ranking, group]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const int group = narrow(item % of.rule.sizes), sizes = narrow(of.rule.sizes);
+    const index_t ranking = item / of.rule.sizes, sequence = ranking / of.count();
+    limit_search& search = work.searches[ranking];
+    if (!search.decides) return;
+    if (group >= s.groups.find(block, search.begins[digit.before()], sizes)) return;
+    const ranked_heads heads = of.heads(sequence, ranking % of.count());
+    const int share = block.rank() / limit_search::bins, bin = block.rank() % limit_search::bins;
+    s.counts[share][bin] = sum(sequence, heads, group, bin, share);
+    block.sync();
+    const int i = block.rank();
+    if (i < sizes && s.groups.of[i] == group) find(s, search, i);
+  }
+
+ private:
+  /// How many scores of a group have a digit, in a share of the splits.
+  [[nodiscard]] REFREEKV_DEVICE index_t sum(index_t sequence, const ranked_heads& heads, int group,
+                                            int bin, int share) const noexcept {
+    const index_t stride = index_t{of.rule.sizes} * limit_search::bins;
+    const index_t used = (of.seen.tokens(sequence) + split_tokens - 1) / split_tokens;
+    index_t sum = 0;
+    for (index_t h = heads.first; h < heads.first + heads.count; ++h) {
+      const unsigned* const own = work.counts +
+                                  (sequence * of.seen.kv_heads() + h) * splits * stride +
+                                  group * limit_search::bins + bin;
+      // Heads begin by turns, as there may be one split alone.
+      for (index_t i = (share + h) % shares; i < used; i += shares) sum += index_t{own[i * stride]};
+    }
+    return sum;
+  }
+
+  REFREEKV_DEVICE void find(const shared& s, limit_search& search, int i) const noexcept {
+    int at = (1 << digit.bits) - 1;
+    index_t left = search.left[i];
+    const auto count = [&] {
+      index_t sum = 0;
+      for (int share = 0; share < shares; ++share) sum += s.counts[share][at];
+      return sum;
+    };
+    for (; at > 0 && left >= count(); --at) left -= count();
+    search.left[i] = left;
+    search.equals[i] = count();
+    search.begins[digit.after()][i] =
+        search.begins[digit.before()][i] << digit.bits | static_cast<std::uint32_t>(at);
+  }
+};
+
+/// Makes one limit of all sizes that end with equals. A thread a limit.
+template <class Seen>
+struct write_limits_body {
+  using shared = limit_groups;
+  rankings<Seen> of;
+  int last;  ///< which of a search's `begins` are all of a score
+  const limit_search* searches;
+  score_limits* limits;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return of.seen.sequences() * of.count();
+  }
+
+  /// item: [sequence, ranking]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const limit_search& search = searches[item];
+    score_limits& to = limits[item];
+    if (!search.decides) {
+      if (block.rank() == 0) to.count = 0;
+      return;
+    }
+    const importance_rule& rule = of.rule;
+    const int sizes = narrow(rule.sizes), count = s.find(block, search.begins[last], sizes);
+    const index_t candidates = of.heads(item / of.count(), item % of.count()).candidates();
+    if (block.rank() == 0) {
+      to.candidates = candidates;
+      to.count = count;
+    }
+    const int i = block.rank();
+    if (i >= sizes || (i > 0 && s.of[i - 1] == s.of[i])) return;
+    int end = i + 1;
+    while (end < sizes && s.of[end] == s.of[i]) ++end;
+    score_limit limit{};
+    limit.value = as_float(search.begins[last][i]);
+    limit.first = static_cast<grade>(i + 1);
+    limit.last = static_cast<grade>(end);
+    limit.rank = rule.kept_by(i + 1, candidates) - 1 - search.left[i];
+    limit.equals = search.equals[i];
+    const grade of_first = grade_of_equal(rule, limit, candidates, limit.rank);
+    const grade of_last = grade_of_equal(rule, limit, candidates, limit.rank + limit.equals - 1);
+    limit.of_equals = of_first == of_last ? of_first : grade{0};
+    to.of[s.of[i]] = limit;
+  }
+};
+
+/// Leaves the limits of each ranking, in as many steps as scores have digits.
+template <class Backend, class Seen>
+[[nodiscard]] status find_limits(const Backend& on, const rankings<Seen>& of,
+                                 const scores_view<typename Seen::memory>& scores,
+                                 const importance_scratch& scratch) noexcept {
+  arena memory = scratch.carve();
+  const limit_parts work = limit_parts::take(memory, of.rule, of.seen, scratch.splits);
+  const start_search_body<Seen> start{of, work.searches};
+  status s = run_blocks(on, start.items(), start);
+  search_digit digit = search_digit::first();
+  for (; s == status::ok; digit = digit.next()) {
+    const count_digits_body<Seen> count{of, scores, digit, scratch.splits, work};
+    s = run_blocks(on, count.items(), count);
+    if (s != status::ok) break;
+    const find_digits_body<Seen> find{of, digit, scratch.splits, work};
+    s = run_blocks(on, find.items(), find);
+    if (digit.is_last()) break;
+  }
+  if (s != status::ok) return s;
+  const write_limits_body<Seen> write{of, digit.after(), work.searches, scratch.limits};
+  return run_blocks(on, write.items(), write);
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sizes of a layer's cache on a device: which tokens each keeps, and what share of the scores it
+// loses.
+#pragma once
+
+#include "refreekv/cuda/faithful/grade_limits.hpp"
+#include "refreekv/cuda/keep.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// Grades the tokens, a thread each, but for equals that get different ones, and sums the scores of
+/// those that have a grade in each chunk.
+template <class Seen>
+struct grade_body {
+  struct shared {
+    score_limits limits;
+    double sums[block_warps][max_sizes];
+  };
+  rankings<Seen> of;
+  scores_view<typename Seen::memory> scores;
+  view<grade, 3, typename Seen::memory> grades;
+  const score_limits* limits;
+  index_t chunks;
+  double* sums;   ///< [sequence, kv_head, chunk, sizes]
+  row_parts cut;  ///< of the chunks of a KV head
+
+  /// item: [sequence, part, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t kv_heads = of.seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
+    const score_limits& own = limits[of.together() ? sequence : sequence * kv_heads + kv_head];
+    const int count = own.count;
+    if (block.rank() < count) s.limits.of[block.rank()] = own.of[block.rank()];
+    block.sync();
+    const bool decides = count > 0;
+    const query_window window = of.window(sequence);
+    const token_range candidates = of.rule.candidates(window);
+    const index_t unseen = importance_rule::seen_by(window).begin;
+    for_each_chunk(of.seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+      const index_t token = tokens.begin + block.rank();
+      const bool is_candidate =
+          decides && token < tokens.end && token >= candidates.begin && token < candidates.end;
+      grade g = 0;
+      if (is_candidate) {
+        g = grade_of(s, count, scores(sequence, kv_head, token));
+      } else if (decides && token >= of.rule.sinks && token < unseen) {
+        g = grade_never;
+      }
+      if (token < tokens.end) grades(sequence, kv_head, token) = g;
+      sum(block, s, is_candidate ? g : 0, is_candidate ? scores(sequence, kv_head, token) : 0.0f,
+          sums + ((sequence * kv_heads + kv_head) * chunks + chunk) * of.rule.sizes);
+    });
+  }
+
+ private:
+  [[nodiscard]] REFREEKV_DEVICE grade grade_of(const shared& s, int count,
+                                               float score) const noexcept {
+    int low = 0, high = count - 1;  // the first limit that is not larger; the last one is not
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (s.limits.of[middle].value > score) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    const score_limit& limit = s.limits.of[low];
+    return limit.value < score ? limit.first : limit.of_equals;
+  }
+
+  /// Sums of what each grade's scores are, in the order of tokens within each warp.
+  template <thread_block Block>
+  REFREEKV_DEVICE void sum(Block& block, shared& s, int own, float score,
+                           double* to) const noexcept {
+    static_assert(max_sizes <= 2 * warp_threads);
+    const int lane = lane_of(block), warp = warp_of(block);
+    double low = 0, high = 0;  // of the grades lane + 1 and lane + 33
+    if (block.warp_reduce(own, larger{}) > 0) {
+      REFREEKV_NO_UNROLL
+      for (int i = 0; i < warp_threads; ++i) {
+        const int g = block.warp_broadcast(own, i) - 1 - lane;
+        const double x = block.warp_broadcast(score, i);
+        if (g == 0) low += x;
+        if (g == warp_threads) high += x;
+      }
+    }
+    s.sums[warp][lane] = low;
+    s.sums[warp][lane + warp_threads] = high;
+    block.sync();
+    if (block.rank() < narrow(of.rule.sizes)) {
+      double all = 0;
+      for (int w = 0; w < block_warps; ++w) all += s.sums[w][block.rank()];
+      to[block.rank()] = all;
+    }
+    block.sync();
+  }
+};
+
+/// Grades those equals that get different grades, in their order, and leaves lost [sequence,
+/// sizes + 1].
+template <class Seen>
+struct lost_body {
+  struct shared {
+    warp_values<std::uint64_t> counts;
+    double sums[block_threads];  ///< [part, sizes]: of what is summed, by turns
+  };
+  rankings<Seen> of;
+  scores_view<typename Seen::memory> scores;
+  view<grade, 3, typename Seen::memory> grades;
+  const score_limits* limits;
+  index_t chunks;
+  const double* sums;  ///< [sequence, kv_head, chunk, sizes]
+  double* lost;
+
+  /// item: sequence
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t sequence) const noexcept {
+    const index_t kv_heads = of.seen.kv_heads(), sizes = of.rule.sizes;
+    const bool decided = of.decided(block, sequence);
+    for (index_t h = block.rank(); h < kv_heads && !decided; h += block_threads) {
+      of.counts(sequence, h).undecided = true;
+    }
+    double* const to = lost + sequence * (sizes + 1);
+    const score_limits* const own = limits + sequence * of.count();
+    if (!decided || own[0].count == 0) {
+      for (index_t i = block.rank(); i <= sizes; i += block_threads) to[i] = 0;
+      return;
+    }
+    for (index_t r = 0; r < of.count(); ++r) {
+      const ranked_heads heads = of.heads(sequence, r);
+      for (int i = 0; i < own[r].count; ++i) {
+        if (own[r].of[i].of_equals == 0) grade_equals(block, s, sequence, heads, own[r], i);
+      }
+    }
+    const index_t parts = block_threads / sizes, size = block.rank() % sizes;
+    const index_t part = block.rank() / sizes;
+    double sum = 0;
+    const index_t count = chunking{of.seen.tokens(sequence), 0}.count();
+    for (index_t h = 0; h < kv_heads; ++h) {
+      const double* const head = sums + (sequence * kv_heads + h) * chunks * sizes + size;
+      for (index_t c = part; c < count; c += parts) sum += head[c * sizes];
+    }
+    for (index_t r = part; r < of.count(); r += parts) sum += sum_of_equals(own[r], size + 1);
+    s.sums[block.rank()] = sum;
+    block.sync();
+    if (block.rank() != 0) return;
+    // From the sums of grades to those of all larger ones.
+    double total = 0;
+    to[sizes] = 0;
+    for (index_t i = sizes; i > 0; --i) {
+      for (index_t p = 0; p < parts; ++p) total += s.sums[p * sizes + i - 1];
+      to[i - 1] = total;
+    }
+    for (index_t i = 0; i <= sizes; ++i) to[i] /= total;
+  }
+
+ private:
+  template <thread_block Block>
+  REFREEKV_DEVICE void grade_equals(Block& block, shared& s, index_t sequence,
+                                    const ranked_heads& heads, const score_limits& all,
+                                    int which) const noexcept {
+    const score_limit& limit = all.of[which];
+    index_t before = limit.rank;
+    for (index_t h = heads.first; h < heads.first + heads.count; ++h) {
+      const value_row row{scores.at(sequence, h, heads.tokens.begin), scores.stride(2)};
+      before += for_each_where(
+          block, s.counts, heads.tokens.end - heads.tokens.begin,
+          [&](index_t t) { return row(t) == limit.value; },
+          [&](index_t i, index_t t) {
+            grades(sequence, h, heads.tokens.begin + t) =
+                grade_of_equal(of.rule, limit, all.candidates, before + i);
+          });
+    }
+  }
+
+  /// The scores of those equals that were not summed, as far as they have a grade.
+  [[nodiscard]] REFREEKV_DEVICE double sum_of_equals(const score_limits& all,
+                                                     index_t g) const noexcept {
+    double sum = 0;
+    for (int i = 0; i < all.count; ++i) {
+      const score_limit& limit = all.of[i];
+      if (limit.of_equals != 0 || g < limit.first || g > index_t{limit.last} + 1) continue;
+      const index_t from = of.rule.kept_by(g - 1, all.candidates);
+      const index_t to = of.rule.kept_by(g, all.candidates);
+      const index_t end = limit.rank + limit.equals;
+      const index_t first = from > limit.rank ? from : limit.rank, last = to < end ? to : end;
+      if (last > first) sum += double{limit.value} * static_cast<double>(last - first);
+    }
+    return sum;
+  }
+};
+
+template <class Backend, class Valued>
+[[nodiscard]] status grade_tokens(const Backend& on, importance_rule rule, const Valued& valued,
+                                  const scores_view<typename Valued::memory>& scores,
+                                  const view<grade, 3, typename Valued::memory>& grades,
+                                  double* lost,
+                                  const view<kept_count, 2, typename Valued::memory>& counts,
+                                  const importance_scratch& scratch) noexcept {
+  const auto& seen = observed(valued);
+  using seen_type = std::remove_cvref_t<decltype(seen)>;
+  rule.rows = scratch.rows;
+  arena memory = scratch.carve();
+  double* const sums = scratch.take_grade_sums(memory, rule, seen);
+  const rankings<seen_type> of{rule, seen, counts};
+  status s = find_limits(on, of, scores, scratch);
+  if (s != status::ok) return s;
+  const row_parts cut = row_parts::of(seen.sequences() * seen.kv_heads(), scratch.chunks);
+  const grade_body<seen_type> grade_all{of,   scores, grades, scratch.limits, scratch.chunks,
+                                        sums, cut};
+  s = run_blocks(on, cut.items(), grade_all);
+  if (s != status::ok) return s;
+  const lost_body<seen_type> sum{of, scores, grades, scratch.limits, scratch.chunks, sums, lost};
+  return run_blocks(on, seen.sequences(), sum);
+}
+
+/// Keeps tokens of small grades.
+template <class Seen>
+struct keep_grades_body {
+  using memory = typename Seen::memory;
+  using shared = warp_values<std::uint64_t>;
+  Seen seen;
+  view<const grade, 3, memory> grades;
+  const position_t* sizes;
+  kept_positions<memory> kept;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return seen.sequences() * seen.kv_heads();
+  }
+
+  /// item: [sequence, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
+    const index_t tokens = seen.tokens(sequence);
+    const position_t size = sizes[sequence];
+    const index_t held = write_where(block, s, kept, sequence, head, {0, tokens}, 0,
+                                     [&](index_t t) { return grades(sequence, head, t) <= size; });
+    if (block.rank() != 0) return;
+    kept_count& count = kept.counts(sequence, head);
+    count = {static_cast<position_t>(held), static_cast<position_t>(tokens), count.undecided};
+  }
+};
+
+template <class Backend, class Valued>
+[[nodiscard]] status keep_grades(const Backend& on, const Valued& valued,
+                                 const view<const grade, 3, typename Valued::memory>& grades,
+                                 const position_t* sizes,
+                                 const kept_positions<typename Valued::memory>& kept) noexcept {
+  const auto& seen = observed(valued);
+  const keep_grades_body<std::remove_cvref_t<decltype(seen)>> body{seen, grades, sizes, kept};
+  return run_blocks(on, body.items(), body);
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the faithful rule's primitives work in on a device.
+#pragma once
+
+#include "refreekv/cuda/block/limit_search.hpp"
+#include "refreekv/cuda/token_scores.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// What equals the score at the last place of a size, in one ranking.
+struct score_limit {
+  float value;
+  grade first, last;  ///< the sizes that end here
+  /// Of all equals; 0 where they get different ones, by their order.
+  grade of_equals;
+  index_t rank;    ///< of the first equal
+  index_t equals;  ///< how many there are
+};
+/// Those of one ranking, from large to small.
+struct score_limits {
+  index_t candidates;
+  int count;
+  score_limit of[max_sizes];
+};
+
+/// What bisection knows: the smallest size that is enough is in (low, high].
+struct size_range {
+  position_t low, high;
+
+  [[nodiscard]] REFREEKV_DEVICE bool is_open() const noexcept { return high - low > 1; }
+  /// The size to try, or what was found.
+  [[nodiscard]] REFREEKV_DEVICE position_t middle() const noexcept {
+    return is_open() ? low + (high - low) / 2 : high;
+  }
+};
+
+/// Tokens whose scores one block counts.
+inline constexpr index_t split_tokens = 16 * chunk_tokens;
+
+/// How the tokens are split whose outputs one block sums, a chunk after the other: the more rows
+/// there are, the fewer splits fill a device.
+struct output_splits {
+  index_t tokens;  ///< of a split
+  index_t count;   ///< of the longest sequence
+
+  /// rows: that are measured, of a KV head.
+  [[nodiscard]] static constexpr output_splits of(index_t rows, index_t capacity) noexcept {
+    const index_t tokens = split_tokens * ((rows + 31) / 32);
+    return {tokens, tokens > 0 ? (capacity + tokens - 1) / tokens : 0};
+  }
+  [[nodiscard]] REFREEKV_DEVICE index_t used(index_t length) const noexcept {
+    return (length + tokens - 1) / tokens;
+  }
+};
+
+/// Of each KV head, with R rows of all its query heads, E of them measured, and head_dims d and v:
+/// 4 bytes a token, 4 a block of positions, 8 R + 4 R d + 8 d + 8 E (v + 2), and the largest of
+/// - 16 R, and 12 min(R, 128) for each chunk of 256 tokens,
+/// - 8 d for each chunk,
+/// - 512 sizes for each 4,096 tokens,
+/// - 8 n (n + 1), n being the smaller one of R and d,
+/// - 8 min(E, 32) (v + 1) for each 4,096 tokens.
+/// With 4 query heads, d = v = 128 and the rule's defaults 12 bytes a token and 120 KB, but 200 KB
+/// at least.
+struct importance_scratch {
+  index_t rows;    ///< of each query head
+  index_t chunks;  ///< of the longest sequence
+  index_t splits;  ///< of scores, of the longest sequence
+  output_splits outputs;
+  index_t blocks;        ///< of positions, of the longest sequence
+  index_t measured;      ///< rows of each query head
+  double* log_sums;      ///< [sequence, q_head, rows]: the logarithm of what exponentials sum to
+  float* attention;      ///< [sequence, kv_head, capacity]: the mean over all rows
+  double* anchors;       ///< [sequence, kv_head, head_dim]: the mean direction of the keys
+  double* spreads;       ///< [sequence, kv_head, chunk]: squares of the logits' spread, summed
+  std::uint8_t* bad;     ///< [sequence, kv_head, chunk]: whether a score is not finite
+  float* map;            ///< [sequence, q_head, rows, head_dim]: see ridge.hpp
+  position_t* slots;     ///< [sequence, kv_head, block + 1]: where those of a block begin
+  position_t* standing;  ///< [sequence, kv_head]: stand-ins, one a block
+  size_range* ranges;    ///< [sequence]
+  double* whole;         ///< [sequence, kv_head, measured row, dim of values + 1]: see outputs_body
+  double* row_errors;    ///< [sequence, q_head, measured]
+  score_limits* limits;  ///< [sequence, kv_head]: of a ranking; the first one's where all share one
+  std::byte* shared;     ///< for one of what follows at a time
+
+  /// Of normalise_rows.
+  template <class Seen>
+  [[nodiscard]] static attention_scratch take_normalising(arena& from, const importance_rule& rule,
+                                                          const Seen& seen) noexcept {
+    return attention_scratch::take(from, rule.rows, seen);
+  }
+  /// [sequence, kv_head, chunk, head_dim]: sums of directions.
+  template <class Seen>
+  [[nodiscard]] double* take_directions(arena& from, const Seen& seen) const noexcept {
+    return from.take<double>(seen.sequences(), seen.kv_heads(), chunks, seen.head_dim());
+  }
+  /// [sequence, kv_head, chunk, sizes]: sums of the scores of each grade.
+  template <class Seen>
+  [[nodiscard]] double* take_grade_sums(arena& from, const importance_rule& rule,
+                                        const Seen& seen) const noexcept {
+    return from.take<double>(seen.sequences(), seen.kv_heads(), chunks, index_t{rule.sizes});
+  }
+  /// [sequence, kv_head, order + 1, order]: see regression.
+  template <class Seen>
+  [[nodiscard]] double* take_normal(arena& from, const Seen& seen) const noexcept {
+    const index_t of_head = seen.q_heads() / seen.kv_heads() * rows, dims = seen.head_dim();
+    const index_t order = of_head < dims ? of_head : dims;
+    return from.take<double>(seen.sequences(), seen.kv_heads(), order + 1, order);
+  }
+  /// [sequence, kv_head, split, measured row, dim of values + 1]: see outputs_body.
+  template <class Seen>
+  [[nodiscard]] double* take_outputs(arena& from, const Seen& seen) const noexcept {
+    return from.take<double>(seen.sequences(), outputs.count, seen.q_heads(), measured,
+                             seen.values.head_dim() + 1);
+  }
+
+  template <class Seen>
+  [[nodiscard]] static importance_scratch take(arena& from, const importance_rule& rule,
+                                               const Seen& seen) noexcept {
+    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
+    importance_scratch s{};
+    arena normalising, directions, search, sums, normal, of_rows;
+    s.rows = take_normalising(normalising, rule, seen).window;
+    s.chunks = chunking{seen.capacity(), 0}.count();
+    s.splits = (seen.capacity() + split_tokens - 1) / split_tokens;
+    s.blocks = rule.blocks(seen.capacity());
+    s.measured = rule.measured(s.rows);
+    s.outputs = output_splits::of(seen.q_heads() / kv_heads * s.measured, seen.capacity());
+    s.log_sums = from.take<double>(sequences, seen.q_heads(), s.rows);
+    s.anchors = from.take<double>(sequences, kv_heads, seen.head_dim());
+    s.spreads = from.take<double>(sequences, kv_heads, s.chunks);
+    s.bad = from.take<std::uint8_t>(sequences, kv_heads, s.chunks);
+    s.ranges = from.take<size_range>(sequences);
+    s.limits = from.take<score_limits>(sequences,
+                                       rule.scope == cut_scope::kv_head ? index_t{1} : kv_heads);
+    (void)s.take_directions(directions, seen);
+    (void)limit_parts::take(search, rule, seen, s.splits);
+    (void)s.take_grade_sums(sums, rule, seen);
+    if (rule.stand_ins) {
+      s.attention = from.take<float>(sequences, kv_heads, seen.capacity());
+      s.map = from.take<float>(sequences, seen.q_heads(), s.rows, seen.head_dim());
+      s.slots = from.take<position_t>(sequences, kv_heads, s.blocks + 1);
+      s.standing = from.take<position_t>(sequences, kv_heads);
+      (void)s.take_normal(normal, seen);
+    }
+    if (rule.error_term) {
+      s.whole =
+          from.take<double>(sequences, seen.q_heads(), s.measured, seen.values.head_dim() + 1);
+      s.row_errors = from.take<double>(sequences, seen.q_heads(), s.measured);
+      (void)s.take_outputs(of_rows, seen);
+    }
+    std::size_t bytes = 0;
+    for (const arena* part : {&normalising, &directions, &search, &sums, &normal, &of_rows}) {
+      bytes = part->bytes() > bytes ? part->bytes() : bytes;
+    }
+    s.shared = from.take<std::byte>(bytes);
+    return s;
+  }
+
+  [[nodiscard]] arena carve() const noexcept { return arena(shared); }
+};
+
+}  // namespace refreekv::inline v0::cuda_detail

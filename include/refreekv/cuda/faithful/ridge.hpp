@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ridge regression of a KV head's rows on a device: by how much a key has to change from how
+// much too large its logits are.
+#pragma once
+
+#include "refreekv/cuda/faithful/bare_logits.hpp"
+#include "refreekv/cuda/faithful/importance_scratch.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// The regression's matrix, X^T X of the rows x of a KV head or, where those are fewer than
+/// dimensions, X X^T: of rows that do not exist it has zeros. (X^T X + l I)^-1 X^T is X^T (X X^T +
+/// l I)^-1.
+template <class Seen>
+struct regression {
+  Seen seen;
+  index_t rows;    ///< of each query head
+  double* memory;  ///< [sequence, kv_head, order + 1, order]: of each the matrix, and a column
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t rows_of_head() const noexcept {
+    return seen.q_heads() / seen.kv_heads() * rows;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_dual() const noexcept {
+    return rows_of_head() < seen.head_dim();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t order() const noexcept {
+    return is_dual() ? rows_of_head() : seen.head_dim();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t heads() const noexcept {
+    return seen.sequences() * seen.kv_heads();
+  }
+  /// head: [sequence, kv_head]
+  [[nodiscard]] REFREEKV_DEVICE double* matrix(index_t head) const noexcept {
+    return memory + head * (order() + 1) * order();
+  }
+  [[nodiscard]] REFREEKV_DEVICE bool exists(index_t head, index_t row) const noexcept {
+    return row % rows >= window_of(seen, head / seen.kv_heads(), rows).first_row();
+  }
+  /// An element of a row [q_head, row], as it is multiplied with a key. Requires that it exists.
+  [[nodiscard]] REFREEKV_DEVICE double x(index_t head, index_t row, index_t dim) const noexcept {
+    const index_t group = seen.q_heads() / seen.kv_heads();
+    return double{seen.info.attention.scale *
+                  widen(seen.queries(head / seen.kv_heads(), seen.window() - rows + row % rows,
+                                     head % seen.kv_heads() * group + row / rows, dim))};
+  }
+};
+
+/// Fills the lower half of each matrix, a warp a row of it.
+template <class Seen>
+struct normal_body {
+  struct shared {};
+  regression<Seen> of;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
+    return (of.order() + block_warps - 1) / block_warps;
+  }
+  [[nodiscard]] constexpr index_t items() const noexcept { return of.heads() * parts(); }
+
+  /// item: [sequence, kv_head, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t head = item / parts(), order = of.order();
+    const index_t i = item % parts() * block_warps + warp_of(block);
+    for (index_t j = lane_of(block); i < order && j <= i; j += warp_threads) {
+      double sum = 0;
+      if (!of.is_dual()) {
+        for (index_t r = 0; r < of.rows_of_head(); ++r) {
+          if (of.exists(head, r)) sum += of.x(head, r, i) * of.x(head, r, j);
+        }
+      } else if (of.exists(head, i) && of.exists(head, j)) {
+        for (index_t d = 0; d < of.seen.head_dim(); ++d) {
+          sum += of.x(head, i, d) * of.x(head, j, d);
+        }
+      }
+      of.matrix(head)[i * order + j] = sum;
+    }
+  }
+};
+
+/// What is added to a matrix' diagonal, ridge * tr / head_dim; 0 where there is no regression. In
+/// double, as all of this: the quotient of the largest and the smallest eigenvalue is up to
+/// head_dim / ridge.
+template <class Seen, thread_block Block>
+[[nodiscard]] REFREEKV_DEVICE double ridge_of(Block& block, warp_values<double>& shared,
+                                              const regression<Seen>& of, index_t head,
+                                              double ridge) noexcept {
+  double trace = 0;
+  for (index_t i = block.rank(); i < of.order(); i += block_threads) {
+    trace += of.matrix(head)[i * of.order() + i];
+  }
+  trace = block_reduce(block, shared, trace, plus{});
+  return trace > 0 && trace < HUGE_VAL ? ridge * trace / static_cast<double>(of.seen.head_dim())
+                                       : 0;
+}
+
+template <class Seen, thread_block Block>
+REFREEKV_DEVICE void clear_matrix(const Block& block, const regression<Seen>& of,
+                                  index_t head) noexcept {
+  for (index_t i = block.rank(); i < of.order() * of.order(); i += block_threads) {
+    of.matrix(head)[i] = 0;
+  }
+}
+
+/// Each matrix becomes -(matrix + l I)^-1, both halves of it, or 0, by a sweep of one row and
+/// column after the other, which leaves it symmetric. A thread has every 16-th row and column of
+/// the lower half.
+template <class Seen>
+struct small_inverse_body {
+  static constexpr int side = 16, strips = 8, most_order = side * strips;
+  static constexpr int resident_blocks = 1;
+  static_assert(side * side == block_threads);
+  struct shared {
+    double columns[2][most_order];  // by turns
+    warp_values<double> sums;
+  };
+  regression<Seen> of;
+  double ridge;
+
+  [[nodiscard]] constexpr index_t items() const noexcept { return of.heads(); }
+
+  /// item: [sequence, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const double more = ridge_of(block, s.sums, of, item, ridge);
+    if (!(more > 0)) return clear_matrix(block, of, item);
+    double* const matrix = of.matrix(item);
+    const int order = narrow(of.order()), y = block.rank() / side, x = block.rank() % side;
+    double own[strips][strips];  // [a, b]: of row a * side + y and column b * side + x, b <= a
+    REFREEKV_UNROLL
+    for (int a = 0; a < strips; ++a) {
+      REFREEKV_UNROLL
+      for (int b = 0; b <= a; ++b) {
+        const int i = a * side + y, j = b * side + x, low = i < j ? i : j, high = i < j ? j : i;
+        own[a][b] = high < order ? matrix[high * order + low] + (i == j ? more : 0) : 0;
+      }
+    }
+    REFREEKV_UNROLL
+    for (int strip = 0; strip < strips; ++strip) {
+      REFREEKV_NO_UNROLL
+      for (int k = strip * side; k < (strip + 1) * side && k < order; ++k) {
+        sweep(block, s.columns[k % 2], own, strip, k, y, x);
+      }
+    }
+    REFREEKV_UNROLL
+    for (int a = 0; a < strips; ++a) {
+      REFREEKV_UNROLL
+      for (int b = 0; b <= a; ++b) {
+        const int i = a * side + y, j = b * side + x;
+        if (i >= order || j >= order || (a == b && i < j)) continue;
+        matrix[i * order + j] = own[a][b];
+        matrix[j * order + i] = own[a][b];
+      }
+    }
+  }
+
+ private:
+  /// strip: k / side
+  template <thread_block Block>
+  static REFREEKV_DEVICE void sweep(Block& block, double* column, double (&own)[strips][strips],
+                                    int strip, int k, int y, int x) noexcept {
+    const bool has_row = k == strip * side + y, has_column = k == strip * side + x;
+    REFREEKV_UNROLL
+    for (int a = 0; a < strips; ++a) {
+      if (a >= strip) {
+        if (has_column) column[a * side + y] = own[a][strip];
+      } else {
+        if (has_row) column[a * side + x] = own[strip][a];
+      }
+    }
+    block.sync();
+    const double inverse = 1 / column[k];
+    double factors[strips];
+    REFREEKV_UNROLL
+    for (int b = 0; b < strips; ++b) {
+      factors[b] = b == strip && has_column ? -1 : column[b * side + x];
+    }
+    REFREEKV_UNROLL
+    for (int a = 0; a < strips; ++a) {
+      const double factor = a == strip && has_row ? -inverse : column[a * side + y] * inverse;
+      REFREEKV_UNROLL
+      for (int b = 0; b <= a; ++b) {
+        const bool starts = (a == strip && has_row) || (b == strip && has_column);
+        own[a][b] = (starts ? 0 : own[a][b]) - factor * factors[b];
+      }
+    }
+  }
+};
+
+/// The same of a matrix that is too large for registers.
+template <class Seen>
+struct inverse_body {
+  using shared = warp_values<double>;
+  regression<Seen> of;
+  double ridge;
+
+  [[nodiscard]] constexpr index_t items() const noexcept { return of.heads(); }
+
+  /// item: [sequence, kv_head]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const double more = ridge_of(block, s, of, item, ridge);
+    if (!(more > 0)) return clear_matrix(block, of, item);
+    const index_t order = of.order();
+    double* const matrix = of.matrix(item);
+    double* const column = matrix + order * order;
+    for (index_t i = block.rank(); i < order; i += block_threads) matrix[i * order + i] += more;
+    block.sync();
+    for (index_t k = 0; k < order; ++k) {
+      for (index_t i = block.rank(); i < order; i += block_threads) {
+        column[i] = i >= k ? matrix[i * order + k] : matrix[k * order + i];
+      }
+      block.sync();
+      const double inverse = 1 / column[k];
+      for (index_t i = warp_of(block); i < order; i += block_warps) {
+        const double factor = column[i] * inverse;
+        double* const row = matrix + i * order;
+        for (index_t j = lane_of(block); j <= i; j += warp_threads) {
+          row[j] = i == k   ? (j == k ? -inverse : column[j] * inverse)
+                   : j == k ? factor
+                            : row[j] - factor * column[j];
+        }
+      }
+      block.sync();
+    }
+    for (index_t i = warp_of(block); i < order; i += block_warps) {
+      for (index_t j = lane_of(block); j < i; j += warp_threads) {
+        matrix[j * order + i] = matrix[i * order + j];
+      }
+    }
+  }
+};
+
+/// The map [sequence, q_head, rows, head_dim], from inverse matrices. A warp a row.
+template <class Seen>
+struct map_body {
+  struct shared {};
+  regression<Seen> of;
+  float* map;
+
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return (of.heads() * of.rows_of_head() + block_warps - 1) / block_warps;
+  }
+
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t row = item * block_warps + warp_of(block), dims = of.seen.head_dim();
+    const index_t head = row / of.rows_of_head(), own = row % of.rows_of_head();
+    if (head >= of.heads() || !of.exists(head, own)) return;
+    const double* const matrix = of.matrix(head);
+    for (index_t d = lane_of(block); d < dims; d += warp_threads) {
+      double sum = 0;
+      if (!of.is_dual()) {
+        for (index_t e = 0; e < dims; ++e) sum += matrix[e * dims + d] * of.x(head, own, e);
+      } else {
+        for (index_t r = 0; r < of.rows_of_head(); ++r) {
+          if (of.exists(head, r)) sum += matrix[own * of.order() + r] * of.x(head, r, d);
+        }
+      }
+      map[row * dims + d] = static_cast<float>(sum);
+    }
+  }
+};
+
+/// Leaves the map of each KV head, -(X^T X + l I)^-1 X^T: what a key's logits are too large by, in
+/// all rows, times this is how it is to change.
+template <class Backend, class Seen>
+[[nodiscard]] status fit_maps(const Backend& on, const importance_rule& rule, const Seen& seen,
+                              const importance_scratch& scratch) noexcept {
+  arena memory = scratch.carve();
+  const regression<Seen> of{scaled(seen), scratch.rows, scratch.take_normal(memory, seen)};
+  const normal_body<Seen> sums{of};
+  status s = run_blocks(on, sums.items(), sums);
+  if (s != status::ok) return s;
+  if (of.order() <= small_inverse_body<Seen>::most_order) {
+    const small_inverse_body<Seen> inverse{of, rule.ridge};
+    s = run_blocks(on, inverse.items(), inverse);
+  } else {
+    const inverse_body<Seen> inverse{of, rule.ridge};
+    s = run_blocks(on, inverse.items(), inverse);
+  }
+  if (s != status::ok) return s;
+  const map_body<Seen> map{of, scratch.map};
+  return run_blocks(on, map.items(), map);
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// Updates the 4-bit keys and the bounds of pages on a device.
+#pragma once
+
+#include <cmath>
+
+#include "refreekv/attention/page_bounds.hpp"
+#include "refreekv/cache/int4_keys.hpp"
+#include "refreekv/cuda/block/row_parts.hpp"
+
+namespace refreekv::inline v0::cuda_detail {
+
+/// Calls f(token, key, dim_stride) for tokens [begin, end) of one head.
+template <kv_source Keys, class F>
+REFREEKV_DEVICE void for_each_key(const Keys& keys, index_t sequence, index_t kv_head,
+                                  index_t begin, index_t end, const F& f) noexcept {
+  for (index_t t = begin; t < end;) {
+    const auto run = keys.run_at(sequence, kv_head, t);
+    for (index_t i = 0; i < run.tokens && t < end; ++i, ++t) {
+      f(t, run.data + i * run.token_stride, run.dim_stride);
+    }
+  }
+}
+
+/// Writes the mean of the finite elements of the keys of each head that starts at token 0, a block
+/// for warp_threads dimensions.
+template <kv_source Keys>
+struct centres_body {
+  using memory = typename Keys::memory;
+  struct shared {
+    double sums[block_warps][warp_threads];
+    index_t counts[block_warps][warp_threads];
+  };
+
+  Keys keys;
+  lengths_view<memory> from;
+  view<float, 3, memory> centres;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
+    return (keys.head_dim() + warp_threads - 1) / warp_threads;
+  }
+  [[nodiscard]] constexpr index_t items() const noexcept {
+    return keys.sequences() * keys.kv_heads() * parts();
+  }
+
+  /// item: [sequence, kv_head, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
+    const index_t row = item / parts();
+    const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
+    if (from.data() != nullptr && from(sequence) != 0) return;
+    const index_t lane = lane_of(block), warp = warp_of(block);
+    const index_t d = item % parts() * warp_threads + lane, tokens = keys.tokens(sequence);
+    const index_t share = (tokens + block_warps - 1) / block_warps;  // of a warp
+    const index_t begin = warp * share;
+    const index_t end = begin + share < tokens ? begin + share : tokens;
+    double sum = 0;
+    index_t count = 0;
+    if (d < keys.head_dim()) {
+      for_each_key(keys, sequence, head, begin, end, [&](index_t, const auto* key, index_t stride) {
+        const float x = widen(key[d * stride]);
+        const bool finite = x > -infinity && x < infinity;
+        sum += finite ? double{x} : 0;
+        count += finite ? 1 : 0;
+      });
+    }
+    s.sums[warp][lane] = sum;
+    s.counts[warp][lane] = count;
+    block.sync();
+    if (warp > 0 || d >= keys.head_dim()) return;
+    for (index_t w = 1; w < block_warps; ++w) {
+      sum += s.sums[w][lane];
+      count += s.counts[w][lane];
+    }
+    centres(sequence, head, d) =
+        static_cast<float>(sum / static_cast<double>(larger{}(count, index_t{1})));
+  }
+};
+
+/// Writes codes and ranges, a warp a key.
+template <kv_source Keys>
+struct quantise_body {
+  using memory = typename Keys::memory;
+  struct shared {};
+  static constexpr index_t warp_keys = 8;  ///< that lie side by side, in one run if they can
+  static constexpr index_t block_keys = warp_keys * block_warps;
+
+  Keys keys;
+  lengths_view<memory> from;
+  int4_keys<memory> to;
+  row_parts cut;
+
+  /// item: [sequence, kv_head, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t row = item / cut.parts, part = item % cut.parts;
+    const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
+    const index_t tokens = keys.tokens(sequence);
+    const index_t first = from.data() == nullptr ? 0 : at_most(tokens, from(sequence));
+    const index_t offset = part * block_keys + warp_of(block) * warp_keys;
+    for (index_t t = first + offset; t < tokens; t += cut.parts * block_keys) {
+      const index_t end = t + warp_keys < tokens ? t + warp_keys : tokens;
+      for_each_key(keys, sequence, head, t, end,
+                   [&](index_t token, const auto* key, index_t stride) {
+                     write(block, key, stride, to.centres.at(sequence, head),
+                           to.codes.at(sequence, head, token), to.ranges.at(sequence, head, token));
+                   });
+    }
+  }
+
+ private:
+  template <thread_block Block, class T>
+  REFREEKV_DEVICE void write(Block& block, const T* key, index_t stride, const float* centre,
+                             std::uint8_t* codes, float* range) const noexcept {
+    const index_t dims = keys.head_dim(), pairs = (dims + 1) / 2;
+    const auto at = [&](index_t d) {
+      const float x = widen(key[d * stride]);
+      return centre == nullptr ? x : x - centre[d];
+    };
+    float low = infinity, high = -infinity;
+    for (index_t d = lane_of(block); d < dims; d += warp_threads) {
+      low = smaller_or_nan{}(low, at(d));
+      high = larger_or_nan{}(high, at(d));
+    }
+    low = block.warp_reduce(low, smaller_or_nan{});
+    high = block.warp_reduce(high, larger_or_nan{});
+    const float step = larger{}(high - low, 1e-9f) / 15;
+    if (lane_of(block) == 0) {
+      range[0] = low;
+      range[to.ranges.stride(3)] = step;
+    }
+    for (index_t pair = lane_of(block); pair < pairs; pair += warp_threads) {
+      unsigned bits = code(at(2 * pair), low, step);
+      if (2 * pair + 1 < dims) bits |= code(at(2 * pair + 1), low, step) << 4;
+      codes[pair] = static_cast<std::uint8_t>(bits);
+    }
+  }
+
+  [[nodiscard]] REFREEKV_DEVICE static unsigned code(float x, float low, float step) noexcept {
+    const float steps = std::rint((x - low) / step);
+    return steps >= 0 && steps <= 15 ? static_cast<unsigned>(steps) : steps > 15 ? 15 : 0;
+  }
+};
+
+template <class Backend, kv_source Keys>
+[[nodiscard]] status quantise(const Backend& on, const Keys& keys,
+                              const lengths_view<typename Keys::memory>& from,
+                              const int4_keys<typename Keys::memory>& to) noexcept {
+  if (to.centres.data() != nullptr) {
+    const centres_body<Keys> centres{keys, from, to.centres};
+    const status s = run_blocks(on, centres.items(), centres);
+    if (s != status::ok) return s;
+  }
+  using body_type = quantise_body<Keys>;
+  const index_t most = (keys.capacity() + body_type::block_keys - 1) / body_type::block_keys;
+  const row_parts cut = row_parts::of(keys.sequences() * keys.kv_heads(), most);
+  return run_blocks(on, cut.items(), body_type{keys, from, to, cut});
+}
+
+/// Writes the bounds of the pages from that of token from(sequence) on, a warp a page.
+template <kv_source Keys>
+struct bound_pages_body {
+  using memory = typename Keys::memory;
+  struct shared {};
+  Keys keys;
+  lengths_view<memory> from;
+  page_bounds<memory> to;
+  row_parts cut;
+
+  /// item: [sequence, kv_head, part]
+  template <thread_block Block>
+  REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
+    const index_t row = item / cut.parts, part = item % cut.parts;
+    const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
+    const index_t tokens = keys.tokens(sequence), size = to.page_tokens;
+    const index_t first = from.data() == nullptr ? 0 : at_most(tokens, from(sequence)) / size;
+    for (index_t page = first + part * block_warps + warp_of(block); page * size < tokens;
+         page += cut.parts * block_warps) {
+      const index_t begin = page * size, end = begin + size < tokens ? begin + size : tokens;
+      for (index_t d = lane_of(block); d < keys.head_dim(); d += warp_threads) {
+        float low = infinity, high = -infinity;
+        for_each_key(keys, sequence, head, begin, end,
+                     [&](index_t, const auto* key, index_t stride) {
+                       const float x = widen(key[d * stride]);
+                       low = smaller_or_nan{}(low, x);
+                       high = larger_or_nan{}(high, x);
+                     });
+        to.bounds(sequence, head, page, 0, d) = low;
+        to.bounds(sequence, head, page, 1, d) = high;
+      }
+    }
+  }
+};
+
+template <class Backend, kv_source Keys>
+[[nodiscard]] status bound_pages(const Backend& on, const Keys& keys,
+                                 const lengths_view<typename Keys::memory>& from,
+                                 const page_bounds<typename Keys::memory>& to) noexcept {
+  const index_t most = (to.bounds.extent(2) + block_warps - 1) / block_warps;
+  const row_parts cut = row_parts::of(keys.sequences() * keys.kv_heads(), most);
+  return run_blocks(on, cut.items(), bound_pages_body<Keys>{keys, from, to, cut});
+}
+
+}  // namespace refreekv::inline v0::cuda_detail

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Writes a decision about a whole batch as masks, where the decision is: on the host or a device.
+#pragma once
+
+#include "refreekv/backend/backend.hpp"
+#include "refreekv/decision/checks.hpp"
+
+namespace refreekv::inline v0 {
+
+/// Null, or why `write_masks` would return invalid_argument, in words. O(tables).
+template <class T, class Memory>
+[[nodiscard]] constexpr const char* why_invalid(
+    std::type_identity_t<view<const kept_range, 2, Memory>> kept, view<T, 3, Memory> mask,
+    std::type_identity_t<T>, std::type_identity_t<T>) noexcept {
+  if (!detail::has_rows(mask, kept.extent(0))) {
+    return "mask must be [sequence, group, token] with contiguous rows";
+  }
+  return detail::unfit_ranges(kept, mask.extent(0), mask.extent(1), mask.extent(2));
+}
+template <class T, class Memory>
+[[nodiscard]] constexpr const char* why_invalid(
+    const std::type_identity_t<kept_positions<Memory>>& kept, view<T, 3, Memory> mask,
+    std::type_identity_t<T>, std::type_identity_t<T>) noexcept {
+  if (!detail::has_rows(mask, kept.counts.extent(0))) {
+    return "mask must be [sequence, kv_head, token] with contiguous rows";
+  }
+  return detail::unfit_positions(kept, mask.extent(0), mask.extent(1), mask.extent(2));
+}
+
+/// Writes `keep` for tokens that stay, `drop` for those that go and for what follows the last token
+/// of a sequence: bytes (1, 0), booleans, or an additive mask of any float type (0, -infinity).
+/// mask: [sequence, group, token], with the groups of `kept`, rows contiguous and at least as long
+/// as the longest sequence; a device, where that is not checked, writes no further than they are.
+/// Neither allocates nor synchronises. O(entries of the mask).
+template <backend Backend, class T>
+  requires(!std::is_const_v<T>)
+[[nodiscard]] status write_masks(const Backend& on,
+                                 view<const kept_range, 2, typename ops<Backend>::memory> kept,
+                                 view<T, 3, typename ops<Backend>::memory> mask,
+                                 std::type_identity_t<T> keep,
+                                 std::type_identity_t<T> drop) noexcept {
+  if (why_invalid(kept, mask, keep, drop) != nullptr) return status::invalid_argument;
+  return ops<Backend>::write_masks(on, kept, mask, keep, drop);
+}
+
+/// The same for positions that are no range; mask: [sequence, kv_head, token].
+template <backend Backend, class T>
+  requires(!std::is_const_v<T>)
+[[nodiscard]] status write_masks(const Backend& on,
+                                 const kept_positions<typename ops<Backend>::memory>& kept,
+                                 view<T, 3, typename ops<Backend>::memory> mask,
+                                 std::type_identity_t<T> keep,
+                                 std::type_identity_t<T> drop) noexcept {
+  if (why_invalid(kept, mask, keep, drop) != nullptr) return status::invalid_argument;
+  return ops<Backend>::write_masks(on, kept, mask, keep, drop);
+}
+
+}  // namespace refreekv::inline v0

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// How much a policy with a budget keeps: a number of tokens, or a share of the prompt.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+
+#include "refreekv/core/config.hpp"
+
+namespace refreekv::inline v0 {
+
+/// A window of every query there is.
+inline constexpr count_t all_rows = max_count;
+
+/// `.budget = 2048` is a number of tokens, `.budget = token_budget::share(0.5)` half of a sequence.
+class token_budget {
+ public:
+  template <std::integral Integer>
+  constexpr token_budget(Integer tokens) noexcept : tokens_(static_cast<index_t>(tokens)) {}
+  token_budget(std::floating_point auto) = delete;  // share(0.5) is meant
+
+  /// fraction: of the sequence's tokens, in [0, 1].
+  [[nodiscard]] static constexpr token_budget share(double fraction) noexcept {
+    token_budget budget(0);
+    budget.is_share_ = true;
+    budget.share_ = fraction;
+    return budget;
+  }
+
+  /// Of a sequence of `tokens` tokens; may be more than there are. A share is rounded to the
+  /// nearest number, to the even one from halfway, as the released code of arXiv 2502.16886 does,
+  /// but unless it is 0 it is a token at least.
+  [[nodiscard]] REFREEKV_HOST_DEVICE index_t of(index_t tokens) const noexcept {
+    if (!is_share_) return tokens_;
+    const auto rounded = static_cast<index_t>(std::rint(share_ * static_cast<double>(tokens)));
+    return rounded == 0 && share_ > 0 && tokens > 0 ? 1 : rounded;
+  }
+
+  [[nodiscard]] constexpr bool is_share() const noexcept { return is_share_; }
+  [[nodiscard]] constexpr bool valid() const noexcept {
+    return is_share_ ? share_ >= 0 && share_ <= 1 : tokens_ >= 0 && tokens_ <= max_count;
+  }
+
+ private:
+  index_t tokens_;
+  bool is_share_ = false;
+  double share_ = 0;
+};
+
+}  // namespace refreekv::inline v0

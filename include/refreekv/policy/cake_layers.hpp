@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// What CAKE (arXiv 2503.12491) remembers of a model's layers, and how they share one budget.
+#pragma once
+
+#include <cmath>
+
+#include "refreekv/attention/observe.hpp"
+#include "refreekv/policy/scored_observation.hpp"
+
+namespace refreekv::inline v0 {
+
+/// What CAKE remembers of a model's layers; all of it is the caller's.
+template <class Memory = host_memory>
+struct cake_layers {
+  /// [sequence, kv_head, capacity] of the observed layer: written at its prefill, then compacted
+  /// with its cache, as a source of head_dim 1.
+  scores_view<Memory> scores;
+  view<double, 2, Memory> preferences;  ///< [sequence, layer], of the layers so far
+  count_t finished = 0;                 ///< layers prefilled so far, the observed one included
+  lengths_view<Memory> prompts = {};  ///< [sequence]: tokens before any was dropped; none yet: null
+};
+
+/// An observation with what CAKE remembers. Of a layer that was prefilled before, observe the cache
+/// alone: its scores and its preference are there.
+template <observation Seen>
+struct cake_observation : Seen {
+  using observed = Seen;
+
+  cake_layers<typename Seen::memory> layers;
+
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = Seen::invalid()) return why;
+    const auto& [scores, preferences, finished, prompts] = layers;
+    if (finished <= this->info.layer) return "finished counts the observed layer, too";
+    if (preferences.malformed() || preferences.extent(0) != this->sequences() ||
+        preferences.extent(1) < finished) {
+      return "preferences must be [sequence, layer]";
+    }
+    if (const char* why = invalid_lengths(prompts, this->sequences(), max_count)) return why;
+    return detail::invalid_scores(scores, *this);
+  }
+};
+
+template <observation Seen>
+[[nodiscard]] constexpr auto with_layers(
+    const Seen& seen, const cake_layers<typename Seen::memory>& layers) noexcept {
+  return cake_observation<Seen>{{seen}, layers};
+}
+
+/// CAKE's budget of one of `count` layers, given their preferences with a stride: `total` in
+/// proportion, cut to whole numbers, at most `available`; what is over is spread evenly, the
+/// remainder to the first layers. Uniform where a preference is negative or NaN, or their sum is
+/// not positive and finite (ours).
+/// O(count).
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t cake_budget(const double* preferences,
+                                                                 index_t stride, index_t count,
+                                                                 index_t layer, index_t total,
+                                                                 index_t available) noexcept {
+  double sum = 0;
+  bool shared = true;
+  for (index_t l = 0; l < count; ++l) {
+    shared = shared && preferences[l * stride] >= 0;
+    sum += preferences[l * stride];
+  }
+  shared = shared && sum > 0 && sum < HUGE_VAL;
+  const auto proportional = [&](index_t l) {
+    const double share = shared ? preferences[l * stride] / sum : 1 / static_cast<double>(count);
+    return static_cast<index_t>(share * static_cast<double>(total));
+  };
+
+  index_t excess = 0, below = 0, assigned = 0;
+  for (index_t l = 0; l < count; ++l) {
+    const index_t budget = proportional(l);
+    excess += budget > available ? budget - available : 0;
+    below += budget < available ? 1 : 0;
+    assigned += budget < available ? budget : available;
+  }
+  assigned += below > 0 ? excess : 0;
+  // Of an amount, the share of the rank-th of those that take a part in it.
+  const auto part = [](index_t amount, index_t takers, index_t rank) {
+    return amount / takers + (rank < amount % takers ? 1 : 0);
+  };
+  const index_t missing = total > assigned ? total - assigned : assigned - total;
+  const auto takes_missing = [&](index_t budget) {
+    return total > assigned ? budget < available : total < assigned && budget > 1;
+  };
+  // The second round's budget of each layer in turn: f(layer, budget).
+  const auto for_each_budget = [&](const auto& f) {
+    for (index_t l = 0, rank = 0; l < count; ++l) {
+      const index_t budget = proportional(l);
+      f(l, budget < available ? budget + part(excess, below, rank++) : available);
+    }
+  };
+  index_t takers = 0;
+  for_each_budget([&](index_t, index_t budget) { takers += takes_missing(budget) ? 1 : 0; });
+  index_t result = 0, rank = 0;
+  for_each_budget([&](index_t l, index_t budget) {
+    const bool takes = takes_missing(budget);
+    if (l == layer) {
+      const index_t share = takes ? part(missing, takers, rank) : 0;
+      result = total > assigned ? budget + share : budget - share;
+    }
+    rank += takes ? 1 : 0;
+  });
+  return result < 0 ? 0 : result < available ? result : available;
+}
+
+}  // namespace refreekv::inline v0
