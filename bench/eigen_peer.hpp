@@ -12,7 +12,7 @@ namespace bench {
 
 /// The cut of a layer for a loss of 1 % with 4 sinks.
 template <class T>
-index_t eigen_cut(const layer<T>& one) {
+index_t eigen_cut(const synthetic_layer<T>& one) {
   using Eigen::Dynamic, Eigen::Map, Eigen::RowMajor;
   using elements = Eigen::Matrix<T, Dynamic, Dynamic, RowMajor>;
   const index_t q_heads = one.shape().q_heads, kv_heads = one.shape().kv_heads;

@@ -46,10 +46,10 @@ class array {
 /// [1, window, q_head, head_dim], filled with noise: attention is spread out, so about 2 % are
 /// dropped and what is measured is the decision.
 template <class T>
-class layer {
+class synthetic_layer {
  public:
   /// `value_tokens`: 0 where values have no part in it.
-  layer(const geometry& g, index_t tokens, index_t value_tokens = 0, index_t window = 1)
+  synthetic_layer(const geometry& g, index_t tokens, index_t value_tokens = 0, index_t window = 1)
       : geometry_(g),
         tokens_(tokens),
         keys_(g.kv_heads * tokens * g.head_dim),
@@ -80,10 +80,10 @@ class layer {
   }
 
   template <class Keys>
-  auto seen(const Keys& keys) const {
+  auto observed(const Keys& keys) const {
     return refreekv::observe(
         refreekv::view(query_.begin(), {1, window_, geometry_.q_heads, geometry_.head_dim}), keys,
-        {.layer = 2});
+        {.index = 2});
   }
 
   const geometry& shape() const { return geometry_; }

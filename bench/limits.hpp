@@ -35,10 +35,10 @@ inline std::uint64_t sum_lines(const std::byte* data, std::size_t lines) {
 
 /// Reads `bytes` bytes (a multiple of 64), a part for each of the executor's workers.
 template <class Executor>
-std::uint64_t read_keys(const Executor& on, const std::byte* data, std::size_t bytes) {
+std::uint64_t read_keys(const Executor& threads, const std::byte* data, std::size_t bytes) {
   std::atomic<std::uint64_t> total{0};
   refreekv::for_each_range(
-      on, static_cast<index_t>(bytes / 64), [&](int, index_t begin, index_t end) {
+      threads, static_cast<index_t>(bytes / 64), [&](int, index_t begin, index_t end) {
         total += sum_lines(data + 64 * begin, static_cast<std::size_t>(end - begin));
       });
   return total;
@@ -46,24 +46,26 @@ std::uint64_t read_keys(const Executor& on, const std::byte* data, std::size_t b
 
 /// `count` multiply-adds of floats between registers, divided among the executor's workers.
 template <class Executor>
-float fma_peak(const Executor& on, index_t count) {
+float fma_peak(const Executor& threads, index_t count) {
   using namespace refreekv::cpu_detail;
   constexpr index_t chains = 12;  // enough for the latency, few enough for 16 registers
   std::atomic<float> total{0};
-  refreekv::for_each_range(on, count / (chains * lane_count), [&](int, index_t begin, index_t end) {
-    lanes sums[chains], x = splat(1.5f), all = splat(0);
-    const lanes y = splat(1e-9f);
+  refreekv::for_each_range(threads, count / (chains * lane_count),
+                           [&](int, index_t begin, index_t end) {
+                             lanes sums[chains], x = splat(1.5f), all = splat(0);
+                             const lanes y = splat(1e-9f);
 #pragma GCC unroll 12
-    for (int c = 0; c < chains; ++c) sums[c] = splat(static_cast<float>(c + 1));
-    for (index_t i = begin; i < end; ++i) {
-      keep(x);  // or x * y would be known
+                             for (int c = 0; c < chains; ++c)
+                               sums[c] = splat(static_cast<float>(c + 1));
+                             for (index_t i = begin; i < end; ++i) {
+                               keep(x);  // or x * y would be known
 #pragma GCC unroll 12
-      for (int c = 0; c < chains; ++c) sums[c] += x * y;
-    }
+                               for (int c = 0; c < chains; ++c) sums[c] += x * y;
+                             }
 #pragma GCC unroll 12
-    for (int c = 0; c < chains; ++c) all += sums[c];
-    total = sum_of(all);
-  });
+                             for (int c = 0; c < chains; ++c) all += sums[c];
+                             total = sum_of(all);
+                           });
   return total;
 }
 

@@ -62,7 +62,7 @@ class decision_memory<kept_positions<>> {
  private:
   index_t kv_heads_, tokens_;
   std::vector<position_t> positions_;
-  std::vector<kept_count> counts_;
+  std::vector<kept_tokens> counts_;
 };
 
 template <>
@@ -107,41 +107,42 @@ struct model {
   model(const geometry& g, index_t layer_count, index_t tokens, index_t window, int threads)
       : layers(layer_count), pool(threads), cpu{pool} {
     for (index_t l = 0; l < std::min(in_memory, layer_count); ++l) {
-      memory.push_back(std::make_unique<layer<element>>(g, tokens, tokens, window));
+      memory.push_back(std::make_unique<synthetic_layer<element>>(g, tokens, tokens, window));
     }
   }
-  const layer<element>& at(index_t l) const {
+  const synthetic_layer<element>& at(index_t l) const {
     return *memory[static_cast<std::size_t>(l % in_memory)];
   }
 
   index_t layers;
   thread_pool pool;
   cpu_backend<const thread_pool&> cpu;
-  std::vector<std::unique_ptr<layer<element>>> memory;
+  std::vector<std::unique_ptr<synthetic_layer<element>>> memory;
 };
 
-template <class Seen>
-Seen at_layer(Seen seen, index_t l) {
-  seen.info.layer = l;
-  return seen;
+template <class Layer>
+Layer at_layer(Layer layer, index_t l) {
+  layer.info.index = l;
+  return layer;
 }
 
 /// What a rule wants to see of a layer.
-template <class Rule>
-auto seen_by(const Rule&, const layer<element>& one) {
-  if constexpr (std::same_as<Rule, policy::faithful>) {
-    return with_values(one.seen(one.keys()), one.values());
+template <class Policy>
+auto layer_for(const Policy&, const synthetic_layer<element>& one) {
+  if constexpr (std::same_as<Policy, policy::faithful>) {
+    return with_values(one.observed(one.keys()), one.values());
   } else {
-    return one.seen(one.keys());
+    return one.observed(one.keys());
   }
 }
 
-template <class Rule>
-auto decision_of_layer(const Rule& rule, const layer<element>& one) {
+template <class Policy>
+auto decision_of_layer(const Policy& policy, const synthetic_layer<element>& one) {
   const index_t kv_heads = one.shape().kv_heads;
-  using memory = decision_memory<decision_of<Rule, host_memory>>;
-  if constexpr (requires { rule.most_stand_ins(one.tokens()); }) {
-    return memory(kv_heads, one.tokens(), rule.most_stand_ins(one.tokens()), one.shape().head_dim);
+  using memory = decision_memory<decision_of<Policy, host_memory>>;
+  if constexpr (requires { policy.most_stand_ins(one.tokens()); }) {
+    return memory(kv_heads, one.tokens(), policy.most_stand_ins(one.tokens()),
+                  one.shape().head_dim);
   } else {
     return memory(kv_heads, one.tokens());
   }
@@ -152,23 +153,23 @@ struct cost {
 };
 
 /// All layers, each on its own.
-template <class Rule>
+template <class Policy>
 class one_by_one {
  public:
-  one_by_one(const model& m, const Rule& rule)
+  one_by_one(const model& m, const Policy& policy)
       : model_(m),
-        rule_(rule),
-        decision_(decision_of_layer(rule, m.at(0))),
-        scratch_(workspace_size(rule, m.cpu, seen_by(rule, m.at(0)))) {}
+        policy_(policy),
+        decision_(decision_of_layer(policy, m.at(0))),
+        scratch_(workspace_size(policy, m.cpu, layer_for(policy, m.at(0)))) {}
 
   std::size_t workspace() const { return scratch_.size(); }
 
   cost run() {
     cost total;
     for (index_t l = 0; l < model_.layers; ++l) {
-      const layer<element>& one = model_.at(l);
+      const synthetic_layer<element>& one = model_.at(l);
       timed(total.select, [&] {
-        return select(rule_, model_.cpu, at_layer(seen_by(rule_, one), l), decision_.kept(),
+        return select(policy_, model_.cpu, at_layer(layer_for(policy_, one), l), decision_.kept(),
                       scratch_);
       });
       timed(total.compact, [&] {
@@ -182,8 +183,8 @@ class one_by_one {
 
  private:
   const model& model_;
-  Rule rule_;
-  decision_memory<decision_of<Rule, host_memory>> decision_;
+  Policy policy_;
+  decision_memory<decision_of<Policy, host_memory>> decision_;
   std::vector<std::byte> scratch_;
 };
 
@@ -192,7 +193,7 @@ class cascade {
  public:
   explicit cascade(const model& m)
       : model_(m),
-        rule_{.budget = token_budget::share(0.5), .layers = static_cast<count_t>(m.layers)},
+        policy_{.budget = token_budget::share(0.5), .layers = static_cast<count_t>(m.layers)},
         kv_heads_(m.at(0).shape().kv_heads),
         tokens_(m.at(0).tokens()),
         preferences_(static_cast<std::size_t>(m.layers)),
@@ -208,13 +209,13 @@ class cascade {
     cost total;
     std::fill(lengths_.begin(), lengths_.end(), prompt_);
     for (index_t l = 0; l < model_.layers; ++l) {
-      const layer<element>& fresh = model_.at(l);
-      decide(total, l, with_layers(at_layer(fresh.seen(fresh.keys()), l), state(l, l + 1)));
+      const synthetic_layer<element>& fresh = model_.at(l);
+      decide(total, l, with_layers(at_layer(fresh.observed(fresh.keys()), l), state(l, l + 1)));
       for (index_t earlier = 0; earlier < l; ++earlier) {
         const auto keys = source<element>(model_.at(earlier).keys().run_at(0, 0, 0).data, earlier,
                                           model_.at(earlier).shape().head_dim);
         decide(total, earlier,
-               with_layers(observe(keys, {.layer = earlier}), state(earlier, l + 1)));
+               with_layers(observe(keys, {.index = earlier}), state(earlier, l + 1)));
       }
     }
     for (const position_t length : lengths_) {
@@ -236,13 +237,13 @@ class cascade {
     return dense<T>(view<T, 4>(data, {1, kv_heads_, tokens_, dim}),
                     {&lengths_[static_cast<std::size_t>(l)], {1}});
   }
-  template <class Seen>
-  void decide(cost& total, index_t l, const Seen& seen) {
+  template <class Layer>
+  void decide(cost& total, index_t l, const Layer& layer) {
     timed(total.select, [&] {
-      scratch_.resize(std::max(scratch_.size(), workspace_size(rule_, model_.cpu, seen)));
-      return select(rule_, model_.cpu, seen, decision_.kept(), scratch_);
+      scratch_.resize(std::max(scratch_.size(), workspace_size(policy_, model_.cpu, layer)));
+      return select(policy_, model_.cpu, layer, decision_.kept(), scratch_);
     });
-    const layer<element>& one = model_.at(l);
+    const synthetic_layer<element>& one = model_.at(l);
     const index_t dim = one.shape().head_dim;
     timed(total.compact, [&] {
       return compact(model_.cpu, decision_.kept(), compaction::suffix_down,
@@ -254,7 +255,7 @@ class cascade {
   }
 
   const model& model_;
-  policy::cake rule_;
+  policy::cake policy_;
   index_t kv_heads_, tokens_;
   std::vector<double> preferences_;
   std::vector<position_t> lengths_;
@@ -284,8 +285,8 @@ void measure(benchmark::State& state, const model& m, Work&& work) {
   }
 }
 
-template <class Rule>
-void add(const char* name, const Rule& rule, index_t window, const geometry& g, index_t layers,
+template <class Policy>
+void add(const char* name, const Policy& policy, index_t window, const geometry& g, index_t layers,
          std::vector<std::int64_t> tokens) {
   const std::string row = std::string("table3/") + name + "/" + g.name;
   benchmark::RegisterBenchmark(row.c_str(),
@@ -293,10 +294,10 @@ void add(const char* name, const Rule& rule, index_t window, const geometry& g, 
                                  const model m(g, layers, state.range(0),
                                                window == 0 ? state.range(0) : window,
                                                static_cast<int>(state.range(1)));
-                                 if constexpr (std::same_as<Rule, policy::cake>) {
+                                 if constexpr (std::same_as<Policy, policy::cake>) {
                                    measure(state, m, cascade(m));
                                  } else {
-                                   measure(state, m, one_by_one(m, rule));
+                                   measure(state, m, one_by_one(m, policy));
                                  }
                                })
       ->ArgNames({"tokens", "threads"})

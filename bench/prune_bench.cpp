@@ -54,16 +54,16 @@ std::array<double, sizeof...(Works)> alternate(benchmark::State& state, const Be
 }
 
 /// The rule with the memory it works in.
-template <class Seen>
+template <class Layer>
 class decision {
  public:
-  decision(const refreekv::thread_pool& pool, const Seen& seen)
-      : cpu_{pool}, seen_(seen), scratch_(refreekv::workspace_size(rule_, cpu_, seen)) {}
+  decision(const refreekv::thread_pool& pool, const Layer& layer)
+      : cpu_{pool}, seen_(layer), scratch_(refreekv::workspace_size(policy_, cpu_, layer)) {}
 
-  void select() { check(refreekv::select(rule_, cpu_, seen_, cuts(), scratch_)); }
+  void select() { check(refreekv::select(policy_, cpu_, seen_, cuts(), scratch_)); }
   template <class Values>
   void prune(const Values& values) {
-    check(refreekv::prune(rule_, cpu_, seen_, cuts(), scratch_, refreekv::compaction::sinks_up,
+    check(refreekv::prune(policy_, cpu_, seen_, cuts(), scratch_, refreekv::compaction::sinks_up,
                           values));
   }
   const refreekv::kept_range& kept() const { return kept_; }
@@ -75,9 +75,9 @@ class decision {
     if (status != refreekv::status::ok) throw std::runtime_error(refreekv::to_string(status));
   }
 
-  refreekv::policy::refreekv rule_;
+  refreekv::policy::refreekv policy_;
   refreekv::cpu_backend<const refreekv::thread_pool&> cpu_;
-  Seen seen_;
+  Layer seen_;
   std::vector<std::byte> scratch_;
   refreekv::kept_range kept_{};
 };
@@ -87,15 +87,15 @@ enum class cache { hot, cold };
 /// The decision alone.
 template <class T>
 void select_layer(benchmark::State& state, const geometry& g, cache keys) {
-  const layer<T> one(g, state.range(0));
+  const synthetic_layer<T> one(g, state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision rule(pool, one.seen(one.keys()));
+  decision policy(pool, one.observed(one.keys()));
   const auto [time, read, fma] = alternate(
       state,
       [&] {
         if (keys == cache::cold) flush(one.key_bytes(), one.bytes());
       },
-      [&] { rule.select(); },
+      [&] { policy.select(); },
       [&] { benchmark::DoNotOptimize(read_keys(pool, one.key_bytes(), one.bytes())); },
       [&] { benchmark::DoNotOptimize(fma_peak(pool, g.q_heads * one.tokens() * g.head_dim)); });
   const double gigabytes = static_cast<double>(one.bytes()) * 1e-9;
@@ -105,28 +105,28 @@ void select_layer(benchmark::State& state, const geometry& g, cache keys) {
   state.counters["fma_us"] = fma * 1e6;
   state.counters["roofline"] = time / std::max(read, fma);
   state.counters["read"] = time / read;
-  state.counters["kept"] = rule.kept().kept_fraction();
+  state.counters["kept"] = policy.kept().kept_fraction();
   state.counters["workspace"] =
-      static_cast<double>(rule.workspace()) / static_cast<double>(2 * one.bytes());
+      static_cast<double>(policy.workspace()) / static_cast<double>(2 * one.bytes());
 }
 
 /// Deciding and compacting keys and values, against deciding.
 template <class T>
 void prune_layer(benchmark::State& state, const geometry& g) {
-  const layer<T> one(g, state.range(0), state.range(0));
+  const synthetic_layer<T> one(g, state.range(0), state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision rule(pool, one.seen(one.keys()));
+  decision policy(pool, one.observed(one.keys()));
   const auto [prune, select] =
-      alternate(state, [] {}, [&] { rule.prune(one.values()); }, [&] { rule.select(); });
+      alternate(state, [] {}, [&] { policy.prune(one.values()); }, [&] { policy.select(); });
   state.counters["prune/select"] = prune / select;
 }
 
 /// Pages of 16 tokens, against the same number of tokens in a row.
 template <class T>
 void select_pages(benchmark::State& state, const geometry& g) {
-  layer<T> one(g, state.range(0));
+  synthetic_layer<T> one(g, state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision paged(pool, one.seen(one.pages())), dense(pool, one.seen(one.keys()));
+  decision paged(pool, one.observed(one.pages())), dense(pool, one.observed(one.keys()));
   const auto [paged_time, dense_time] =
       alternate(state, [] {}, [&] { paged.select(); }, [&] { dense.select(); });
   state.counters["paged/dense"] = paged_time / dense_time;
@@ -135,13 +135,13 @@ void select_pages(benchmark::State& state, const geometry& g) {
 /// Eigen alone, on one thread, against the decision.
 template <class T>
 void eigen_peer(benchmark::State& state, const geometry& g) {
-  const layer<T> one(g, state.range(0));
+  const synthetic_layer<T> one(g, state.range(0));
   const refreekv::thread_pool pool(1);
-  decision rule(pool, one.seen(one.keys()));
+  decision policy(pool, one.observed(one.keys()));
   index_t cut = 0;
   const auto [eigen, select] =
-      alternate(state, [] {}, [&] { cut = eigen_cut(one); }, [&] { rule.select(); });
-  if (cut != rule.kept().cut) state.SkipWithError("the peer decides differently");
+      alternate(state, [] {}, [&] { cut = eigen_cut(one); }, [&] { policy.select(); });
+  if (cut != policy.kept().cut) state.SkipWithError("the peer decides differently");
   state.counters["eigen/select"] = eigen / select;
 }
 

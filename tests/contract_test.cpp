@@ -19,18 +19,18 @@ struct state {
   std::vector<position_t> lengths;
 
   /// Values are made of the keys, so that what happens to these happens to them.
-  template <class Seen>
-  auto attach(const policy::faithful&, const Seen& seen) {
+  template <class Layer>
+  auto attach(const policy::faithful&, const Layer& layer) {
     constexpr index_t dims = 3;
-    const index_t capacity = seen.capacity();
-    values.assign(size(seen.sequences() * seen.kv_heads() * capacity * dims), 0.0f);
+    const index_t capacity = layer.capacity();
+    values.assign(size(layer.sequences() * layer.kv_heads() * capacity * dims), 0.0f);
     lengths.clear();
-    const view<float, 4> rows(values.data(), {seen.sequences(), seen.kv_heads(), capacity, dims});
-    for (index_t s = 0; s < seen.sequences(); ++s) {
-      lengths.push_back(static_cast<position_t>(seen.tokens(s)));
-      for (index_t h = 0; h < seen.kv_heads(); ++h) {
-        for (index_t t = 0; t < seen.tokens(s); ++t) {
-          const auto run = seen.keys.run_at(s, h, t);
+    const view<float, 4> rows(values.data(), {layer.sequences(), layer.kv_heads(), capacity, dims});
+    for (index_t s = 0; s < layer.sequences(); ++s) {
+      lengths.push_back(static_cast<position_t>(layer.tokens(s)));
+      for (index_t h = 0; h < layer.kv_heads(); ++h) {
+        for (index_t t = 0; t < layer.tokens(s); ++t) {
+          const auto run = layer.keys.run_at(s, h, t);
           for (index_t d = 0; d < dims; ++d) {
             const float key = to_float(run.data[d * run.dim_stride]);
             rows(s, h, t, d) = std::isnan(key) ? 0 : key;
@@ -38,18 +38,18 @@ struct state {
         }
       }
     }
-    return with_values(seen, dense(rows, {lengths.data(), {seen.sequences()}}));
+    return with_values(layer, dense(rows, {lengths.data(), {layer.sequences()}}));
   }
-  template <class Seen>
-  auto attach(const policy::cake&, const Seen& seen) {
-    scores.assign(size(seen.sequences() * seen.kv_heads() * seen.capacity()), 0.0f);
-    preferences.assign(size(seen.sequences() * layers), 1000.0);
+  template <class Layer>
+  auto attach(const policy::cake&, const Layer& layer) {
+    scores.assign(size(layer.sequences() * layer.kv_heads() * layer.capacity()), 0.0f);
+    preferences.assign(size(layer.sequences() * layers), 1000.0);
     return with_layers(
-        seen, {.scores = {scores.data(), {seen.sequences(), seen.kv_heads(), seen.capacity()}},
-               .preferences = {preferences.data(), {seen.sequences(), layers}},
-               .finished = layers});
+        layer, {.scores = {scores.data(), {layer.sequences(), layer.kv_heads(), layer.capacity()}},
+                .preferences = {preferences.data(), {layer.sequences(), layers}},
+                .finished = layers});
   }
-  auto attach(const auto&, const auto& seen) { return seen; }
+  auto attach(const auto&, const auto& layer) { return layer; }
 };
 
 /// Every policy with the options that matter; a new one is a line here.
@@ -69,7 +69,7 @@ void for_each_policy(const F& f) {
     policy::faithful{.tolerance = 0.2, .error_term = false, .scope = cut_scope::layer});
   f("faithful, no stand-ins", policy::faithful{.tolerance = 0.3, .window = 2, .stand_ins = false});
   f("streaming_llm", policy::streaming_llm{.sinks = 4, .budget = 44});
-  f("streaming_llm, room", policy::streaming_llm{.sinks = 2, .budget = 302, .room = 100});
+  f("streaming_llm, room", policy::streaming_llm{.sinks = 2, .budget = 302, .incoming = 100});
   f("h2o", policy::h2o{.budget = 60, .recent = 30, .window = 3});
   f("h2o, shares",
     policy::h2o{
@@ -82,8 +82,8 @@ void for_each_policy(const F& f) {
   f("cake_decode", policy::cake_decode{.budget = 40, .recent = 3});
   f("tova", policy::tova{.budget = 40});
   f("attention_ranked", policy::attention_ranked{.threshold = 0.05, .window = 3, .recent = 3});
-  f("twilight", policy::twilight{.p = 0.8});
-  f("twilight, sink start", policy::twilight{.p = 0.8, .sink_start = true});
+  f("twilight", policy::twilight{.mass = 0.8});
+  f("twilight, sink start", policy::twilight{.mass = 0.8, .sink_start = true});
 }
 
 /// Those that have a budget, with one that holds all.
@@ -106,20 +106,20 @@ void for_each_large_budget(const F& f) {
 struct safe_tokens {
   index_t first, last;
 };
-safe_tokens safe(const policy::refreekv& rule, index_t) { return {rule.sinks, 0}; }
-safe_tokens safe(const policy::faithful& rule, index_t n) {
-  return {rule.sinks, std::max<index_t>(1, std::min<index_t>(rule.recent, n / 4))};
+safe_tokens safe(const policy::refreekv& policy, index_t) { return {policy.sinks, 0}; }
+safe_tokens safe(const policy::faithful& policy, index_t n) {
+  return {policy.sinks, std::max<index_t>(1, std::min<index_t>(policy.recent, n / 4))};
 }
-safe_tokens safe(const policy::streaming_llm& rule, index_t) { return {rule.sinks, 0}; }
-safe_tokens safe(const policy::h2o& rule, index_t n) {
-  return {0, rule.recent.of(rule.budget.of(n))};
+safe_tokens safe(const policy::streaming_llm& policy, index_t) { return {policy.sinks, 0}; }
+safe_tokens safe(const policy::h2o& policy, index_t n) {
+  return {0, policy.recent.of(policy.budget.of(n))};
 }
-safe_tokens safe(const policy::snapkv& rule, index_t) { return {0, rule.window}; }
-safe_tokens safe(const policy::pyramidkv& rule, index_t) { return {0, rule.window}; }
-safe_tokens safe(const policy::cake& rule, index_t) { return {0, rule.window}; }
-safe_tokens safe(const policy::cake_decode& rule, index_t) { return {0, rule.recent}; }
+safe_tokens safe(const policy::snapkv& policy, index_t) { return {0, policy.window}; }
+safe_tokens safe(const policy::pyramidkv& policy, index_t) { return {0, policy.window}; }
+safe_tokens safe(const policy::cake& policy, index_t) { return {0, policy.window}; }
+safe_tokens safe(const policy::cake_decode& policy, index_t) { return {0, policy.recent}; }
 safe_tokens safe(const policy::tova&, index_t) { return {0, 1}; }
-safe_tokens safe(const policy::attention_ranked& rule, index_t) { return {0, rule.recent}; }
+safe_tokens safe(const policy::attention_ranked& policy, index_t) { return {0, policy.recent}; }
 safe_tokens safe(const policy::twilight&, index_t) { return {0, 0}; }
 
 /// What is kept, whatever form the policy says it in.
@@ -134,22 +134,22 @@ struct outcome {
   friend bool operator==(const outcome&, const outcome&) = default;
 };
 
-template <class Rule, class Seen>
-ranked_selection run_ranking(const Rule& rule, const auto& on, const Seen& seen,
+template <class Policy, class Layer>
+ranked_selection run_ranking(const Policy& policy, const auto& exec, const Layer& layer,
                              std::size_t missing = 0) {
-  if constexpr (std::same_as<Rule, policy::faithful>) {
-    return run_valued(rule, on, seen, missing);
+  if constexpr (std::same_as<Policy, policy::faithful>) {
+    return run_valued(policy, exec, layer, missing);
   } else {
-    return run_ranked(rule, on, seen, missing);
+    return run_ranked(policy, exec, layer, missing);
   }
 }
 
-template <class Rule, class Seen>
-outcome run(const Rule& rule, const auto& on, const Seen& plain, std::size_t missing = 0) {
+template <class Policy, class Layer>
+outcome run(const Policy& policy, const auto& exec, const Layer& plain, std::size_t missing = 0) {
   state s;
-  const auto seen = s.attach(rule, plain);
-  if constexpr (std::same_as<decision_of<Rule, host_memory>, kept_ranges<>>) {
-    const selection ranges = run_select(rule, on, seen, missing);
+  const auto layer = s.attach(policy, plain);
+  if constexpr (std::same_as<decision_of<Policy, host_memory>, kept_ranges<>>) {
+    const selection ranges = run_select(policy, exec, layer, missing);
     outcome out{ranges.status, ranges.groups, {}};
     for (const kept_range& k : ranges.kept) {
       out.kept.emplace_back();
@@ -160,8 +160,8 @@ outcome run(const Rule& rule, const auto& on, const Seen& plain, std::size_t mis
     }
     return out;
   } else {
-    const ranked_selection ranked = run_ranking(rule, on, seen, missing);
-    return {ranked.status, seen.kv_heads(), ranked.kept};
+    const ranked_selection ranked = run_ranking(policy, exec, layer, missing);
+    return {ranked.status, layer.kv_heads(), ranked.kept};
   }
 }
 
@@ -173,11 +173,11 @@ void for_each_backend(const F& f) {
 
 template <class F>
 void for_each_case(const F& f) {
-  for_each_policy([&](const char* policy, const auto& rule) {
-    INFO(policy);
-    for_each_backend([&](const char* backend, const auto& on) {
+  for_each_policy([&](const char* name, const auto& policy) {
+    INFO(name);
+    for_each_backend([&](const char* backend, const auto& exec) {
       INFO(backend);
-      f(rule, on);
+      f(policy, exec);
     });
   });
 }
@@ -199,12 +199,12 @@ outcome ok(outcome o) {
 TEST_CASE("what is kept are ascending positions, the safe ones among them", "[contract]") {
   const problem p = random_problem(base_seed());
   const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const outcome o = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+  for_each_case([&](const auto& policy, const auto& exec) {
+    const outcome o = ok(run(policy, exec, observe(p.query_view(), keys.source(), p.info())));
     bool dropped = false;
     for (index_t s = 0; s < p.sequences(); ++s) {
       const index_t n = p.lengths[size(s)];
-      const auto [first, last] = safe(rule, n);
+      const auto [first, last] = safe(policy, n);
       for (index_t g = 0; g < o.groups; ++g) {
         const std::vector<position_t>& kept = o.at(s, g);
         CHECK(std::is_sorted(kept.begin(), kept.end(), std::less_equal<>()));
@@ -224,17 +224,18 @@ TEST_CASE("what is kept are ascending positions, the safe ones among them", "[co
 TEST_CASE("a range says how much it loses", "[contract]") {
   const problem p = random_problem(base_seed());
   const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    if constexpr (std::same_as<decision_of<decltype(rule), host_memory>, kept_ranges<>>) {
-      const selection s = run_select(rule, on, observe(p.query_view(), keys.source(), p.info()));
+  for_each_case([&](const auto& policy, const auto& exec) {
+    if constexpr (std::same_as<decision_of<decltype(policy), host_memory>, kept_ranges<>>) {
+      const selection s =
+          run_select(policy, exec, observe(p.query_view(), keys.source(), p.info()));
       for (index_t i = 0; i < p.sequences(); ++i) {
         for (index_t g = 0; g < s.groups; ++g) {
           const kept_range& k = s.at(i, g);
           CHECK(k.tokens == p.lengths[size(i)]);
-          CHECK(k.sinks == std::min<index_t>(k.tokens, rule.sinks));
+          CHECK(k.sinks == std::min<index_t>(k.tokens, policy.sinks));
           CHECK(k.loss >= 0);
-          if constexpr (requires { rule.threshold; }) {
-            CHECK(double{k.loss} <= rule.threshold + 1e-9);
+          if constexpr (requires { policy.threshold; }) {
+            CHECK(double{k.loss} <= policy.threshold + 1e-9);
           }
           CHECK(k.dropped_mass >= 0);
           CHECK(k.dropped_mass <= 1.00001f);
@@ -247,10 +248,10 @@ TEST_CASE("a range says how much it loses", "[contract]") {
 TEST_CASE("a budget that holds all is the identity", "[contract]") {
   const problem p = random_problem(base_seed() + 1);
   const dense_cache<float> keys(p.keys);
-  for_each_large_budget([&](const char* policy, const auto& rule) {
-    INFO(policy);
-    for_each_backend([&](const char*, const auto& on) {
-      const outcome o = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+  for_each_large_budget([&](const char* name, const auto& policy) {
+    INFO(name);
+    for_each_backend([&](const char*, const auto& exec) {
+      const outcome o = ok(run(policy, exec, observe(p.query_view(), keys.source(), p.info())));
       for (index_t s = 0; s < p.sequences(); ++s) {
         for (index_t g = 0; g < o.groups; ++g) {
           CHECK(static_cast<position_t>(o.at(s, g).size()) == p.lengths[size(s)]);
@@ -272,13 +273,14 @@ problem alone(const problem& p, index_t s) {
 TEST_CASE("sequences do not influence each other", "[contract]") {
   const problem p = random_problem(base_seed() + 1);
   const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const outcome together = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+  for_each_case([&](const auto& policy, const auto& exec) {
+    const outcome together =
+        ok(run(policy, exec, observe(p.query_view(), keys.source(), p.info())));
     for (index_t s = 0; s < p.sequences(); ++s) {
       const problem own = alone(p, s);
       const dense_cache<float> own_keys(own.keys);
       const outcome single =
-          ok(run(rule, on, observe(own.query_view(), own_keys.source(), p.info())));
+          ok(run(policy, exec, observe(own.query_view(), own_keys.source(), p.info())));
       for (index_t g = 0; g < together.groups; ++g) CHECK(single.at(0, g) == together.at(s, g));
     }
   });
@@ -297,12 +299,12 @@ TEST_CASE("a long sequence is decided beside many short ones as it is alone", "[
   const dense_cache<float> keys(p.keys);
   const problem own = alone(p, longest);
   const dense_cache<float> own_keys(own.keys);
-  for_each_policy([&](const char* policy, const auto& rule) {
-    INFO(policy);
+  for_each_policy([&](const char* name, const auto& policy) {
+    INFO(name);
     const outcome together =
-        ok(run(rule, divided<1>(), observe(p.query_view(), keys.source(), p.info())));
+        ok(run(policy, divided<1>(), observe(p.query_view(), keys.source(), p.info())));
     const outcome single =
-        ok(run(rule, divided<1>(), observe(own.query_view(), own_keys.source(), p.info())));
+        ok(run(policy, divided<1>(), observe(own.query_view(), own_keys.source(), p.info())));
     for (index_t g = 0; g < together.groups; ++g) CHECK(single.at(0, g) == together.at(longest, g));
   });
 }
@@ -328,20 +330,21 @@ TEST_CASE("a batch of different numbers of rows is decided as each sequence with
     }
   }
   const dense_cache<float> keys(batch.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const outcome all = ok(run(rule, on, observe(batch.query_view(), keys.source(), batch.info())));
+  for_each_case([&](const auto& policy, const auto& exec) {
+    const outcome all =
+        ok(run(policy, exec, observe(batch.query_view(), keys.source(), batch.info())));
     for (index_t s = 0; s < batch.sequences(); ++s) {
       INFO("sequence " << s);
       const auto n = size(batch.lengths[size(s)]);
       if (alone[size(s)].window == 0 && n > 0) {  // nothing says what is needed
-        using rule_type = std::decay_t<decltype(rule)>;
+        using rule_type = std::decay_t<decltype(policy)>;
         const bool looks = !std::same_as<rule_type, policy::streaming_llm>;
         for (index_t g = 0; g < all.groups && looks; ++g) CHECK(all.at(s, g).size() == n);
         continue;
       }
       const dense_cache<float> own(alone[size(s)].keys);
-      const outcome one = ok(
-          run(rule, on, observe(alone[size(s)].query_view(), own.source(), alone[size(s)].info())));
+      const outcome one = ok(run(
+          policy, exec, observe(alone[size(s)].query_view(), own.source(), alone[size(s)].info())));
       for (index_t g = 0; g < all.groups; ++g) CHECK(all.at(s, g) == one.at(0, g));
     }
   });
@@ -353,17 +356,17 @@ TEST_CASE("an engine hears that nothing was decided", "[contract]") {
   p.keys.at(0, 0, 150, 3) = std::numeric_limits<float>::quiet_NaN();
   const dense_cache<float> keys(p.keys);
   const std::vector<bool> expected{true, false, false, false, true};
-  for_each_case([&](const auto& rule, const auto& on) {
-    using rule_type = std::decay_t<decltype(rule)>;
+  for_each_case([&](const auto& policy, const auto& exec) {
+    using rule_type = std::decay_t<decltype(policy)>;
     state s;
-    const auto seen = s.attach(rule, observe(p.query_view(), keys.source(), p.info()));
+    const auto layer = s.attach(policy, observe(p.query_view(), keys.source(), p.info()));
     for (index_t i = 0; i < p.sequences(); ++i) {
       INFO("sequence " << i);
       bool undecided = false;
       if constexpr (std::same_as<decision_of<rule_type, host_memory>, kept_ranges<>>) {
-        undecided = run_select(rule, on, seen).at(i).undecided;
+        undecided = run_select(policy, exec, layer).at(i).undecided;
       } else {
-        undecided = run_ranking(rule, on, seen).counts[size(2 * i)].undecided;
+        undecided = run_ranking(policy, exec, layer).counts[size(2 * i)].undecided;
       }
       CHECK(undecided == (expected[size(i)] && !std::same_as<rule_type, policy::streaming_llm>));
     }
@@ -389,10 +392,10 @@ TEST_CASE("permuting KV heads permutes the result", "[contract]") {
     }
   }
   const dense_cache<float> keys(p.keys), swapped_keys(swapped.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    const outcome a = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+  for_each_case([&](const auto& policy, const auto& exec) {
+    const outcome a = ok(run(policy, exec, observe(p.query_view(), keys.source(), p.info())));
     const outcome b =
-        ok(run(rule, on, observe(swapped.query_view(), swapped_keys.source(), swapped.info())));
+        ok(run(policy, exec, observe(swapped.query_view(), swapped_keys.source(), swapped.info())));
     for (index_t s = 0; s < p.sequences(); ++s) {
       for (index_t g = 0; g < a.groups; ++g) CHECK(a.at(s, g) == b.at(s, a.groups - 1 - g));
     }
@@ -402,12 +405,12 @@ TEST_CASE("permuting KV heads permutes the result", "[contract]") {
 TEST_CASE("every run and every division of the work gives the same bits", "[contract]") {
   const problem p = random_problem(base_seed() + 3, {1000, 700});
   const dense_cache<Eigen::half> keys(p.keys);
-  for_each_policy([&](const char* policy, const auto& rule) {
-    INFO(policy);
-    const auto seen = observe(p.query_view(), keys.source(), p.info());
-    const outcome first = ok(run(rule, divided<1>(), seen));
-    CHECK(run(rule, divided<1>(), seen) == first);
-    CHECK(run(rule, divided<5>(), seen) == first);
+  for_each_policy([&](const char* name, const auto& policy) {
+    INFO(name);
+    const auto layer = observe(p.query_view(), keys.source(), p.info());
+    const outcome first = ok(run(policy, divided<1>(), layer));
+    CHECK(run(policy, divided<1>(), layer) == first);
+    CHECK(run(policy, divided<5>(), layer) == first);
   });
 }
 
@@ -418,13 +421,13 @@ TEST_CASE("many threads share what is left after the keys were read", "[contract
   random_source random(base_seed() + 5);
   fill(p, random);
   const dense_cache<Eigen::bfloat16> keys(p.keys);
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
+  const auto layer = observe(p.query_view(), keys.source(), p.info());
   for (const auto average : {row_average::mean, row_average::frobenius}) {
     for (const auto scope : {cut_scope::layer, cut_scope::kv_head}) {
-      const policy::refreekv rule{
+      const policy::refreekv policy{
           .threshold = 0.1, .window = 64, .average = average, .scope = scope};
-      const selection one = run_select(rule, divided<1>(), seen);
-      const selection seven = run_select(rule, divided<7>(), seen);
+      const selection one = run_select(policy, divided<1>(), layer);
+      const selection seven = run_select(policy, divided<7>(), layer);
       REQUIRE(one.status == status::ok);
       REQUIRE(seven.status == status::ok);
       for (std::size_t i = 0; i < one.kept.size(); ++i) CHECK(one.kept[i] == seven.kept[i]);
@@ -437,10 +440,10 @@ TEST_CASE("a workspace one byte short is refused and nothing is written", "[cont
   const dense_cache<float> keys(p.keys);
   const auto plain = observe(p.query_view(), keys.source(), p.info());
   int refused = 0;
-  for_each_case([&](const auto& rule, const auto& on) {
+  for_each_case([&](const auto& policy, const auto& exec) {
     state s;
-    if (workspace_size(rule, on, s.attach(rule, plain)) == 0) return;  // cannot be short
-    CHECK(run(rule, on, plain, 1).status == status::small_workspace);
+    if (workspace_size(policy, exec, s.attach(policy, plain)) == 0) return;  // cannot be short
+    CHECK(run(policy, exec, plain, 1).status == status::small_workspace);
     ++refused;
   });
   CHECK(refused == 2 * 18);  // all but streaming_llm, on two backends
@@ -449,8 +452,8 @@ TEST_CASE("a workspace one byte short is refused and nothing is written", "[cont
 TEST_CASE("an empty batch is no work", "[contract]") {
   const problem p(2, 2, 8, 3, {});
   const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    CHECK(run(rule, on, observe(p.query_view(), keys.source(), p.info())).status == status::ok);
+  for_each_case([&](const auto& policy, const auto& exec) {
+    CHECK(run(policy, exec, observe(p.query_view(), keys.source(), p.info())).status == status::ok);
   });
 }
 
@@ -458,10 +461,10 @@ TEST_CASE("NaN in a score keeps all of its sequence", "[contract]") {
   problem p = random_problem(base_seed() + 5, {300, 280});
   p.keys.at(0, 0, 150, 3) = std::numeric_limits<float>::quiet_NaN();
   const dense_cache<float> keys(p.keys);
-  for_each_case([&](const auto& rule, const auto& on) {
-    using rule_type = std::decay_t<decltype(rule)>;
+  for_each_case([&](const auto& policy, const auto& exec) {
+    using rule_type = std::decay_t<decltype(policy)>;
     if constexpr (!std::same_as<rule_type, policy::streaming_llm>) {
-      const outcome o = ok(run(rule, on, observe(p.query_view(), keys.source(), p.info())));
+      const outcome o = ok(run(policy, exec, observe(p.query_view(), keys.source(), p.info())));
       CHECK(o.at(0, 0).size() == 300);  // the head that has it
       // Those of a number of tokens for the whole layer go on together, others on their own.
       if constexpr (!std::same_as<rule_type, policy::twilight>) {
@@ -476,18 +479,18 @@ TEST_CASE("NaN in a score keeps all of its sequence", "[contract]") {
 
 TEST_CASE("prune selects and gathers", "[contract]") {
   const problem p = random_problem(base_seed() + 6);
-  for_each_case([&](const auto& rule, const auto& on) {
-    using rule_type = std::decay_t<decltype(rule)>;
+  for_each_case([&](const auto& policy, const auto& exec) {
+    using rule_type = std::decay_t<decltype(policy)>;
     if constexpr (std::same_as<decision_of<rule_type, host_memory>, kept_positions<>>) {
       const dense_cache<float> keys(p.keys), values(p.keys);
       const auto plain = observe(p.query_view(), keys.source(), p.info());
-      const outcome expected = ok(run(rule, on, plain));
+      const outcome expected = ok(run(policy, exec, plain));
       state s;
-      const auto seen = s.attach(rule, plain);
-      std::vector<std::byte> scratch(workspace_size(rule, on, seen));
-      guarded_positions guarded(p.sequences(), 2, seen.capacity());
+      const auto layer = s.attach(policy, plain);
+      std::vector<std::byte> scratch(workspace_size(policy, exec, layer));
+      guarded_positions guarded(p.sequences(), 2, layer.capacity());
       const kept_positions<> kept = guarded.kept();
-      REQUIRE(prune(rule, on, seen, kept, scratch, compaction::suffix_down, values.source()) ==
+      REQUIRE(prune(policy, exec, layer, kept, scratch, compaction::suffix_down, values.source()) ==
               status::ok);
       for (index_t i = 0; i < p.sequences(); ++i) {
         for (index_t h = 0; h < 2; ++h) {

@@ -14,24 +14,24 @@ class faithful_layer {
  public:
   using rule_type = refreekv::policy::faithful;
 
-  faithful_layer(const rule_type& rule, const problem& p, const plain_rows& values,
+  faithful_layer(const rule_type& policy, const problem& p, const plain_rows& values,
                  index_t sequence)
-      : rule_(rule),
+      : policy_(policy),
         p_(p),
         values_(values),
         s_(sequence),
         tokens_(p.lengths[static_cast<size_t>(sequence)]),
         attention_(attend(p, sequence)) {
     const index_t looked = std::max<index_t>(p.first_row(sequence),
-                                             p.window - std::min<index_t>(rule.window, p.window));
+                                             p.window - std::min<index_t>(policy.window, p.window));
     for (index_t r = looked; r < p.window; ++r) rows_.push_back(r);
     begin_ = tokens_;
     for (const index_t r : rows_) {
       for (index_t t = tokens_ - 1; t >= 0; --t)
         begin_ = p.sees(s_, r, t) ? std::min(begin_, t) : begin_;
     }
-    const index_t last = std::max<index_t>(1, std::min<index_t>(rule.recent, tokens_ / 4));
-    first_ = std::max<index_t>(rule.sinks, begin_);
+    const index_t last = std::max<index_t>(1, std::min<index_t>(policy.recent, tokens_ / 4));
+    first_ = std::max<index_t>(policy.sinks, begin_);
     end_ = std::max(first_, tokens_ - last);
     undecided_ = tokens_ > 0 && rows_.empty();
     if (tokens_ == 0 || undecided_) return;
@@ -46,7 +46,7 @@ class faithful_layer {
   /// How many candidates a size keeps, of all KV heads or, by the layer's scope, of each.
   index_t kept_by(index_t size) const {
     const index_t count = by_layer() ? candidates() : candidates() * kv_heads();
-    return (count * size + rule_.sizes - 1) / rule_.sizes;
+    return (count * size + policy_.sizes - 1) / policy_.sizes;
   }
   /// Rankings, each of the scores of its candidates: head by head.
   vectors rankings() const {
@@ -77,7 +77,7 @@ class faithful_layer {
                                        std::vector<bool>(static_cast<size_t>(tokens_), true));
     if (all_stay()) return out;
     for (auto& head : out) {
-      for (index_t t = rule_.sinks; t < end_; ++t) head[static_cast<size_t>(t)] = false;
+      for (index_t t = policy_.sinks; t < end_; ++t) head[static_cast<size_t>(t)] = false;
     }
     index_t head = 0;
     for (const scores& ranking : rankings()) {
@@ -105,7 +105,7 @@ class faithful_layer {
         total += score;
         if (!stays[static_cast<size_t>(h)][static_cast<size_t>(t)]) lost += score;
       }
-      if (rule_.error_term) add_error(h, stays[static_cast<size_t>(h)], error, measured);
+      if (policy_.error_term) add_error(h, stays[static_cast<size_t>(h)], error, measured);
     }
     return {lost / total, error / measured};
   }
@@ -116,11 +116,11 @@ class faithful_layer {
     index_t dropped = 0;
     for (index_t t = begin_; t < tokens_; ++t) {
       if (stays[static_cast<size_t>(t)]) continue;
-      if (out.empty() || out.back().back() / rule_.block != t / rule_.block) out.emplace_back();
+      if (out.empty() || out.back().back() / policy_.block != t / policy_.block) out.emplace_back();
       out.back().push_back(t);
       ++dropped;
     }
-    if (!rule_.stand_ins || dropped < 2) out.clear();
+    if (!policy_.stand_ins || dropped < 2) out.clear();
     return out;
   }
 
@@ -150,7 +150,7 @@ class faithful_layer {
   }
 
  private:
-  bool by_layer() const { return rule_.scope == refreekv::cut_scope::layer; }
+  bool by_layer() const { return policy_.scope == refreekv::cut_scope::layer; }
   double scale() const {
     return p_.scale > 0 ? double{p_.scale} : 1 / std::sqrt(static_cast<double>(p_.head_dim));
   }
@@ -211,13 +211,13 @@ class faithful_layer {
             most = std::isnan(a) || a > most ? a : most;
           }
           const double last = attention_.at(h * p_.group + g, rows_.back(), t);
-          peak += (most + rule_.last_row * last) / static_cast<double>(p_.group);
+          peak += (most + policy_.last_row * last) / static_cast<double>(p_.group);
         }
         const scores k = key(h, t);
         for (size_t d = 0; d < anchor.size(); ++d) along += anchor[d] * k[d];
         const double distance = length(k) == 0 ? 1 : 1 - along / length(k);
         const double score =
-            (peak + rule_.prior) * (distance < 0 ? 0 : distance) * length(value(h, t)) * sigma;
+            (peak + policy_.prior) * (distance < 0 ? 0 : distance) * length(value(h, t)) * sigma;
         scores_.back()[static_cast<size_t>(t)] = score;
         undecided_ = undecided_ || !std::isfinite(score);
       }
@@ -280,7 +280,7 @@ class faithful_layer {
     vectors map(dims, scores(x.size(), 0.0));
     if (!(trace > 0)) return map;
     for (size_t i = 0; i < dims; ++i)
-      system[i][i] += rule_.ridge * trace / static_cast<double>(dims);
+      system[i][i] += policy_.ridge * trace / static_cast<double>(dims);
     for (size_t i = 0; i < dims; ++i) {
       for (double& v : system[i]) v = &v == &system[i][i] ? v : v / system[i][i];
       system[i][i] = 1;
@@ -337,7 +337,7 @@ class faithful_layer {
     const auto [keys, values] = stand_ins(h, stays);
     for (index_t g = 0; g < p_.group; ++g) {
       for (size_t i = 0; i < rows_.size(); ++i) {
-        if ((rows_.size() - 1 - i) % rule_.error_rows != 0) continue;
+        if ((rows_.size() - 1 - i) % policy_.error_rows != 0) continue;
         const index_t q_head = h * p_.group + g, row = rows_[i];
         const auto dims = static_cast<size_t>(values_.head_dim);
         scores whole(dims, 0.0), rest(dims, 0.0);
@@ -375,7 +375,7 @@ class faithful_layer {
            static_cast<double>(t - (tokens_ - p_.window + row));
   }
 
-  const rule_type& rule_;
+  const rule_type& policy_;
   const problem& p_;
   const plain_rows& values_;
   index_t s_, tokens_;

@@ -131,13 +131,13 @@ namespace {
 
 /// twilight keeps of the estimates what it keeps of the keys, and not everything.
 void check_same_choice(const problem& p, const dense_cache<float>& cache, estimates& memory) {
-  const policy::twilight rule{.p = 0.9};
+  const policy::twilight policy{.mass = 0.9};
   const auto exact = observe(p.query_view(), cache.source(), p.info());
   const auto estimate = observe(p.query_view(), memory.keys(), p.info());
-  const ranked_selection expected = run_ranked(rule, divided<1>(), exact);
+  const ranked_selection expected = run_ranked(policy, divided<1>(), exact);
   REQUIRE(expected.status == status::ok);
   CHECK(expected.counts[0].dropped() > 0);
-  CHECK(run_ranked(rule, divided<1>(), estimate) == expected);
+  CHECK(run_ranked(policy, divided<1>(), estimate) == expected);
 }
 
 }  // namespace
@@ -297,8 +297,8 @@ TEST_CASE("centres keep the attention of keys with a large shared component", "[
   const auto run = [&](bool centred) {
     estimates memory(cache.source(), p.lengths, 4, centred);
     REQUIRE(quantise(divided<1>(), cache.source(), memory.keys()) == status::ok);
-    const auto seen = observe(p.query_view(), memory.keys(), p.info());
-    const ranked_selection kept = run_ranked(policy::twilight{.p = 0.95}, divided<1>(), seen);
+    const auto layer = observe(p.query_view(), memory.keys(), p.info());
+    const ranked_selection kept = run_ranked(policy::twilight{.mass = 0.95}, divided<1>(), layer);
     REQUIRE(kept.status == status::ok);
     outcome out;
     for (index_t q_head = 0; q_head < p.q_heads(); ++q_head) {
@@ -339,10 +339,10 @@ TEST_CASE("pages that a sliding window hides take no place", "[decode_index]") {
   const dense_cache<float> cache(p.keys);
   estimates memory(cache.source(), p.lengths, 4);
   REQUIRE(bound_pages(divided<1>(), cache.source(), memory.page_bounds()) == status::ok);
-  const auto seen =
+  const auto layer =
       with_pages(observe(p.query_view(), cache.source(), p.info()), memory.page_bounds());
   const ranked_selection s =
-      run_ranked(policy::twilight{.p = 1, .selected = 8}, divided<1>(), seen);
+      run_ranked(policy::twilight{.mass = 1, .selector_budget = 8}, divided<1>(), layer);
   REQUIRE(s.status == status::ok);
   CHECK(s.at(0) == std::vector<position_t>{48, 49, 50, 51, 52, 53, 54, 55});
 }

@@ -40,7 +40,7 @@ struct latent_layer {
   auto values() {
     return dense(view(cache.data(), {1, 1, tokens(), value_dim}, {0, 0, head_dim, 1}));
   }
-  auto seen() { return observe(shape.query_view(), keys(), shape.info()); }
+  auto observed() { return observe(shape.query_view(), keys(), shape.info()); }
 
   bool is_row(index_t slot, index_t token) const {
     return std::memcmp(cache.data() + slot * head_dim, before.data() + token * head_dim,
@@ -58,23 +58,24 @@ TEST_CASE("a latent cache is decided on, and compacted as keys alone", "[mla]") 
       GENERATE(std::tuple<position_t, index_t, row_average>{300, 1, row_average::mean},
                std::tuple<position_t, index_t, row_average>{600, 3, row_average::frobenius},
                std::tuple<position_t, index_t, row_average>{20, 32, row_average::mean});
-  latent_layer layer(tokens, window);
-  const policy::refreekv rule{.window = static_cast<count_t>(window), .average = average};
-  const selection s = run_select(rule, divided<2>(), layer.seen());
-  const auto expected = reference::decide(reference::attend(layer.shape, 0), 0, q_heads, rule);
-  CHECK(reference::disagreement(s.at(0), expected, rule.threshold) == "");
+  latent_layer cache(tokens, window);
+  const policy::refreekv policy{.window = static_cast<count_t>(window), .average = average};
+  const selection s = run_select(policy, divided<2>(), cache.observed());
+  const auto expected = reference::decide(reference::attend(cache.shape, 0), 0, q_heads, policy);
+  CHECK(reference::disagreement(s.at(0), expected, policy.threshold) == "");
   if (tokens > 100) {
     REQUIRE(s.at(0).dropped() > 10);
     REQUIRE(s.at(0).length() > 10);
   }
 
-  for (const compaction how : {compaction::sinks_up, compaction::suffix_down}) {
+  for (const compaction mode : {compaction::sinks_up, compaction::suffix_down}) {
     latent_layer pruned(tokens, window);
     kept_range kept;
-    std::vector<std::byte> scratch(workspace_size(rule, divided<2>(), pruned.seen()));
-    REQUIRE(prune(rule, divided<2>(), pruned.seen(), {&kept, {1, 1}}, scratch, how) == status::ok);
+    std::vector<std::byte> scratch(workspace_size(policy, divided<2>(), pruned.observed()));
+    REQUIRE(prune(policy, divided<2>(), pruned.observed(), {&kept, {1, 1}}, scratch, mode) ==
+            status::ok);
     CHECK(kept == s.at(0));
-    index_t slot = first_slot(kept, how);
+    index_t slot = first_slot(kept, mode);
     for (index_t t = 0; t < tokens; ++t) {
       if (kept.keeps(t)) CHECK(pruned.is_row(slot++, t));
     }
@@ -83,32 +84,33 @@ TEST_CASE("a latent cache is decided on, and compacted as keys alone", "[mla]") 
 
 TEST_CASE("values that are a part of each key are refused, in words and before anything is written",
           "[mla]") {
-  latent_layer layer(40, 8);
-  const auto seen = layer.seen();
-  const auto keys = layer.keys();
-  const auto values = layer.values();
+  latent_layer cache(40, 8);
+  const auto layer = cache.observed();
+  const auto keys = cache.keys();
+  const auto values = cache.values();
   const auto says = [](const char* why) {
     return std::string(why == nullptr ? "" : why).find("pass the keys alone") != std::string::npos;
   };
-  const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
+  const auto mode = GENERATE(compaction::sinks_up, compaction::suffix_down);
   std::vector<std::byte> scratch(1 << 22);
 
   kept_range range{-7, -7, -7};
-  const policy::refreekv rule;
+  const policy::refreekv policy;
   const view<kept_range, 2> ranges(&range, {1, 1});
-  CHECK(says(why_invalid(rule, seen, ranges, values)));
-  CHECK(prune(rule, divided<1>(), seen, ranges, scratch, how, values) == status::invalid_argument);
+  CHECK(says(why_invalid(policy, layer, ranges, values)));
+  CHECK(prune(policy, divided<1>(), layer, ranges, scratch, mode, values) ==
+        status::invalid_argument);
   CHECK(range.cut == -7);
 
   guarded_positions guarded(1, 1, 40);
   const policy::snapkv snapkv{.budget = 16, .window = 8};
-  CHECK(says(why_invalid(snapkv, seen, guarded.kept(), values)));
-  CHECK(prune(snapkv, divided<1>(), seen, guarded.kept(), scratch, how, values) ==
+  CHECK(says(why_invalid(snapkv, layer, guarded.kept(), values)));
+  CHECK(prune(snapkv, divided<1>(), layer, guarded.kept(), scratch, mode, values) ==
         status::invalid_argument);
   CHECK(guarded.unwritten());
 
   range = {4, 30, 40};
-  CHECK(says(why_invalid(ranges, how, keys, values)));
-  CHECK(compact(divided<1>(), ranges, how, values, keys) == status::invalid_argument);
-  CHECK(layer.unwritten());
+  CHECK(says(why_invalid(ranges, mode, keys, values)));
+  CHECK(compact(divided<1>(), ranges, mode, values, keys) == status::invalid_argument);
+  CHECK(cache.unwritten());
 }

@@ -37,12 +37,12 @@ int main() {
   int runs = 0;
   for_each_layout<Eigen::half>(p.keys, [&](const char*, const auto& cache) {
     for (const row_average average : {row_average::mean, row_average::frobenius}) {
-      const policy::refreekv rule{.threshold = 0.1, .window = 20, .average = average};
+      const policy::refreekv policy{.threshold = 0.1, .window = 20, .average = average};
       const policy::refreekv one_row{.average = average, .scope = cut_scope::kv_head};
-      const auto rows = observe_rows(view(attention.data(), {1, 1, 6, 700}), 2, {}, {.layer = 3});
-      const cpu_backend on{pool};
-      const auto seen = observe(p.query_view(), cache.source(), p.info());
-      std::vector<std::byte> scratch(workspace_size(rule, on, seen));
+      const auto rows = observe_rows(view(attention.data(), {1, 1, 6, 700}), 2, {}, {.index = 3});
+      const cpu_backend exec{pool};
+      const auto layer = observe(p.query_view(), cache.source(), p.info());
+      std::vector<std::byte> scratch(workspace_size(policy, exec, layer));
       std::vector<kept_range> kept(3);
       const view<kept_range, 2> cuts(kept.data(), {3, 1});
       const token_range whole[] = {{0, 700}, {0, 3}, {0, 0}};
@@ -55,9 +55,9 @@ int main() {
       const policy::attention_ranked ranked{.threshold = 0.1};
       const policy::twilight twilight;
       const policy::faithful faithful{.tolerance = 0.3};
-      const index_t capacity = seen.capacity();
+      const index_t capacity = layer.capacity();
       std::vector<position_t> tokens(size(3 * 2 * capacity));
-      std::vector<kept_count> counts(3 * 2);
+      std::vector<kept_tokens> counts(3 * 2);
       const kept_positions<> positions{{tokens.data(), {3, 2, capacity}}, {counts.data(), {3, 2}}};
       const kept_positions<> two_heads{{tokens.data(), {1, 2, 700}}, {counts.data(), {1, 2}}};
       std::vector<float> scores(size(3 * 2 * capacity));
@@ -75,33 +75,33 @@ int main() {
       const kept_with_stand_ins<> with_rows(positions, {{rows_of_keys.data(), {3, 2, most, 80}},
                                                         {rows_of_values.data(), {3, 2, most, 80}},
                                                         {row_counts.data(), {3, 2}}});
-      const auto room_for = [&](const auto& policy, const auto& what) {
-        return std::vector<std::byte>(workspace_size(policy, on, what));
+      const auto room_for = [&](const auto& each, const auto& what) {
+        return std::vector<std::byte>(workspace_size(each, exec, what));
       };
-      auto snapkv_scratch = room_for(snapkv, seen);
-      auto cake_scratch = room_for(cake, with_layers(seen, layers));
-      auto ranked_scratch = room_for(ranked, seen);
+      auto snapkv_scratch = room_for(snapkv, layer);
+      auto cake_scratch = room_for(cake, with_layers(layer, layers));
+      auto ranked_scratch = room_for(ranked, layer);
       auto twilight_scratch = room_for(twilight, rows);
       auto faithful_scratch = room_for(faithful, valued);
-      auto shard_scratch = room_for(rule, shard_seen);
+      auto shard_scratch = room_for(policy, shard_seen);
       forbidden = true;
       Eigen::internal::set_is_malloc_allowed(false);
-      const status first = prune(rule, on, seen, cuts, scratch, compaction::sinks_up);
+      const status first = prune(policy, exec, layer, cuts, scratch, compaction::sinks_up);
       const status second =
-          compact(on, view<const kept_range, 2>(cuts), compaction::suffix_down, cache.source());
-      const status third = prune(policy::streaming_llm{}, on, observe(cache.source()), cuts,
+          compact(exec, view<const kept_range, 2>(cuts), compaction::suffix_down, cache.source());
+      const status third = prune(policy::streaming_llm{}, exec, observe(cache.source()), cuts,
                                  workspace<>{}, compaction::sinks_up);
-      const status fourth = select(one_row, on, rows, {kept.data(), {1, 2}}, scratch);
-      const status fifth = select(snapkv, on, seen, positions, snapkv_scratch);
-      const status sixth = select(cake, on, with_layers(seen, layers), positions, cake_scratch);
-      const status seventh = select(ranked, on, seen, positions, ranked_scratch);
-      const status eighth = compact(on, positions, compaction::suffix_down, cache.source());
-      const status ninth = select(twilight, on, rows, two_heads, twilight_scratch);
-      const status tenth = select(rule, on, shard_seen, cuts, shard_scratch, alone);
+      const status fourth = select(one_row, exec, rows, {kept.data(), {1, 2}}, scratch);
+      const status fifth = select(snapkv, exec, layer, positions, snapkv_scratch);
+      const status sixth = select(cake, exec, with_layers(layer, layers), positions, cake_scratch);
+      const status seventh = select(ranked, exec, layer, positions, ranked_scratch);
+      const status eighth = compact(exec, positions, compaction::suffix_down, cache.source());
+      const status ninth = select(twilight, exec, rows, two_heads, twilight_scratch);
+      const status tenth = select(policy, exec, shard_seen, cuts, shard_scratch, alone);
       const status eleventh =
-          own_ranges(on, shard_seen.keys, view<const kept_range, 2>(cuts), cuts);
+          local_ranges(exec, shard_seen.keys, view<const kept_range, 2>(cuts), cuts);
       const status twelfth =
-          prune(faithful, on, valued, with_rows, faithful_scratch, compaction::suffix_down);
+          prune(faithful, exec, valued, with_rows, faithful_scratch, compaction::suffix_down);
       Eigen::internal::set_is_malloc_allowed(true);
       forbidden = false;
       for (const status s : {first, second, third, fourth, fifth, sixth, seventh, eighth, ninth,

@@ -50,7 +50,7 @@ TEMPLATE_TEST_CASE("a batch's masks say what stays, and nothing past the end of 
   const TestType keep = value(1), drop = value(2), canary = value(3);
   const index_t groups = GENERATE(1, 3), longest = 300, room = GENERATE(0, 9);
   std::vector<kept_range> ranges;
-  std::vector<kept_count> counts;
+  std::vector<kept_tokens> counts;
   std::vector<position_t> positions(size(5 * groups * longest), -1);
   for (const position_t tokens : {300, 0, 1, 77, 300}) {
     for (index_t g = 0; g < groups; ++g) {
@@ -93,13 +93,13 @@ TEST_CASE("masks of booleans, and of no tokens or sequences", "[release]") {
 }
 
 TEST_CASE("masks that do not fit are refused", "[release]") {
-  const auto on = divided<1>();
+  const auto exec = divided<1>();
   const kept_range good{1, 3, 4}, bad{3, 1, 4}, negative{-1, 3, 4};
   guarded_rows<float> rows(2, 4, 7.0f);
   const view<float, 3> mask = rows.in_groups(2);
   const auto refused = [&](const kept_range& a, const kept_range& b, const view<float, 3>& to) {
     const kept_range both[] = {a, b};
-    return write_masks(on, {both, {1, 2}}, to, 0, 1) == status::invalid_argument &&
+    return write_masks(exec, {both, {1, 2}}, to, 0, 1) == status::invalid_argument &&
            why_invalid({both, {1, 2}}, to, 0, 1) != nullptr && rows.unwritten();
   };
   CHECK(refused(good, bad, mask));
@@ -111,10 +111,10 @@ TEST_CASE("masks that do not fit are refused", "[release]") {
   CHECK(refused(good, good, {static_cast<float*>(nullptr), {1, 2, 4}}));
 
   position_t positions[] = {0, 3};
-  kept_count counts[] = {{1, 4}, {1, 4}};
+  kept_tokens counts[] = {{1, 4}, {1, 4}};
   const auto positions_refused = [&] {
     const kept_positions<> kept{{positions, {1, 2, 1}}, {counts, {1, 2}}};
-    const bool is_refused = write_masks(on, kept, mask, 0, 1) == status::invalid_argument;
+    const bool is_refused = write_masks(exec, kept, mask, 0, 1) == status::invalid_argument;
     CHECK((why_invalid(kept, mask, 0, 1) != nullptr) == is_refused);
     return is_refused && rows.unwritten();
   };
@@ -144,7 +144,7 @@ TEMPLATE_TEST_CASE("plans and tables of a batch are those of its sequences", "[r
       CHECK((plan.plans(s).first == p.first && plan.plans(s).last == p.last));
       CHECK((plan.plans(s).freed == p.freed && plan.plans(s).sinks_move == p.sinks_move));
       CHECK(plan.plans(s).first_slot == p.first_slot);
-      const kept_range& moves = plan.moves(s, 0);
+      const kept_range& moves = plan.compact_ranges(s, 0);
       CHECK(moves.tokens == kept.tokens);
       if (p.sinks_move) {
         CHECK(moves == kept);
@@ -171,7 +171,7 @@ TEMPLATE_TEST_CASE("an engine that releases pages keeps what it should and no pa
                    "[release]", std::int32_t, std::int64_t) {
   int moved = 0, stayed = 0;
   for_each_batch<TestType>(base_seed() + 1, [&](page_batch<TestType>& batch) {
-    const auto on = divided<1>();
+    const auto exec = divided<1>();
     const index_t page_tokens = batch.page_tokens, sequences = batch.sequences;
     const auto plan = batch.plan();
     const auto table = batch.table();
@@ -192,12 +192,12 @@ TEMPLATE_TEST_CASE("an engine that releases pages keeps what it should and no pa
         view<position_t, 4>(slots.data(), {batch.pool_pages, 1, page_tokens, 1}),
         page_table<TestType>::padded(table.ids, {lengths.data(), {sequences}}));
 
-    REQUIRE(plan_pages(on, batch.kept.get(), page_tokens, plan, batch.shared) == status::ok);
-    REQUIRE(compact(on, plan.moves, compaction::sinks_up, cache) == status::ok);
-    REQUIRE(release_pages(on, plan.plans, table, batch.freed(), batch.shared) == status::ok);
+    REQUIRE(plan_pages(exec, batch.kept.get(), page_tokens, plan, batch.shared) == status::ok);
+    REQUIRE(compact(exec, plan.compact_ranges, compaction::sinks_up, cache) == status::ok);
+    REQUIRE(release_pages(exec, plan.plans, table, batch.freed(), batch.shared) == status::ok);
 
     for (index_t s = 0; s < sequences; ++s) {
-      const kept_range &kept = batch.kept.get()(s, 0), &now = plan.remaining(s, 0);
+      const kept_range &kept = batch.kept.get()(s, 0), &now = plan.mask_ranges(s, 0);
       CAPTURE(s, kept, now);
       CHECK((0 <= now.sinks && now.sinks <= now.cut && now.cut <= now.tokens));
       CHECK(now.length() == kept.length());
@@ -254,7 +254,7 @@ TEST_CASE("slots after a release are the ones in use", "[release]") {
 }
 
 TEST_CASE("plans and tables that do not fit are refused", "[release]") {
-  const auto on = divided<1>();
+  const auto exec = divided<1>();
   random_source random(base_seed());
   page_batch<std::int32_t> batch(random, 4, 3, 9, sharing::some);
   const auto kept = batch.kept.get();
@@ -262,17 +262,18 @@ TEST_CASE("plans and tables that do not fit are refused", "[release]") {
   const auto plan = batch.plan();
   const auto plan_refused = [&](const view<const kept_range, 2>& ranges, index_t page_tokens,
                                 const page_plans<>& to, const shared_pages_view<>& shared) {
-    return plan_pages(on, ranges, page_tokens, to, shared) == status::invalid_argument &&
+    return plan_pages(exec, ranges, page_tokens, to, shared) == status::invalid_argument &&
            why_invalid(ranges, page_tokens, to, shared) != nullptr && batch.unwritten();
   };
   CHECK(plan_refused(kept, 0, plan, batch.shared));
   CHECK(plan_refused(kept, index_t{max_count} + 1, plan, batch.shared));
   CHECK(plan_refused({kept.data(), {3, 2}}, 4, plan, batch.shared));
   CHECK(plan_refused({kept.data(), {2, 1}}, 4, plan, batch.shared));
-  CHECK(
-      plan_refused(kept, 4, {{plan.plans.data(), {2}}, plan.moves, plan.remaining}, batch.shared));
-  CHECK(plan_refused(kept, 4, {plan.plans, {plan.moves.data(), {3, 2}}, plan.remaining}, {}));
-  CHECK(plan_refused(kept, 4, {plan.plans, plan.moves, {}}, {}));
+  CHECK(plan_refused(kept, 4, {{plan.plans.data(), {2}}, plan.compact_ranges, plan.mask_ranges},
+                     batch.shared));
+  CHECK(plan_refused(kept, 4, {plan.plans, {plan.compact_ranges.data(), {3, 2}}, plan.mask_ranges},
+                     {}));
+  CHECK(plan_refused(kept, 4, {plan.plans, plan.compact_ranges, {}}, {}));
   CHECK(plan_refused(kept, 4, plan, {batch.shared.data(), {3, 1}}));  // 33 tokens are 9 pages
   CHECK(plan_refused(kept, 4, plan, {batch.shared.data(), {2, 2}}));
   CHECK(plan_refused(kept, 4, plan, {batch.shared.data(), {3, 2}, {6, 3}}));
@@ -280,14 +281,14 @@ TEST_CASE("plans and tables that do not fit are refused", "[release]") {
   CHECK(plan_refused(kept, 4, plan, batch.shared));
   kept(0, 0) = {1, 20, 33};
   CHECK(why_invalid(kept, 4, plan, batch.shared) == nullptr);
-  CHECK(plan_pages(on, kept, 4, plan, batch.shared) == status::ok);
+  CHECK(plan_pages(exec, kept, 4, plan, batch.shared) == status::ok);
 
   const auto table = batch.table(), freed = batch.freed();
   const auto ids = batch.ids;
   const auto release_refused =
       [&](const view<const page_plan, 1>& plans, const page_lists<std::int32_t>& from,
           const page_lists<std::int32_t>& to, const shared_pages_view<>& shared) {
-        return release_pages(on, plans, from, to, shared) == status::invalid_argument &&
+        return release_pages(exec, plans, from, to, shared) == status::invalid_argument &&
                why_invalid(plans, from, to, shared) != nullptr && batch.ids == ids &&
                batch.freed_ids.unwritten();
       };
@@ -310,7 +311,7 @@ TEST_CASE("plans and tables that do not fit are refused", "[release]") {
   CHECK(release_refused(plan.plans, table, freed, batch.shared));
   table.counts(2) -= static_cast<position_t>(width);
   CHECK(why_invalid(plan.plans, table, freed, batch.shared) == nullptr);
-  CHECK(release_pages(on, plan.plans, table, freed, batch.shared) == status::ok);
+  CHECK(release_pages(exec, plan.plans, table, freed, batch.shared) == status::ok);
 }
 
 TEST_CASE("no sequences are no work", "[release]") {

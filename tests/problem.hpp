@@ -73,7 +73,7 @@ struct problem {
     return {queries.data(), {sequences(), window, q_heads(), head_dim}};
   }
   refreekv::layer_info<> info(index_t layer = 9) const {
-    refreekv::layer_info<> i{.layer = layer};
+    refreekv::layer_info<> i{.index = layer};
     i.attention.scale = scale;
     i.attention.soft_cap = soft_cap;
     i.attention.sliding_window = sliding_window;

@@ -26,12 +26,12 @@ template <class Cache>
 void check_alone(const problem& p, const Cache& cache) {
   const auto source = cache.source();
   static_assert(kv_source<decltype(source)>);
-  const policy::refreekv rule{.threshold = 0.1, .window = 3};
+  const policy::refreekv policy{.threshold = 0.1, .window = 3};
   const dense_cache<float> dense_keys(p.keys);
   const selection expected =
-      ok(run_select(rule, divided<1>(), observe(p.query_view(), dense_keys.source(), p.info())));
+      ok(run_select(policy, divided<1>(), observe(p.query_view(), dense_keys.source(), p.info())));
   const selection got =
-      ok(run_select(rule, divided<1>(), observe(p.query_view(), source, p.info())));
+      ok(run_select(policy, divided<1>(), observe(p.query_view(), source, p.info())));
   CHECK(got.kept == expected.kept);
   const view<const kept_range, 2> cuts(got.kept.data(), {p.sequences(), 1});
   REQUIRE(compact(divided<1>(), cuts, compaction::suffix_down, source) == status::ok);
@@ -50,18 +50,18 @@ TEST_CASE("compaction is a gather of the kept rows, bit for bit", "[contract]") 
   }
   const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
   const std::size_t number = GENERATE(range(std::size_t{0}, layout_kinds));
-  const policy::refreekv layer{}, head{.threshold = 0.1, .scope = cut_scope::kv_head};
-  for (const auto& rule : {layer, head}) {
-    const auto on = divided<1>();
+  const policy::refreekv of_layer{}, of_head{.threshold = 0.1, .scope = cut_scope::kv_head};
+  for (const auto& policy : {of_layer, of_head}) {
+    const auto exec = divided<1>();
     with_layout<Eigen::bfloat16>(number, p.keys, [&](const char* layout, const auto& keys) {
       INFO(layout);
       // The values in the same layout, of another type.
       with_layout<float>(number, values, [&](const char*, const auto& value_cache) {
-        const auto seen = observe(p.query_view(), keys.source(), p.info());
-        std::vector<std::byte> scratch(workspace_size(rule, on, seen));
-        std::vector<kept_range> kept(size(p.sequences() * rule.groups(seen)));
-        const view<kept_range, 2> cuts(kept.data(), {p.sequences(), rule.groups(seen)});
-        REQUIRE(prune(rule, on, seen, cuts, scratch, how, value_cache.source()) == status::ok);
+        const auto layer = observe(p.query_view(), keys.source(), p.info());
+        std::vector<std::byte> scratch(workspace_size(policy, exec, layer));
+        std::vector<kept_range> kept(size(p.sequences() * policy.groups(layer)));
+        const view<kept_range, 2> cuts(kept.data(), {p.sequences(), policy.groups(layer)});
+        REQUIRE(prune(policy, exec, layer, cuts, scratch, how, value_cache.source()) == status::ok);
         const auto check = [&](const auto& cache, const plain_rows& rows) {
           using element = typename std::decay_t<decltype(cache.source())>::element_type;
           CHECK(cache.untouched());
@@ -109,7 +109,7 @@ TEST_CASE("compaction gathers positions in every layout, bit for bit", "[contrac
   const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
   const double share = GENERATE(0.0, 0.03, 0.5, 0.97, 1.0);
   std::vector<position_t> positions(5 * 2 * 300);
-  std::vector<kept_count> counts(5 * 2);
+  std::vector<kept_tokens> counts(5 * 2);
   const kept_positions<> kept{{positions.data(), {5, 2, 300}}, {counts.data(), {5, 2}}};
   for (index_t s = 0; s < 5; ++s) {
     for (index_t h = 0; h < 2; ++h) {
@@ -127,7 +127,7 @@ TEST_CASE("compaction gathers positions in every layout, bit for bit", "[contrac
     bool equal = true;
     for (index_t s = 0; s < 5; ++s) {
       for (index_t h = 0; h < 2; ++h) {
-        const kept_count& k = kept.counts(s, h);
+        const kept_tokens& k = kept.counts(s, h);
         for (index_t i = 0; i < k.count; ++i) {
           const auto run = source.run_at(s, h, first_slot(k, how) + i);
           for (index_t d = 0; d < 24; ++d) {
@@ -145,7 +145,7 @@ TEST_CASE("compaction gathers positions in every layout, bit for bit", "[contrac
 TEST_CASE("compact refuses positions that are not ascending ones of the cache", "[contract]") {
   const plain_rows rows(1, 4, {10});
   const dense_cache<float> cache(rows);
-  const auto run = [&](std::vector<position_t> positions, kept_count count) {
+  const auto run = [&](std::vector<position_t> positions, kept_tokens count) {
     positions.resize(10);
     const kept_positions<> kept{{positions.data(), {1, 1, 10}}, {&count, {1, 1}}};
     const auto how = compaction::suffix_down;
@@ -215,16 +215,16 @@ TEST_CASE("the cut of heads spread over ranks is that of one rank", "[contract]"
     const problem p = random_problem(seed, {700, 300});
     const dense_cache<float> keys(p.keys);
     for (const row_average average : {row_average::mean, row_average::frobenius}) {
-      const policy::refreekv rule{.window = 3, .average = average};
+      const policy::refreekv policy{.window = 3, .average = average};
       const selection expected =
-          ok(run_select(rule, divided<1>(), observe(p.query_view(), keys.source(), p.info())));
+          ok(run_select(policy, divided<1>(), observe(p.query_view(), keys.source(), p.info())));
       rank_group group(ranks);
       std::vector<selection> got(ranks);
       run_ranks(ranks, [&](index_t rank) {
         const problem part = heads_of(p, rank, rank + 1);
         const dense_cache<float> own(part.keys);
-        const auto seen = observe(part.query_view(), own.source(), part.info());
-        got[size(rank)] = select_on_rank(rule, divided<1>(), seen, head_link{&group, rank});
+        const auto layer = observe(part.query_view(), own.source(), part.info());
+        got[size(rank)] = select_on_rank(policy, divided<1>(), layer, head_link{&group, rank});
       });
       for (const selection& rank : got) {
         REQUIRE(rank.status == status::ok);
@@ -270,11 +270,11 @@ TEST_CASE("offsets past 2^31 elements are right", "[contract]") {
     }
   }
   const dense_cache<bf16_bits> near(p.keys);
-  const policy::refreekv rule{.scope = cut_scope::kv_head};
+  const policy::refreekv policy{.scope = cut_scope::kv_head};
   const selection expected =
-      ok(run_select(rule, divided<1>(), observe(p.query_view(), near.source(), p.info())));
+      ok(run_select(policy, divided<1>(), observe(p.query_view(), near.source(), p.info())));
   const selection got =
-      ok(run_select(rule, divided<1>(), observe(p.query_view(), dense(far), p.info())));
+      ok(run_select(policy, divided<1>(), observe(p.query_view(), dense(far), p.info())));
   for (index_t g = 0; g < 2; ++g) CHECK(got.at(0, g) == expected.at(0, g));
 
   // Pages of 2^15 elements, the last of 2^17 pages: the vLLM case of one million cached tokens.
@@ -292,7 +292,7 @@ TEST_CASE("offsets past 2^31 elements are right", "[contract]") {
     }
   }
   const selection in_pages =
-      ok(run_select(rule, divided<1>(), observe(p.query_view(), keys, p.info())));
+      ok(run_select(policy, divided<1>(), observe(p.query_view(), keys, p.info())));
   for (index_t g = 0; g < 2; ++g) CHECK(in_pages.at(0, g) == expected.at(0, g));
   munmap(memory, bytes);
 }
@@ -303,16 +303,16 @@ TEST_CASE("prune refuses values of other sequences before anything is written", 
   const dense_cache<float> keys(p.keys);
   const plain_rows same(2, 8, {300, 20}), shorter(2, 8, {299, 20}), fewer(2, 8, {300}),
       other_heads(3, 8, {300, 20});
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
-  const policy::refreekv rule;
-  std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
+  const auto layer = observe(p.query_view(), keys.source(), p.info());
+  const policy::refreekv policy;
+  std::vector<std::byte> scratch(workspace_size(policy, divided<1>(), layer));
   const auto run = [&](const plain_rows& rows) {
     std::vector<kept_range> kept(2, kept_range{-7, -7, -7, 0, 0});
     const dense_cache<float> values(rows);
     const view<kept_range, 2> ranges(kept.data(), {2, 1});
-    const status s =
-        prune(rule, divided<1>(), seen, ranges, scratch, compaction::suffix_down, values.source());
-    const char* why = why_invalid(rule, seen, ranges, values.source());
+    const status s = prune(policy, divided<1>(), layer, ranges, scratch, compaction::suffix_down,
+                           values.source());
+    const char* why = why_invalid(policy, layer, ranges, values.source());
     CHECK((kept[0].cut == -7) == (s != status::ok));
     CHECK((why == nullptr) == (s == status::ok));
     return std::string(why == nullptr ? "" : why);
@@ -331,12 +331,12 @@ TEST_CASE("sizes that no memory holds are refused, not wrapped", "[contract]") {
     if (kv_heads == 0) kv_heads = heads;
     const dense keys(view(&one, {1, kv_heads, tokens, dim}, {0, 0, 0, 0}));
     const view<const float, 4> queries(&one, {1, window, heads, dim}, {0, 0, 0, 0});
-    const auto seen = observe(queries, keys, {.layer = 5});
-    const policy::refreekv rule{.window = static_cast<count_t>(window)};
+    const auto layer = observe(queries, keys, {.index = 5});
+    const policy::refreekv policy{.window = static_cast<count_t>(window)};
     kept_range kept;
     std::vector<std::byte> scratch(1 << 16);
-    CHECK(workspace_size(rule, divided<1>(), seen) != 0);
-    return select(rule, divided<1>(), seen, view(&kept, {1, 1}), scratch);
+    CHECK(workspace_size(policy, divided<1>(), layer) != 0);
+    return select(policy, divided<1>(), layer, view(&kept, {1, 1}), scratch);
   };
   constexpr index_t most = max_count;
 #if !defined(REFREEKV_TEST_EMULATED)  // a device copies no queries: it has room, and would begin
@@ -359,38 +359,38 @@ TEST_CASE("why_invalid names what select refuses", "[contract]") {
   const problem p = random_problem(base_seed(), {20});
   const dense_cache<float> cache(p.keys);
   const auto keys = cache.source();
-  const auto why = [&](const auto& rule, const auto& seen, index_t groups = 1) {
+  const auto why = [&](const auto& policy, const auto& layer, index_t groups = 1) {
     std::vector<kept_range> kept(3);
     std::vector<std::byte> scratch(1 << 20);
     const view<kept_range, 2> cuts(kept.data(), {1, groups});
-    const char* reason = why_invalid(rule, seen, cuts);
-    const status s = select(rule, divided<1>(), seen, cuts, scratch);
+    const char* reason = why_invalid(policy, layer, cuts);
+    const status s = select(policy, divided<1>(), layer, cuts, scratch);
     CHECK(s == (reason == nullptr ? status::ok : status::invalid_argument));
     return std::string(reason == nullptr ? "" : reason);
   };
-  const auto seen = observe(p.query_view(), keys, p.info());
-  CHECK(why(policy::refreekv{}, seen) == "");
-  CHECK(why(policy::refreekv{.scope = cut_scope::kv_head}, seen, 2) == "");
-  CHECK(why(policy::refreekv{.scope = cut_scope::kv_head}, seen, 1).find("kept") == 0);
-  CHECK(why(policy::refreekv{.threshold = -1}, seen).find("threshold") == 0);
-  CHECK(why(policy::refreekv{.threshold = 2}, seen).find("threshold") == 0);
-  CHECK(why(policy::refreekv{.threshold = std::nan("")}, seen).find("threshold") == 0);
-  CHECK(why(policy::refreekv{.threshold = 0}, seen) == "");
-  CHECK(why(policy::refreekv{.threshold = 1}, seen) == "");
-  CHECK(why(policy::refreekv{.window = 0}, seen).find("window") == 0);
-  CHECK(why(policy::refreekv{.window = 4}, seen) == "");
+  const auto layer = observe(p.query_view(), keys, p.info());
+  CHECK(why(policy::refreekv{}, layer) == "");
+  CHECK(why(policy::refreekv{.scope = cut_scope::kv_head}, layer, 2) == "");
+  CHECK(why(policy::refreekv{.scope = cut_scope::kv_head}, layer, 1).find("kept") == 0);
+  CHECK(why(policy::refreekv{.threshold = -1}, layer).find("threshold") == 0);
+  CHECK(why(policy::refreekv{.threshold = 2}, layer).find("threshold") == 0);
+  CHECK(why(policy::refreekv{.threshold = std::nan("")}, layer).find("threshold") == 0);
+  CHECK(why(policy::refreekv{.threshold = 0}, layer) == "");
+  CHECK(why(policy::refreekv{.threshold = 1}, layer) == "");
+  CHECK(why(policy::refreekv{.window = 0}, layer).find("window") == 0);
+  CHECK(why(policy::refreekv{.window = 4}, layer) == "");
   policy::refreekv wrapped;
   wrapped.window = static_cast<count_t>(-1);
-  CHECK(why(wrapped, seen).find("window") == 0);
+  CHECK(why(wrapped, layer).find("window") == 0);
   wrapped = {};
   wrapped.sinks = static_cast<count_t>(-4);
-  CHECK(why(wrapped, seen).find("sinks") == 0);
+  CHECK(why(wrapped, layer).find("sinks") == 0);
   wrapped = {};
   wrapped.full_layers = static_cast<count_t>(-4);
-  CHECK(why(wrapped, seen).find("full_layers") == 0);
-  CHECK(why(policy::streaming_llm{.budget = static_cast<count_t>(-1)}, seen).find("budget") == 0);
-  CHECK(why(policy::streaming_llm{.budget = token_budget::share(1.5)}, seen).find("budget") == 0);
-  CHECK(why(policy::refreekv{}, observe(p.query_view(), keys)).find("layer_info::layer") == 0);
+  CHECK(why(wrapped, layer).find("full_layers") == 0);
+  CHECK(why(policy::streaming_llm{.budget = static_cast<count_t>(-1)}, layer).find("budget") == 0);
+  CHECK(why(policy::streaming_llm{.budget = token_budget::share(1.5)}, layer).find("budget") == 0);
+  CHECK(why(policy::refreekv{}, observe(p.query_view(), keys)).find("layer_info::index") == 0);
   CHECK(why(policy::refreekv{}, observe(p.query_view(), keys, p.info(-2))).find("layer") == 0);
 }
 
@@ -404,13 +404,13 @@ TEST_CASE("NaN, Inf and empty norms keep everything", "[contract]") {
       CAPTURE(poisoned, poison);
       for (const auto average : {row_average::mean, row_average::frobenius}) {
         for (const count_t window : {1u, 3u}) {
-          const policy::refreekv rule{
+          const policy::refreekv policy{
               .threshold = 0.3, .window = window, .average = average, .scope = cut_scope::kv_head};
           for_each_layout<float>(p.keys, [&](const char* layout, const auto& cache) {
             INFO(layout);
-            const auto seen = observe(p.query_view(), cache.source(), p.info());
-            const selection s = ok(run_select(rule, divided<1>(), seen));
-            const auto expected = reference::decide(reference::attend(p, 0), 0, 3, rule);
+            const auto layer = observe(p.query_view(), cache.source(), p.info());
+            const selection s = ok(run_select(policy, divided<1>(), layer));
+            const auto expected = reference::decide(reference::attend(p, 0), 0, 3, policy);
             if (std::isnan(poison)) CHECK(s.at(0, 0).dropped() == 0);
             CHECK(s.at(0, 0).cut == expected.cut);
             CHECK(s.at(0, 1).dropped() > 0);  // the other head of the sequence
@@ -426,17 +426,17 @@ TEST_CASE("NaN, Inf and empty norms keep everything", "[contract]") {
       std::vector<float> rows(2 * 2 * 261, 1.0f / 261);
       rows[static_cast<std::size_t>((1 * 2 + 0) * 261 + poisoned)] = nan;
       const float sink = 1;  // of one head of two: ready rows have no use for it
-      layer_info<> info{.layer = 5};
+      layer_info<> info{.index = 5};
       info.attention.sink_logits = {&sink, {1}};
-      const auto seen = observe_rows(view(rows.data(), {1, 2, 2, 261}), 2, {}, info);
+      const auto layer = observe_rows(view(rows.data(), {1, 2, 2, 261}), 2, {}, info);
       // Attention to the sinks counts in a full row only: the rows are normalised already.
       const auto norm = poisoned < 4 ? norm_scope::full_row : norm_scope::candidates;
-      const policy::refreekv rule{.threshold = 0.3,
-                                  .window = 2,
-                                  .average = average,
-                                  .norm = norm,
-                                  .scope = cut_scope::kv_head};
-      const selection s = ok(run_select(rule, divided<1>(), seen));
+      const policy::refreekv policy{.threshold = 0.3,
+                                    .window = 2,
+                                    .average = average,
+                                    .norm = norm,
+                                    .scope = cut_scope::kv_head};
+      const selection s = ok(run_select(policy, divided<1>(), layer));
       CAPTURE(poisoned);
       CHECK(s.at(0, 0).dropped() == 0);
       CHECK(s.at(0, 1).dropped() > 0);
@@ -452,7 +452,7 @@ TEST_CASE("NaN, Inf and empty norms keep everything", "[contract]") {
             .dropped() == 5);  // (1 - 0.01)^2 of 296 candidates stay: 290.1, so 291
   const std::vector<float> none(300, 0.0f);
   CHECK(ok(run_select(policy::refreekv{}, divided<1>(),
-                      observe_rows(view(none.data(), {1, 1, 1, 300}), 1, {}, {.layer = 5})))
+                      observe_rows(view(none.data(), {1, 1, 1, 300}), 1, {}, {.index = 5})))
             .at(0)
             .dropped() == 0);
 }
@@ -460,10 +460,10 @@ TEST_CASE("NaN, Inf and empty norms keep everything", "[contract]") {
 TEST_CASE("the first layers stay whole", "[contract]") {
   const problem p = random_problem(base_seed() + 9, {300});
   const dense_cache<float> keys(p.keys);
-  const policy::refreekv rule{.threshold = 0.3, .full_layers = 2};
+  const policy::refreekv policy{.threshold = 0.3, .full_layers = 2};
   for (const index_t layer : {0, 1, 2}) {
     const selection s =
-        ok(run_select(rule, divided<1>(), observe(p.query_view(), keys.source(), p.info(layer))));
+        ok(run_select(policy, divided<1>(), observe(p.query_view(), keys.source(), p.info(layer))));
     CHECK((s.at(0).dropped() == 0) == (layer < 2));
   }
 }

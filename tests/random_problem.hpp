@@ -6,15 +6,15 @@
 
 /// Every option of the rule, for observations of `window` rows.
 inline refreekv::policy::refreekv random_rule(random_source& random, index_t window) {
-  refreekv::policy::refreekv rule;
-  rule.threshold = random.one_of({0.0, 0.001, 0.01, 0.05, 0.3, 0.9, 1.0});
-  rule.sinks = random.one_of<count_t>({0, 1, 4, 4, 7, 255, 256, 257, 300});
-  rule.window = static_cast<count_t>(random.between(1, window));
-  rule.average = random.one_of({refreekv::row_average::mean, refreekv::row_average::frobenius});
-  rule.norm = random.one_of({refreekv::norm_scope::candidates, refreekv::norm_scope::full_row});
-  rule.scope = random.one_of({refreekv::cut_scope::layer, refreekv::cut_scope::kv_head});
-  rule.full_layers = static_cast<count_t>(random.between(0, 9));
-  return rule;
+  refreekv::policy::refreekv policy;
+  policy.threshold = random.one_of({0.0, 0.001, 0.01, 0.05, 0.3, 0.9, 1.0});
+  policy.sinks = random.one_of<count_t>({0, 1, 4, 4, 7, 255, 256, 257, 300});
+  policy.window = static_cast<count_t>(random.between(1, window));
+  policy.average = random.one_of({refreekv::row_average::mean, refreekv::row_average::frobenius});
+  policy.norm = random.one_of({refreekv::norm_scope::candidates, refreekv::norm_scope::full_row});
+  policy.scope = random.one_of({refreekv::cut_scope::layer, refreekv::cut_scope::kv_head});
+  policy.full_layers = static_cast<count_t>(random.between(0, 9));
+  return policy;
 }
 
 /// Often where chunks of 4 sinks end.

@@ -10,7 +10,7 @@
 struct ranked_selection {
   refreekv::status status;
   index_t kv_heads = 0;
-  std::vector<refreekv::kept_count> counts;   // [sequence, kv_head]
+  std::vector<refreekv::kept_tokens> counts;  // [sequence, kv_head]
   std::vector<std::vector<position_t>> kept;  // [sequence, kv_head]
 
   const std::vector<position_t>& at(index_t sequence, index_t kv_head = 0) const {
@@ -75,13 +75,13 @@ class guarded_positions {
  private:
   static constexpr index_t gap = 3;
   static constexpr position_t untouched = -7;
-  static constexpr refreekv::kept_count untouched_count{-7, -7};
+  static constexpr refreekv::kept_tokens untouched_count{-7, -7};
 
   index_t stride() const { return capacity_ + gap; }
 
   index_t sequences_, kv_heads_, capacity_;
   std::vector<position_t> positions_;
-  std::vector<refreekv::kept_count> counts_;
+  std::vector<refreekv::kept_tokens> counts_;
 };
 
 inline std::vector<position_t> positions_of(const refreekv::kept_positions<>& kept, index_t s,
@@ -92,26 +92,26 @@ inline std::vector<position_t> positions_of(const refreekv::kept_positions<>& ke
 }
 
 /// `missing` bytes short of what workspace_size asks for.
-template <class Policy, class Backend, class Seen>
-ranked_selection run_ranked(const Policy& rule, const Backend& backend, const Seen& seen,
+template <class Policy, class Backend, class Layer>
+ranked_selection run_ranked(const Policy& policy, const Backend& backend, const Layer& layer,
                             std::size_t missing = 0) {
-  guarded_bytes memory(refreekv::workspace_size(rule, backend, seen) - missing);
-  guarded_positions guarded(seen.sequences(), seen.kv_heads(), seen.capacity());
+  guarded_bytes memory(refreekv::workspace_size(policy, backend, layer) - missing);
+  guarded_positions guarded(layer.sequences(), layer.kv_heads(), layer.capacity());
   const refreekv::kept_positions<> kept = guarded.kept();
   ranked_selection out{
-      refreekv::select(rule, backend, seen, kept, memory.middle()), seen.kv_heads(), {}, {}};
+      refreekv::select(policy, backend, layer, kept, memory.middle()), layer.kv_heads(), {}, {}};
   REQUIRE(memory.intact());
   REQUIRE(guarded.intact());
   if (out.status != refreekv::status::ok) {
     REQUIRE(guarded.unwritten());
     return out;
   }
-  for (index_t s = 0; s < seen.sequences(); ++s) {
-    for (index_t h = 0; h < seen.kv_heads(); ++h) {
+  for (index_t s = 0; s < layer.sequences(); ++s) {
+    for (index_t h = 0; h < layer.kv_heads(); ++h) {
       out.counts.push_back(kept.counts(s, h));
-      REQUIRE(kept.counts(s, h).tokens == seen.tokens(s));
+      REQUIRE(kept.counts(s, h).tokens == layer.tokens(s));
       REQUIRE(kept.counts(s, h).count >= 0);
-      REQUIRE(kept.counts(s, h).count <= seen.tokens(s));
+      REQUIRE(kept.counts(s, h).count <= layer.tokens(s));
       out.kept.push_back(positions_of(kept, s, h));
     }
   }
@@ -140,7 +140,7 @@ class row_tensor {
   refreekv::view<const float, 4> rows() const {
     return {values_.data(), {count(), window_, q_heads_, tokens_}};
   }
-  auto seen(index_t kv_heads, const refreekv::layer_info<>& info = {}) const {
+  auto layer(index_t kv_heads, const refreekv::layer_info<>& info = {}) const {
     return refreekv::observe_rows(rows(), kv_heads, {lengths_.data(), {count()}}, info);
   }
 

@@ -82,13 +82,13 @@ void run_ranks(index_t ranks, const F& f) {
 }
 
 /// What a rank selects. Unlike run_select it checks nothing: assertions are not for threads.
-template <class Policy, class Backend, class Seen, class Join>
-selection select_on_rank(const Policy& rule, const Backend& on, const Seen& seen,
+template <class Policy, class Backend, class Layer, class Join>
+selection select_on_rank(const Policy& policy, const Backend& exec, const Layer& layer,
                          const Join& join) {
-  selection s{{}, rule.groups(seen), {}};
-  s.kept.resize(size(seen.sequences() * s.groups));
-  std::vector<std::byte> scratch(refreekv::workspace_size(rule, on, seen), std::byte{0xA5});
-  s.status = refreekv::select(rule, on, seen, {s.kept.data(), {seen.sequences(), s.groups}},
+  selection s{{}, policy.groups(layer), {}};
+  s.kept.resize(size(layer.sequences() * s.groups));
+  std::vector<std::byte> scratch(refreekv::workspace_size(policy, exec, layer), std::byte{0xA5});
+  s.status = refreekv::select(policy, exec, layer, {s.kept.data(), {layer.sequences(), s.groups}},
                               scratch, join);
   return s;
 }

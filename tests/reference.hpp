@@ -16,16 +16,16 @@ using refreekv::index_t;
 /// Attention of one sequence; 0 where a row does not see a token or lies before the sequence.
 struct attention_rows {
   index_t q_heads, window, tokens;
-  std::vector<double> values;   // [q_head, window, token]
-  std::vector<char> seen = {};  // [window, token]; empty: all rows exist and are causal
+  std::vector<double> values;    // [q_head, window, token]
+  std::vector<char> layer = {};  // [window, token]; empty: all rows exist and are causal
   index_t first_new = tokens - std::min(window, tokens);  // tokens from here on had no score yet
 
   double at(index_t head, index_t row, index_t token) const {
     return values[static_cast<std::size_t>((head * window + row) * tokens + token)];
   }
   bool sees(index_t row, index_t token) const {
-    return seen.empty() ? token <= tokens - window + row
-                        : seen[static_cast<std::size_t>(row * tokens + token)] != 0;
+    return layer.empty() ? token <= tokens - window + row
+                         : layer[static_cast<std::size_t>(row * tokens + token)] != 0;
   }
   bool exists(index_t row) const {
     for (index_t t = 0; t < tokens; ++t) {
@@ -69,7 +69,7 @@ inline attention_rows attend(const problem& p, index_t sequence) {
     }
   }
   for (index_t r = 0; r < p.window; ++r) {
-    for (index_t t = 0; t < n; ++t) out.seen.push_back(p.sees(sequence, r, t));
+    for (index_t t = 0; t < n; ++t) out.layer.push_back(p.sees(sequence, r, t));
   }
   out.first_new = p.row_ends.empty() ? n - p.window + p.first_row(sequence) : n;
   return out;
@@ -83,29 +83,29 @@ struct decision {
 
 /// The rule for heads [first, last), from section 1 of the paper's statement of it.
 inline decision decide(const attention_rows& rows, index_t first, index_t last,
-                       const refreekv::policy::refreekv& rule) {
-  const index_t n = rows.tokens, m = std::min<index_t>(rule.sinks, n);
+                       const refreekv::policy::refreekv& policy) {
+  const index_t n = rows.tokens, m = std::min<index_t>(policy.sinks, n);
   decision d{m, m, std::vector<double>(static_cast<std::size_t>(n), 0.0),
              std::vector<double>(static_cast<std::size_t>(n), 0.0)};
-  const index_t window = std::min<index_t>(rule.window, rows.window);
+  const index_t window = std::min<index_t>(policy.window, rows.window);
   const index_t skipped = rows.window - window;
   std::vector<double> norms(static_cast<std::size_t>(n), 0.0);
   for (index_t h = first; h < last; ++h) {
     std::vector<double> energy(static_cast<std::size_t>(n), 0.0);
     for (index_t t = 0; t < n; ++t) {
-      double sum = 0, squares = 0, seen = 0;
+      double sum = 0, squares = 0, layer = 0;
       for (index_t r = skipped; r < rows.window; ++r) {
         if (!rows.sees(r, t)) continue;
         sum += rows.at(h, r, t);
         squares += rows.at(h, r, t) * rows.at(h, r, t);
-        seen += 1;
+        layer += 1;
       }
-      const double mean = seen > 0 ? sum / seen : 0;
+      const double mean = layer > 0 ? sum / layer : 0;
       energy[static_cast<std::size_t>(t)] =
-          rule.average == refreekv::row_average::mean ? mean * mean : squares;
+          policy.average == refreekv::row_average::mean ? mean * mean : squares;
     }
     double outside = 0;
-    if (rule.norm == refreekv::norm_scope::full_row) {
+    if (policy.norm == refreekv::norm_scope::full_row) {
       for (index_t t = 0; t < m; ++t) outside += energy[static_cast<std::size_t>(t)];
     }
     double suffix = outside;
@@ -128,7 +128,7 @@ inline decision decide(const attention_rows& rows, index_t first, index_t last,
   for (index_t t = m; t < n; ++t) {
     const double loss = 1 - norms[static_cast<std::size_t>(t)] / baseline;
     d.losses[static_cast<std::size_t>(t)] = loss;
-    if (loss <= rule.threshold) d.cut = t;
+    if (loss <= policy.threshold) d.cut = t;
   }
   return d;
 }

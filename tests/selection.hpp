@@ -24,21 +24,21 @@ struct selection {
 };
 
 /// `missing` bytes short of what workspace_size asks for.
-template <class Policy, class Backend, class Seen, class Reduce = refreekv::no_reduction>
-selection run_select(const Policy& rule, const Backend& backend, const Seen& seen,
+template <class Policy, class Backend, class Layer, class Reduce = refreekv::single_rank>
+selection run_select(const Policy& policy, const Backend& backend, const Layer& layer,
                      std::size_t missing = 0, const Reduce& reduce = {}) {
   constexpr std::size_t margin = 64;
   constexpr auto canary = std::byte{0xA5};
   const refreekv::kept_range untouched{-7, -7, -7, -7, -7};
-  const std::size_t bytes = refreekv::workspace_size(rule, backend, seen) - missing;
+  const std::size_t bytes = refreekv::workspace_size(policy, backend, layer) - missing;
   std::vector<std::byte> memory(bytes + 2 * margin + 1, canary);
-  const index_t groups = rule.groups(seen);
-  const auto cuts = static_cast<std::size_t>(seen.sequences() * groups);
+  const index_t groups = policy.groups(layer);
+  const auto cuts = static_cast<std::size_t>(layer.sequences() * groups);
   selection result{{}, groups, std::vector<refreekv::kept_range>(cuts + 2, untouched)};
   std::byte* start = memory.data() + margin + 1;  // odd: no alignment is taken for granted
   result.status = refreekv::select(
-      rule, backend, seen,
-      refreekv::view<refreekv::kept_range, 2>(result.kept.data() + 1, {seen.sequences(), groups}),
+      policy, backend, layer,
+      refreekv::view<refreekv::kept_range, 2>(result.kept.data() + 1, {layer.sequences(), groups}),
       refreekv::workspace<>(start, bytes), reduce);
   const auto is_canary = [](std::byte b) { return b == canary; };
   REQUIRE(std::all_of(memory.data(), start, is_canary));

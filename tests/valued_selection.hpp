@@ -46,17 +46,17 @@ struct valued_selection : ranked_selection {
 /// Memory of a decision with stand-ins.
 class guarded_decision {
  public:
-  template <class Policy, class Seen>
-  guarded_decision(const Policy& rule, const Seen& seen)
-      : positions_(seen.sequences(), seen.kv_heads(), seen.capacity()),
-        keys_(seen.sequences(), seen.kv_heads(), rule.most_stand_ins(seen.capacity()),
-              seen.head_dim()),
-        values_(seen.sequences(), seen.kv_heads(), rule.most_stand_ins(seen.capacity()),
-                seen.values.head_dim()),
-        counts_(size(seen.sequences() * seen.kv_heads()) + 1, -7),
-        sequences_(seen.sequences()),
-        kv_heads_(seen.kv_heads()),
-        wanted_(rule.stand_ins) {}
+  template <class Policy, class Layer>
+  guarded_decision(const Policy& policy, const Layer& layer)
+      : positions_(layer.sequences(), layer.kv_heads(), layer.capacity()),
+        keys_(layer.sequences(), layer.kv_heads(), policy.most_stand_ins(layer.capacity()),
+              layer.head_dim()),
+        values_(layer.sequences(), layer.kv_heads(), policy.most_stand_ins(layer.capacity()),
+                layer.values.head_dim()),
+        counts_(size(layer.sequences() * layer.kv_heads()) + 1, -7),
+        sequences_(layer.sequences()),
+        kv_heads_(layer.kv_heads()),
+        wanted_(policy.stand_ins) {}
 
   refreekv::kept_with_stand_ins<> kept() {
     if (!wanted_) return positions_.kept();
@@ -90,28 +90,28 @@ inline float_rows rows_of(const refreekv::view<float, 4>& rows, index_t s, index
 }
 
 /// `missing` bytes short of what workspace_size asks for.
-template <class Policy, class Backend, class Seen>
-valued_selection run_valued(const Policy& rule, const Backend& backend, const Seen& seen,
+template <class Policy, class Backend, class Layer>
+valued_selection run_valued(const Policy& policy, const Backend& backend, const Layer& layer,
                             std::size_t missing = 0) {
-  guarded_bytes memory(refreekv::workspace_size(rule, backend, seen) - missing);
-  guarded_decision guarded(rule, seen);
+  guarded_bytes memory(refreekv::workspace_size(policy, backend, layer) - missing);
+  guarded_decision guarded(policy, layer);
   const refreekv::kept_with_stand_ins<> kept = guarded.kept();
   valued_selection out;
-  out.status = refreekv::select(rule, backend, seen, kept, memory.middle());
-  out.kv_heads = seen.kv_heads();
+  out.status = refreekv::select(policy, backend, layer, kept, memory.middle());
+  out.kv_heads = layer.kv_heads();
   REQUIRE(memory.intact());
   REQUIRE(guarded.intact());
   if (out.status != refreekv::status::ok) {
     REQUIRE(guarded.unwritten());
     return out;
   }
-  for (index_t s = 0; s < seen.sequences(); ++s) {
-    for (index_t h = 0; h < seen.kv_heads(); ++h) {
-      const refreekv::kept_count& count = kept.counts(s, h);
+  for (index_t s = 0; s < layer.sequences(); ++s) {
+    for (index_t h = 0; h < layer.kv_heads(); ++h) {
+      const refreekv::kept_tokens& count = kept.counts(s, h);
       out.counts.push_back(count);
-      REQUIRE(count.tokens == seen.tokens(s));
+      REQUIRE(count.tokens == layer.tokens(s));
       REQUIRE(count.count >= 0);
-      REQUIRE(count.count <= seen.tokens(s));
+      REQUIRE(count.count <= layer.tokens(s));
       out.kept.push_back(positions_of(kept, s, h));
       const index_t stand_ins = kept.length(s, h) - count.count;
       REQUIRE(stand_ins >= 0);

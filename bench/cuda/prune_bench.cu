@@ -236,14 +236,14 @@ class model {
   template <class F>
   void batched(const F& f) const {
     // All are measured, those that would stay whole as well.
-    f(observe(queries(0, shape_.of.layers), keys_.batched(), {.layer = 2}),
+    f(observe(queries(0, shape_.of.layers), keys_.batched(), {.index = 2}),
       (values_ ? *values_ : keys_).batched(), cuts(0, shape_.of.layers));
   }
   /// The same for each layer by itself.
   template <class F>
   void one_by_one(const F& f) const {
     for (index_t l = 0; l < shape_.of.layers; ++l) {
-      f(observe(queries(l, 1), keys_.layer(l), {.layer = 2}), (values_ ? *values_ : keys_).layer(l),
+      f(observe(queries(l, 1), keys_.layer(l), {.index = 2}), (values_ ? *values_ : keys_).layer(l),
         cuts(l, 1));
     }
   }
@@ -359,8 +359,8 @@ void measure(benchmark::State& state, const geometry& g, work what, const way& h
   }
   const model<Cache> caches(shape, how.window, with_values);
   timer clock;
-  const cuda_backend on{clock.stream()};
-  const policy::refreekv rule{.window = how.window, .average = how.average};
+  const cuda_backend exec{clock.stream()};
+  const policy::refreekv policy{.window = how.window, .average = how.average};
   const auto for_all = [&](const auto& f) {
     if (how.in_batch) {
       caches.batched(f);
@@ -369,18 +369,18 @@ void measure(benchmark::State& state, const geometry& g, work what, const way& h
     }
   };
   std::size_t scratch_bytes = 0;
-  for_all([&](const auto& seen, const auto&, const auto&) {
-    scratch_bytes = workspace_size(rule, on, seen);
+  for_all([&](const auto& layer, const auto&, const auto&) {
+    scratch_bytes = workspace_size(policy, exec, layer);
   });
   const device_array<std::byte> memory(static_cast<index_t>(scratch_bytes));
   const workspace<device> scratch{memory.data(), scratch_bytes};
   const auto run = [&](work verb) {
-    for_all([&](const auto& seen, const auto& values, const auto& kept) {
-      if (verb == work::select) check(select(rule, on, seen, kept, scratch));
+    for_all([&](const auto& layer, const auto& values, const auto& kept) {
+      if (verb == work::select) check(select(policy, exec, layer, kept, scratch));
       if constexpr (kv_source<std::remove_cvref_t<decltype(values)>>) {
         constexpr auto up = compaction::sinks_up;
-        if (verb == work::compact) check(compact(on, kept, up, seen.keys, values));
-        if (verb == work::prune) check(prune(rule, on, seen, kept, scratch, up, values));
+        if (verb == work::compact) check(compact(exec, kept, up, layer.keys, values));
+        if (verb == work::prune) check(prune(policy, exec, layer, kept, scratch, up, values));
       }
     });
   };

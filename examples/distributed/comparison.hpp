@@ -91,7 +91,7 @@ class comparison {
         const deployment alone = deployment::of(layout::heads, 1);
         rank_layer<Device> whole(device_, layer, part_of(alone, 0, s, what_.tokens, rule_.sinks),
                                  what_.window);
-        kept = whole.select_heads(rule_, refreekv::no_reduction{});
+        kept = whole.select_heads(rule_, refreekv::single_rank{});
       }
       expected_.push_back(world_.gather(kept)[0]);
     }

@@ -38,7 +38,7 @@ class rank_layer {
         total_(std::vector{static_cast<refreekv::position_t>(layer.tokens())}),
         kept_(std::vector<refreekv::kept_range>(1)) {}
 
-  // A decision about heads, whose link sums; on one rank refreekv::no_reduction.
+  // A decision about heads, whose link sums; on one rank refreekv::single_rank.
   template <class Link>
   refreekv::kept_range select_heads(const refreekv::policy::refreekv& rule, const Link& link) {
     return select_from(rule, source(keys_), link, [&] { return refreekv::status::ok; });
@@ -53,7 +53,7 @@ class rank_layer {
         refreekv::view<const refreekv::token_range, 2, memory>(parts_.data(), {1, parts}),
         refreekv::lengths_view<memory>(total_.data(), {1}), layer_.tokens());
     return select_from(rule, keys, link, [&] {
-      return refreekv::own_ranges(device_.backend, keys, cut(), {kept_.data(), {1, 1}});
+      return refreekv::local_ranges(device_.backend, keys, cut(), {kept_.data(), {1, 1}});
     });
   }
 
@@ -148,7 +148,7 @@ class rank_layer {
                                    const Link& link, const Localise& localise) {
     const refreekv::view<const element, 4, memory> queries(
         queries_.data(), {1, window_, part_.q_heads, layer_.shape().head_dim});
-    const auto seen = refreekv::observe(queries, keys, {.layer = layer_.number()});
+    const auto seen = refreekv::observe(queries, keys, {.index = layer_.number()});
     const refreekv::kept_ranges<memory> kept(kept_.data(), {1, 1});
     if (const char* why = refreekv::why_invalid(rule, seen, kept)) throw std::runtime_error(why);
     array<std::byte> scratch{

@@ -55,11 +55,11 @@ std::vector<variant> of_adaptive_methods() {
   std::vector<variant> variants;
   for (const auto& [name, p] : {std::pair{"p 0.95", 0.95}, {"p 0.85", 0.85}}) {
     variants.push_back({"twilight", std::string(name) + ", once after the prefill", false,
-                        [p = p](const circumstances&) { return policy::twilight{.p = p}; },
+                        [p = p](const circumstances&) { return policy::twilight{.mass = p}; },
                         "twilight"});
   }
   for (const auto& [rows, window] :
-       {std::pair{"window 8", kv::count_t{8}}, {"all rows", kv::all_rows}}) {
+       {std::pair{"window 8", kv::count_t{8}}, {"all rows", kv::all_queries}}) {
     for (const auto& [name, threshold] : {std::pair{"1 %", 0.01}, {"0.01 %", 0.0001}}) {
       variants.push_back({"attention_ranked", std::string(rows) + ", threshold " + name, false,
                           [window = window, threshold = threshold](const circumstances&) {

@@ -29,8 +29,8 @@ struct sum_over_layers {
   }
 };
 
-template <class Rule, class Seen>
-refreekv::kept_range decide(const Rule& rule, const Seen& seen, int threads) {
+template <class Rule, class Layer>
+refreekv::kept_range decide(const Rule& rule, const Layer& seen, int threads) {
   const refreekv::cpu_backend backend{threads};
   const index_t layers = seen.sequences();
   std::vector<refreekv::kept_range> kept(static_cast<std::size_t>(layers));

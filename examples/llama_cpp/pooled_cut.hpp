@@ -13,7 +13,7 @@ const char* why_unpoolable(const smollm2::pruning_rule& rule);
 // The first layer that the rule decides about.
 std::size_t first_layer_of(const smollm2::pruning_rule& rule);
 
-// What stays of the prompt that `seen` shows: the query heads of all its layers are one group,
+// What stays of the prompt that `layer` shows: the query heads of all its layers are one group,
 // whose norm curve is the sum of theirs, as the library sums those of several ranks. Keys in f16
 // and f32 are read where they are; others, and those on a device, are copied as floats first.
 // Throws std::runtime_error where refreekv refuses, or where the rule is unpoolable.

@@ -20,7 +20,7 @@ auto observe_layer(std::size_t layer, std::span<const float> queries, std::size_
   return refreekv::observe(
       view(queries.data(), {1, static_cast<index_t>(rows), static_cast<index_t>(q_heads),
                             static_cast<index_t>(cache.head_dim())}),
-      cache.rows().keys, {.layer = static_cast<index_t>(layer)});
+      cache.rows().keys, {.index = static_cast<index_t>(layer)});
 }
 
 page_release prune_layer(const refreekv::policy::refreekv& rule, std::size_t layer,
@@ -102,7 +102,8 @@ page_release release(const refreekv::kept_range& kept, paged_layer& cache) {
   require_ok(refreekv::plan_pages(
       cpu, view(&kept, {1, 1}), static_cast<index_t>(cache.pool().shape().tokens), plans, shared));
   const auto [keys, values] = cache.rows();
-  require_ok(refreekv::compact(cpu, plans.moves, refreekv::compaction::sinks_up, keys, values));
+  require_ok(
+      refreekv::compact(cpu, plans.compact_ranges, refreekv::compaction::sinks_up, keys, values));
 
   std::vector<block_id> table = cache.table(), returned(table.size());
   const auto width = static_cast<index_t>(table.size());

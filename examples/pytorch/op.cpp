@@ -111,7 +111,7 @@ at::Tensor select_kept(const at::Tensor& queries, const at::Tensor& keys, int64_
   with_cache(keys, [&](const auto& cache) {
     const auto seen =
         kv::observe(queries_of<const float>(rows), cache,
-                    {.layer = layer, .attention = {.scale = static_cast<float>(scale)}});
+                    {.index = layer, .attention = {.scale = static_cast<float>(scale)}});
     std::vector<kv::kept_range> ranges(static_cast<std::size_t>(result.size(0) * result.size(1)));
     const kv::view kept(ranges.data(), {result.size(0), result.size(1)});
     const char* why = kv::why_invalid(rule, seen, kept);

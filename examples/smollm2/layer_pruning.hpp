@@ -12,7 +12,7 @@ struct layer_pruning {
   // What stays is a range, [group]: 1, or one for each KV head; or tokens anywhere, [kv_head].
   // Both are empty where nothing was decided.
   std::vector<refreekv::kept_range> kept;
-  std::vector<refreekv::kept_count> counts;
+  std::vector<refreekv::kept_tokens> counts;
   std::vector<refreekv::position_t> stand_ins;  // [kv_head], or empty: rows in place of what went
   std::size_t tokens;
   std::size_t bytes_before;  // as allocated

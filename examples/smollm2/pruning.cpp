@@ -54,7 +54,7 @@ auto observe_layer(std::size_t layer, std::span<const float> queries, std::size_
                                           {1, static_cast<index_t>(queries.size()) / row,
                                            static_cast<index_t>(heads.count * group), dim},
                                           {0, row, dim, 1}),
-                           keys_of(cache, heads), {.layer = static_cast<index_t>(layer)});
+                           keys_of(cache, heads), {.index = static_cast<index_t>(layer)});
 }
 
 // Keeps the slots where compaction left what stays, [group].
@@ -189,7 +189,7 @@ layer_pruning pruner::cascade(const refreekv::policy::cake& rule, std::size_t la
   for (std::size_t earlier = 0; earlier < layer; ++earlier) {
     layer_cache& older = cache.layer(earlier);
     const auto again = evict(earlier, refreekv::observe(keys_of(older, all_heads(older)),
-                                                        {.layer = static_cast<index_t>(earlier)}));
+                                                        {.index = static_cast<index_t>(earlier)}));
     result.seconds += again.seconds;
     result.library_seconds += again.library_seconds;
   }

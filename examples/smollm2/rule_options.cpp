@@ -89,11 +89,11 @@ pruning_rule rule_options::rule() const {
         if constexpr (requires { rule.stand_ins; }) replace(rule.stand_ins, stand_ins_);
         if constexpr (requires { rule.error_term; }) replace(rule.error_term, error_term_);
         if constexpr (requires { rule.head_floor; }) replace(rule.head_floor, head_floor_);
-        if constexpr (requires { rule.p; }) replace(rule.p, p_);
+        if constexpr (requires { rule.mass; }) replace(rule.mass, p_);
         if constexpr (requires { rule.sinks; }) replace(rule.sinks, sinks_);
         if constexpr (requires { rule.window; }) replace(rule.window, window_);
         if constexpr (requires { rule.full_layers; }) replace(rule.full_layers, full_layers_);
-        if constexpr (requires { rule.room; }) replace(rule.room, room_);
+        if constexpr (requires { rule.incoming; }) replace(rule.incoming, room_);
         if constexpr (requires { rule.average; }) replace(rule.average, average_);
         if constexpr (requires { rule.norm; }) replace(rule.norm, norm_);
         if constexpr (requires { rule.scope; }) replace(rule.scope, scope_);

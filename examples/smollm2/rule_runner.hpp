@@ -31,8 +31,8 @@ class rule_runner {
 
   // Fills in what stays of the layer: result.kept or result.counts. Throws std::runtime_error where
   // refreekv refuses.
-  template <class Rule, class Seen>
-  void decide(const Rule& rule, const Seen& seen, layer_pruning& result) {
+  template <class Rule, class Layer>
+  void decide(const Rule& rule, const Layer& seen, layer_pruning& result) {
     const refreekv::cpu_backend backend{pool_};
     const refreekv::index_t groups = refreekv::groups_of(rule, seen);
     scratch_.resize(std::max(scratch_.size(), refreekv::workspace_size(rule, backend, seen)));
@@ -50,8 +50,8 @@ class rule_runner {
   }
 
   // Any rule that needs to see no other layer. With keep_everything nothing is decided.
-  template <class Seen, class Values>
-  void decide(const pruning_rule& rule, const Seen& seen, const Values& values,
+  template <class Layer, class Values>
+  void decide(const pruning_rule& rule, const Layer& seen, const Values& values,
               layer_pruning& result) {
     std::visit(
         [&]<class Rule>(const Rule& each) {
@@ -99,8 +99,8 @@ class rule_runner {
   }
 
   // Room for as many stand-ins as the rule may leave.
-  template <class Seen>
-  void make_room(const refreekv::policy::faithful& rule, const Seen& seen, layer_pruning& result) {
+  template <class Layer>
+  void make_room(const refreekv::policy::faithful& rule, const Layer& seen, layer_pruning& result) {
     const refreekv::index_t heads = seen.kv_heads();
     const refreekv::index_t most = rule.most_stand_ins(seen.capacity());
     if (most == 0) return;

@@ -12,11 +12,11 @@ namespace detail {
 
 /// Compacts each source in turn, until one fails.
 template <backend Backend, class Kept, kv_source... Sources>
-[[nodiscard]] status compact_all(const Backend& on, const Kept& kept, compaction how,
+[[nodiscard]] status compact_all(const Backend& exec, const Kept& kept, compaction mode,
                                  const Sources&... sources) noexcept {
   (check_source<Sources>(), ...);
   status result = status::ok;
-  (void)((result = ops<Backend>::compact(on, sources, kept, how), result == status::ok) && ...);
+  (void)((result = ops<Backend>::compact(exec, sources, kept, mode), result == status::ok) && ...);
   return result;
 }
 
@@ -26,17 +26,17 @@ template <backend Backend, class Kept, kv_source... Sources>
 /// O(kept tokens). Device tables are not looked at.
 template <kv_source Source, kv_source... Others>
 [[nodiscard]] constexpr const char* why_invalid(
-    view<const kept_range, 2, typename Source::memory> kept, compaction how, const Source& source,
+    view<const kept_range, 2, typename Source::memory> kept, compaction mode, const Source& source,
     const Others&... others) noexcept {
   const char* why = detail::first_of({detail::unfit(kept, source), detail::unfit(kept, others)...});
-  return why != nullptr ? why : detail::aliased(kept, how, source, others...);
+  return why != nullptr ? why : detail::aliased(kept, mode, source, others...);
 }
 template <kv_source Source, kv_source... Others>
 [[nodiscard]] constexpr const char* why_invalid(const kept_positions<typename Source::memory>& kept,
-                                                compaction how, const Source& source,
+                                                compaction mode, const Source& source,
                                                 const Others&... others) noexcept {
   const char* why = detail::first_of({detail::unfit(kept, source), detail::unfit(kept, others)...});
-  return why != nullptr ? why : detail::aliased(kept, how, source, others...);
+  return why != nullptr ? why : detail::aliased(kept, mode, source, others...);
 }
 
 /// Makes what is kept contiguous in each source (keys, values, scales ...), in place:
@@ -53,11 +53,11 @@ template <kv_source Source, kv_source... Others>
 template <backend Backend, kv_source... Sources>
   requires(sizeof...(Sources) > 0 &&
            (std::same_as<typename Sources::memory, typename ops<Backend>::memory> && ...))
-[[nodiscard]] status compact(const Backend& on,
+[[nodiscard]] status compact(const Backend& exec,
                              view<const kept_range, 2, typename ops<Backend>::memory> kept,
-                             compaction how, const Sources&... sources) noexcept {
-  if (why_invalid(kept, how, sources...) != nullptr) return status::invalid_argument;
-  return detail::compact_all(on, kept, how, sources...);
+                             compaction mode, const Sources&... sources) noexcept {
+  if (why_invalid(kept, mode, sources...) != nullptr) return status::invalid_argument;
+  return detail::compact_all(exec, kept, mode, sources...);
 }
 
 /// The same for positions that are no range, in ascending order. sinks_up leaves alone whatever is
@@ -67,18 +67,18 @@ template <backend Backend, kv_source... Sources>
 template <backend Backend, kv_source... Sources>
   requires(sizeof...(Sources) > 0 &&
            (std::same_as<typename Sources::memory, typename ops<Backend>::memory> && ...))
-[[nodiscard]] status compact(const Backend& on,
+[[nodiscard]] status compact(const Backend& exec,
                              const kept_positions<typename ops<Backend>::memory>& kept,
-                             compaction how, const Sources&... sources) noexcept {
-  if (why_invalid(kept, how, sources...) != nullptr) return status::invalid_argument;
-  return detail::compact_all(on, kept, how, sources...);
+                             compaction mode, const Sources&... sources) noexcept {
+  if (why_invalid(kept, mode, sources...) != nullptr) return status::invalid_argument;
+  return detail::compact_all(exec, kept, mode, sources...);
 }
 
 /// Null, or why `compact` of tokens and stand-ins would return invalid_argument, in words. As that
 /// of positions.
 template <kv_source Keys, kv_source... Values>
 [[nodiscard]] constexpr const char* why_invalid(
-    const kept_with_stand_ins<typename Keys::memory>& kept, compaction how, const Keys& keys,
+    const kept_with_stand_ins<typename Keys::memory>& kept, compaction mode, const Keys& keys,
     const Values&... values) noexcept {
   if (const char* why =
           detail::first_of({detail::unfit(kept, keys), detail::unfit(kept, values)...})) {
@@ -91,7 +91,7 @@ template <kv_source Keys, kv_source... Values>
       return why;
     }
   }
-  return detail::aliased(kept, how, keys, values...);
+  return detail::aliased(kept, mode, keys, values...);
 }
 
 /// compact of positions, and the stand-ins that go with them, if any, in the sources' own type into
@@ -101,18 +101,18 @@ template <kv_source Keys, kv_source... Values>
 template <backend Backend, kv_source Keys, kv_source... Values>
   requires(std::same_as<typename Keys::memory, typename ops<Backend>::memory> &&
            (std::same_as<typename Values::memory, typename Keys::memory> && ...))
-[[nodiscard]] status compact(const Backend& on,
+[[nodiscard]] status compact(const Backend& exec,
                              const kept_with_stand_ins<typename ops<Backend>::memory>& kept,
-                             compaction how, const Keys& keys, const Values&... values) noexcept {
+                             compaction mode, const Keys& keys, const Values&... values) noexcept {
   using run = ops<Backend>;
-  if (why_invalid(kept, how, keys, values...) != nullptr) return status::invalid_argument;
+  if (why_invalid(kept, mode, keys, values...) != nullptr) return status::invalid_argument;
   const kept_positions<typename Keys::memory>& positions = kept;
-  status s = detail::compact_all(on, positions, how, keys, values...);
+  status s = detail::compact_all(exec, positions, mode, keys, values...);
   if constexpr (sizeof...(Values) == 1) {
     if (!kept.stand_ins.wanted()) return s;
     const auto write = [&](const auto& source, const auto& rows) {
       if (s == status::ok) {
-        s = run::write_stand_ins(on, source, kept.counts, rows, kept.stand_ins.counts, how);
+        s = run::write_stand_ins(exec, source, kept.counts, rows, kept.stand_ins.counts, mode);
       }
     };
     write(keys, kept.stand_ins.keys);

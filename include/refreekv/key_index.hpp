@@ -46,11 +46,11 @@ template <kv_source Keys>
 /// leave it (ours). Neither allocates nor synchronises. O(new tokens * head_dim).
 template <backend Backend, kv_source Keys>
   requires std::same_as<typename Keys::memory, typename ops<Backend>::memory>
-[[nodiscard]] status quantise(const Backend& on, const Keys& keys,
+[[nodiscard]] status quantise(const Backend& exec, const Keys& keys,
                               const int4_keys<typename Keys::memory>& to,
                               const lengths_view<typename Keys::memory>& from = {}) noexcept {
   if (why_invalid(keys, to, from) != nullptr) return status::invalid_argument;
-  return ops<Backend>::quantise(on, keys, from, to);
+  return ops<Backend>::quantise(exec, keys, from, to);
 }
 
 /// Null, or why `bound_pages` would return invalid_argument, in words. O(tables).
@@ -71,11 +71,11 @@ template <kv_source Keys>
 /// O(tokens of those pages * head_dim).
 template <backend Backend, kv_source Keys>
   requires std::same_as<typename Keys::memory, typename ops<Backend>::memory>
-[[nodiscard]] status bound_pages(const Backend& on, const Keys& keys,
+[[nodiscard]] status bound_pages(const Backend& exec, const Keys& keys,
                                  const page_bounds<typename Keys::memory>& to,
                                  const lengths_view<typename Keys::memory>& from = {}) noexcept {
   if (why_invalid(keys, to, from) != nullptr) return status::invalid_argument;
-  return ops<Backend>::bound_pages(on, keys, from, to);
+  return ops<Backend>::bound_pages(exec, keys, from, to);
 }
 
 }  // namespace refreekv::inline v0

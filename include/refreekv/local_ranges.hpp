@@ -16,13 +16,13 @@ struct assign_own {
   kept_ranges<typename Source::memory> own;
 
   REFREEKV_HOST_DEVICE constexpr void operator()(index_t s) const noexcept {
-    for (index_t g = 0; g < all.extent(1); ++g) own(s, g) = keys.own_range(s, all(s, g));
+    for (index_t g = 0; g < all.extent(1); ++g) own(s, g) = keys.local_range(s, all(s, g));
   }
 };
 
 }  // namespace detail
 
-/// Null, or why `own_ranges` would return invalid_argument, in words. O(1)
+/// Null, or why `local_ranges` would return invalid_argument, in words. O(1)
 template <class Source>
 [[nodiscard]] constexpr const char* why_invalid(
     const shard<Source>& keys, view<const kept_range, 2, typename Source::memory> all,
@@ -41,11 +41,11 @@ template <class Source>
 /// one shape or not of the shard's sequences. Neither allocates nor synchronises. O(ranges)
 template <backend Backend, class Source>
   requires std::same_as<typename Source::memory, typename ops<Backend>::memory>
-[[nodiscard]] status own_ranges(const Backend& on, const shard<Source>& keys,
-                                view<const kept_range, 2, typename ops<Backend>::memory> all,
-                                const kept_ranges<typename ops<Backend>::memory>& own) noexcept {
+[[nodiscard]] status local_ranges(const Backend& exec, const shard<Source>& keys,
+                                  view<const kept_range, 2, typename ops<Backend>::memory> all,
+                                  const kept_ranges<typename ops<Backend>::memory>& own) noexcept {
   if (why_invalid(keys, all, own) != nullptr) return status::invalid_argument;
-  return ops<Backend>::for_each_sequence(on, keys.sequences(),
+  return ops<Backend>::for_each_sequence(exec, keys.sequences(),
                                          detail::assign_own<Source>{keys, all, own});
 }
 

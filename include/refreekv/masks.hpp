@@ -34,25 +34,25 @@ template <class T, class Memory>
 /// Neither allocates nor synchronises. O(entries of the mask).
 template <backend Backend, class T>
   requires(!std::is_const_v<T>)
-[[nodiscard]] status write_masks(const Backend& on,
+[[nodiscard]] status write_masks(const Backend& exec,
                                  view<const kept_range, 2, typename ops<Backend>::memory> kept,
                                  view<T, 3, typename ops<Backend>::memory> mask,
                                  std::type_identity_t<T> keep,
                                  std::type_identity_t<T> drop) noexcept {
   if (why_invalid(kept, mask, keep, drop) != nullptr) return status::invalid_argument;
-  return ops<Backend>::write_masks(on, kept, mask, keep, drop);
+  return ops<Backend>::write_masks(exec, kept, mask, keep, drop);
 }
 
 /// The same for positions that are no range; mask: [sequence, kv_head, token].
 template <backend Backend, class T>
   requires(!std::is_const_v<T>)
-[[nodiscard]] status write_masks(const Backend& on,
+[[nodiscard]] status write_masks(const Backend& exec,
                                  const kept_positions<typename ops<Backend>::memory>& kept,
                                  view<T, 3, typename ops<Backend>::memory> mask,
                                  std::type_identity_t<T> keep,
                                  std::type_identity_t<T> drop) noexcept {
   if (why_invalid(kept, mask, keep, drop) != nullptr) return status::invalid_argument;
-  return ops<Backend>::write_masks(on, kept, mask, keep, drop);
+  return ops<Backend>::write_masks(exec, kept, mask, keep, drop);
 }
 
 }  // namespace refreekv::inline v0

@@ -3,7 +3,7 @@
 // the host or a device.
 //
 // An engine with pages calls, in this order and on a device in one stream: select, plan_pages,
-// compact of `moves` with sinks_up, release_pages, and write_masks of `remaining`.
+// compact of `compact_ranges` with sinks_up, release_pages, and write_masks of `mask_ranges`.
 // page_plan.hpp has the same for one sequence on the host.
 #pragma once
 
@@ -78,9 +78,10 @@ template <class Memory>
   if (page_tokens < 1 || page_tokens > max_count) return "page_tokens must be in [1, 2^31 - 1]";
   if (const char* why = detail::unfit_ranges(kept, sequences, 1, max_count)) return why;
   if (!detail::has_one_each(to.plans, sequences)) return "plans must be [sequence]";
-  if (detail::misshapen(to.moves, sequences, 1, 0) != nullptr) return "moves must be [sequence, 1]";
-  if (detail::misshapen(to.remaining, sequences, 1, 0) != nullptr) {
-    return "remaining must be [sequence, 1]";
+  if (detail::misshapen(to.compact_ranges, sequences, 1, 0) != nullptr)
+    return "compact_ranges must be [sequence, 1]";
+  if (detail::misshapen(to.mask_ranges, sequences, 1, 0) != nullptr) {
+    return "mask_ranges must be [sequence, 1]";
   }
   if (!detail::covers(shared, kept, page_tokens)) {
     return "shared must be [sequence, (pages + 7) / 8] with contiguous rows";
@@ -94,11 +95,11 @@ template <class Memory>
 /// (unite). Neither allocates nor synchronises. O(dropped pages).
 template <backend Backend>
 [[nodiscard]] status plan_pages(
-    const Backend& on, view<const kept_range, 2, typename ops<Backend>::memory> kept,
+    const Backend& exec, view<const kept_range, 2, typename ops<Backend>::memory> kept,
     index_t page_tokens, const page_plans<typename ops<Backend>::memory>& to,
     shared_pages_view<typename ops<Backend>::memory> shared = {}) noexcept {
   if (why_invalid(kept, page_tokens, to, shared) != nullptr) return status::invalid_argument;
-  return ops<Backend>::plan_pages(on, kept, page_tokens, shared, to);
+  return ops<Backend>::plan_pages(exec, kept, page_tokens, shared, to);
 }
 
 /// Null, or why `release_pages` would return invalid_argument, in words. O(sequences).
@@ -126,17 +127,17 @@ template <class Index, class Memory>
 /// shrink, and lists those that nobody shares in `freed`: they are the caller's to reuse. A row of
 /// `freed` is as long as one of the table; past its count it keeps what it had, and so does the
 /// table. A null block in place of pages that a sliding window has left behind is marked as shared.
-/// plans, shared: as plan_pages wrote the one and saw the other; what it put into `moves` has been
-/// compacted. Neither allocates nor synchronises. O(pages).
+/// plans, shared: as plan_pages wrote the one and saw the other; what it put into `compact_ranges`
+/// has been compacted. Neither allocates nor synchronises. O(pages).
 template <backend Backend, class Index>
   requires(std::same_as<Index, std::int32_t> || std::same_as<Index, std::int64_t>)
 [[nodiscard]] status release_pages(
-    const Backend& on, view<const page_plan, 1, typename ops<Backend>::memory> plans,
+    const Backend& exec, view<const page_plan, 1, typename ops<Backend>::memory> plans,
     const page_lists<Index, typename ops<Backend>::memory>& table,
     const page_lists<Index, typename ops<Backend>::memory>& freed,
     shared_pages_view<typename ops<Backend>::memory> shared = {}) noexcept {
   if (why_invalid(plans, table, freed, shared) != nullptr) return status::invalid_argument;
-  return ops<Backend>::release_pages(on, plans, shared, table, freed);
+  return ops<Backend>::release_pages(exec, plans, shared, table, freed);
 }
 
 }  // namespace refreekv::inline v0

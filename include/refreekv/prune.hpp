@@ -25,15 +25,16 @@ template <class Memory>
 
 /// Null, or why `prune` would return invalid_argument before it decides, in words: where it is
 /// given values the two verbs differ. O(tables).
-template <class Policy, observation Seen, kv_source Value, kv_source... Values>
-  requires requires(const Seen& seen) { seen.keys; }
+template <class Policy, model_layer Layer, kv_source Value, kv_source... Values>
+  requires requires(const Layer& layer) { layer.keys; }
 [[nodiscard]] constexpr const char* why_invalid(
-    const Policy& rule, const Seen& seen, const decision_of<Policy, typename Seen::memory>& kept,
-    const Value& value, const Values&... values) noexcept {
-  if (const char* why = why_invalid(rule, seen, kept)) return why;
+    const Policy& policy, const Layer& layer,
+    const decision_of<Policy, typename Layer::memory>& kept, const Value& value,
+    const Values&... values) noexcept {
+  if (const char* why = why_invalid(policy, layer, kept)) return why;
   const char* why =
-      detail::first_of({detail::differ(value, seen.keys), detail::differ(values, seen.keys)...});
-  return why != nullptr ? why : detail::share_memory(seen.keys, value, values...);
+      detail::first_of({detail::differ(value, layer.keys), detail::differ(values, layer.keys)...});
+  return why != nullptr ? why : detail::share_memory(layer.keys, value, values...);
 }
 
 /// select, then compact of the observed keys and of `values` (none, or any number of sources that
@@ -41,40 +42,40 @@ template <class Policy, observation Seen, kv_source Value, kv_source... Values>
 /// themselves, to pass a reduction. Where a decision would write memory twice, a page that is in
 /// two tables, say, the result is invalid_argument as ever, but `kept` has been written; the cache
 /// has not. Then why_invalid(kept, how, keys, values...) says why.
-template <class Policy, backend Backend, observation Seen, kv_source... Values>
-  requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) {
-    requires kv_source<std::remove_cvref_t<decltype(seen.keys)>>;
+template <class Policy, backend Backend, model_layer Layer, kv_source... Values>
+  requires policy_for<Policy, Backend, Layer> && requires(const Layer& layer) {
+    requires kv_source<std::remove_cvref_t<decltype(layer.keys)>>;
   }
-[[nodiscard]] status prune(const Policy& rule, const Backend& on, const Seen& seen,
-                           const decision_of<Policy, typename Seen::memory>& kept,
-                           workspace<typename Seen::memory> scratch, compaction how,
+[[nodiscard]] status prune(const Policy& policy, const Backend& exec, const Layer& layer,
+                           const decision_of<Policy, typename Layer::memory>& kept,
+                           workspace<typename Layer::memory> scratch, compaction mode,
                            const Values&... values) noexcept {
-  if (why_invalid(rule, seen, kept, values...) != nullptr) return status::invalid_argument;
-  const status selected = select(rule, on, seen, kept, scratch);
+  if (why_invalid(policy, layer, kept, values...) != nullptr) return status::invalid_argument;
+  const status selected = select(policy, exec, layer, kept, scratch);
   if (selected != status::ok) return selected;
   if constexpr (requires { kept.stand_ins; }) {
-    return compact(on, kept, how, seen.keys, values...);
+    return compact(exec, kept, mode, layer.keys, values...);
   } else {
     const auto& decided = detail::to_read(kept);
-    if (detail::aliased(decided, how, seen.keys, values...) != nullptr) {
+    if (detail::aliased(decided, mode, layer.keys, values...) != nullptr) {
       return status::invalid_argument;
     }
-    return detail::compact_all(on, decided, how, seen.keys, values...);
+    return detail::compact_all(exec, decided, mode, layer.keys, values...);
   }
 }
 
 /// The same of an observation that has its values, which are compacted with the keys, stand-ins
 /// included; values that are a part of the keys move with them.
-template <class Policy, backend Backend, observation Seen>
-  requires policy_for<Policy, Backend, Seen> && requires(const Seen& seen) { seen.values; }
-[[nodiscard]] status prune(const Policy& rule, const Backend& on, const Seen& seen,
-                           const decision_of<Policy, typename Seen::memory>& kept,
-                           workspace<typename Seen::memory> scratch, compaction how) noexcept {
-  const status selected = select(rule, on, seen, kept, scratch);
+template <class Policy, backend Backend, model_layer Layer>
+  requires policy_for<Policy, Backend, Layer> && requires(const Layer& layer) { layer.values; }
+[[nodiscard]] status prune(const Policy& policy, const Backend& exec, const Layer& layer,
+                           const decision_of<Policy, typename Layer::memory>& kept,
+                           workspace<typename Layer::memory> scratch, compaction mode) noexcept {
+  const status selected = select(policy, exec, layer, kept, scratch);
   if (selected != status::ok) return selected;
-  return detail::share_memory(seen.keys, seen.values) == nullptr
-             ? compact(on, kept, how, seen.keys, seen.values)
-             : compact(on, kept, how, seen.keys);
+  return detail::share_memory(layer.keys, layer.values) == nullptr
+             ? compact(exec, kept, mode, layer.keys, layer.values)
+             : compact(exec, kept, mode, layer.keys);
 }
 
 }  // namespace refreekv::inline v0

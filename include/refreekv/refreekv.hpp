@@ -3,7 +3,7 @@
 #pragma once
 
 #include "refreekv/attention/page_bounds.hpp"
-#include "refreekv/attention/values.hpp"
+#include "refreekv/attention/valued_layer.hpp"
 #include "refreekv/cache/layered.hpp"
 #include "refreekv/cache/layouts.hpp"
 #include "refreekv/cache/scaled_keys.hpp"

@@ -9,30 +9,30 @@ namespace refreekv::inline v0 {
 
 /// Null, or why `select` would return invalid_argument, in words that name the culprit.
 /// O(tables). Device tables are not looked at.
-template <class Policy, observation Seen>
+template <class Policy, model_layer Layer>
 [[nodiscard]] constexpr const char* why_invalid(
-    const Policy& rule, const Seen& seen,
-    const decision_of<Policy, typename Seen::memory>& kept) noexcept {
-  if (const char* why = rule.invalid()) return why;
-  if (const char* why = seen.invalid()) return why;
-  if (const char* why = rule.invalid(seen)) return why;
-  if constexpr (requires { rule.invalid(seen, kept); }) {
-    if (const char* why = rule.invalid(seen, kept)) return why;
+    const Policy& policy, const Layer& layer,
+    const decision_of<Policy, typename Layer::memory>& kept) noexcept {
+  if (const char* why = policy.invalid()) return why;
+  if (const char* why = layer.invalid()) return why;
+  if (const char* why = policy.invalid(layer)) return why;
+  if constexpr (requires { policy.invalid(layer, kept); }) {
+    if (const char* why = policy.invalid(layer, kept)) return why;
   }
-  return detail::misshapen(kept, seen.sequences(), groups_of(rule, seen), seen.capacity());
+  return detail::misshapen(kept, layer.sequences(), groups_of(policy, layer), layer.capacity());
 }
 
 /// Bytes that `select` needs. Depends on extents and options, and on whether rows have ends, not on
 /// lengths or tables: a workspace
-/// for the largest batch and capacity serves all. 0 where `rule` or `seen` is invalid(), the
+/// for the largest batch and capacity serves all. 0 where `rule` or `layer` is invalid(), the
 /// largest size there is where no memory could hold it. O(tables).
-template <class Policy, backend Backend, observation Seen>
-  requires policy_for<Policy, Backend, Seen>
-[[nodiscard]] std::size_t workspace_size(const Policy& rule, const Backend& on,
-                                         const Seen& seen) noexcept {
-  if (rule.invalid() != nullptr || seen.invalid() != nullptr) return 0;
+template <class Policy, backend Backend, model_layer Layer>
+  requires policy_for<Policy, Backend, Layer>
+[[nodiscard]] std::size_t workspace_size(const Policy& policy, const Backend& exec,
+                                         const Layer& layer) noexcept {
+  if (policy.invalid() != nullptr || layer.invalid() != nullptr) return 0;
   arena count;
-  (void)detail::method_of(rule, seen).take(count, on, seen);
+  (void)detail::method_of(policy, layer).carve(count, exec, layer);
   return count.bytes();
 }
 
@@ -40,24 +40,24 @@ template <class Policy, backend Backend, observation Seen>
 /// kept: kept_ranges [sequence, group], with groups 1 or kv_heads as the policy says, or
 /// kept_positions, whichever the policy's decision is. Sequences do not influence each other.
 /// `join` sums over tensor-parallel ranks what they decide on together, and gives context-parallel
-/// ones what each has found; a shard's decision is about all of its sequence, see own_ranges.
+/// ones what each has found; a shard's decision is about all of its sequence, see local_ranges.
 /// Neither allocates nor synchronises.
-template <class Policy, backend Backend, observation Seen, joins<Seen> Join = no_reduction>
-  requires policy_for<Policy, Backend, Seen> &&
-           std::same_as<typename Seen::memory, typename ops<Backend>::memory>
-[[nodiscard]] status select(const Policy& rule, const Backend& on, const Seen& seen,
-                            const decision_of<Policy, typename Seen::memory>& kept,
-                            workspace<typename Seen::memory> scratch,
-                            const Join& join = {}) noexcept {
-  if (why_invalid(rule, seen, kept) != nullptr) return status::invalid_argument;
-  const auto& method = detail::method_of(rule, seen);
+template <class Policy, backend Backend, model_layer Layer, collective<Layer> Ranks = single_rank>
+  requires policy_for<Policy, Backend, Layer> &&
+           std::same_as<typename Layer::memory, typename ops<Backend>::memory>
+[[nodiscard]] status select(const Policy& policy, const Backend& exec, const Layer& layer,
+                            const decision_of<Policy, typename Layer::memory>& kept,
+                            workspace<typename Layer::memory> scratch,
+                            const Ranks& ranks = {}) noexcept {
+  if (why_invalid(policy, layer, kept) != nullptr) return status::invalid_argument;
+  const auto& method = detail::method_of(policy, layer);
   arena count;
-  (void)method.take(count, on, seen);
+  (void)method.carve(count, exec, layer);
   if (scratch.bytes < count.bytes() || (count.bytes() != 0 && scratch.data == nullptr)) {
     return status::small_workspace;
   }
   arena carve(scratch.data);
-  return method.select(on, seen, method.take(carve, on, seen), kept, join);
+  return method.select(exec, layer, method.carve(carve, exec, layer), kept, ranks);
 }
 
 }  // namespace refreekv::inline v0

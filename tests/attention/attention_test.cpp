@@ -34,15 +34,15 @@ TEST_CASE("visible and rows_seeing are two views of one relation", "[attention]"
 
 TEST_CASE("powers of two are exact, zero below and NaN where they must be", "[attention]") {
   for (int n = -1022; n <= 1023; ++n) {
-    REQUIRE(power_of_two(static_cast<float>(n)) == std::ldexp(1.0, n));
+    REQUIRE(detail::power_of_two(static_cast<float>(n)) == std::ldexp(1.0, n));
   }
-  CHECK(power_of_two(-1023) == 0);
-  CHECK(power_of_two(1024) == std::numeric_limits<double>::infinity());
-  CHECK(power_of_two(std::numeric_limits<float>::infinity()) ==
+  CHECK(detail::power_of_two(-1023) == 0);
+  CHECK(detail::power_of_two(1024) == std::numeric_limits<double>::infinity());
+  CHECK(detail::power_of_two(std::numeric_limits<float>::infinity()) ==
         std::numeric_limits<double>::infinity());
-  CHECK(power_of_two(-1e30f) == 0);
-  CHECK(power_of_two(-std::numeric_limits<float>::infinity()) == 0);
-  CHECK(std::isnan(power_of_two(std::numeric_limits<float>::quiet_NaN())));
+  CHECK(detail::power_of_two(-1e30f) == 0);
+  CHECK(detail::power_of_two(-std::numeric_limits<float>::infinity()) == 0);
+  CHECK(std::isnan(detail::power_of_two(std::numeric_limits<float>::quiet_NaN())));
 }
 
 TEST_CASE("chunk statistics join to the softmax of the whole row", "[attention]") {
@@ -55,33 +55,36 @@ TEST_CASE("chunk statistics join to the softmax of the whole row", "[attention]"
     for (index_t c = random.between(1, 5); c > 0; --c) {
       chunk_statistics s{none, 0, 0};
       const index_t count = random.between(0, 6);
-      if (count > 0) s.unit = std::round(random.normal(40));
+      if (count > 0) s.exponent = std::round(random.normal(40));
       for (index_t i = 0; i < count; ++i) {
-        const double x = double{s.unit} * std::numbers::ln2 - std::abs(double{random.normal(3)});
+        const double x =
+            double{s.exponent} * std::numbers::ln2 - std::abs(double{random.normal(3)});
         logits.push_back(x);
-        s.sum += static_cast<float>(std::exp(x - double{s.unit} * std::numbers::ln2));
+        s.sum += static_cast<float>(std::exp(x - double{s.exponent} * std::numbers::ln2));
       }
       chunks.push_back(s);
     }
-    const row_normaliser row = normalise(chunks.data(), static_cast<index_t>(chunks.size()), sink);
+    const row_normaliser row =
+        detail::normalise(chunks.data(), static_cast<index_t>(chunks.size()), sink);
     double sum = std::exp(double{sink});
     for (const double x : logits) sum += std::exp(x);
     INFO("REFREEKV_SEED=" << base_seed() << " round " << round);
     if (sum == 0) {
-      CHECK(std::isnan(attention_at(0, row)));
+      CHECK(std::isnan(detail::weight_of(0, row)));
     } else {
-      for (const float unit : {-3.0f, 0.0f, 2.0f}) {
-        CHECK(attention_at(unit, row) == Approx(std::exp2(double{unit}) / sum).epsilon(1e-5));
+      for (const float exponent : {-3.0f, 0.0f, 2.0f}) {
+        CHECK(detail::weight_of(exponent, row) ==
+              Approx(std::exp2(double{exponent}) / sum).epsilon(1e-5));
       }
-      CHECK(attention_at(none, row) == 0);
+      CHECK(detail::weight_of(none, row) == 0);
     }
   }
 }
 
 TEST_CASE("NaN in a chunk makes the row NaN", "[attention]") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  for (const float unit : {-std::numeric_limits<float>::infinity(), 1.0f, 5.0f}) {
-    const std::vector<chunk_statistics> chunks{{0, 1, 1}, {unit, nan, 1}, {3, 2, 1}};
-    CHECK(std::isnan(attention_at(0, normalise(chunks.data(), 3, 0))));
+  for (const float exponent : {-std::numeric_limits<float>::infinity(), 1.0f, 5.0f}) {
+    const std::vector<chunk_statistics> chunks{{0, 1, 1}, {exponent, nan, 1}, {3, 2, 1}};
+    CHECK(std::isnan(detail::weight_of(0, detail::normalise(chunks.data(), 3, 0))));
   }
 }

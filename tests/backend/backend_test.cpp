@@ -32,13 +32,13 @@ TEST_CASE("specialising the trait is all that a backend needs", "[backend]") {
   problem p(2, 2, 16, 1, {300});
   fill(p, random);
   const dense_cache<float> keys(p.keys);
-  const auto seen = refreekv::observe(p.query_view(), keys.source(), p.info());
-  const refreekv::policy::refreekv rule;
-  CHECK(run_select(rule, silent_backend{}, seen).at(0) ==
-        run_select(rule, refreekv::cpu_backend{}, seen).at(0));
+  const auto layer = refreekv::observe(p.query_view(), keys.source(), p.info());
+  const refreekv::policy::refreekv policy;
+  CHECK(run_select(policy, silent_backend{}, layer).at(0) ==
+        run_select(policy, refreekv::cpu_backend{}, layer).at(0));
 
-  std::vector<std::byte> scratch(refreekv::workspace_size(rule, silent_backend{}, seen));
+  std::vector<std::byte> scratch(refreekv::workspace_size(policy, silent_backend{}, layer));
   refreekv::kept_range kept;
-  CHECK(refreekv::prune(rule, silent_backend{}, seen, {&kept, {1, 1}}, scratch,
+  CHECK(refreekv::prune(policy, silent_backend{}, layer, {&kept, {1, 1}}, scratch,
                         refreekv::compaction::sinks_up) == refreekv::status::device_error);
 }

@@ -55,7 +55,8 @@ TEST_CASE("stop keeps all where the norm says nothing", "[norm_scan]") {
   const std::vector<float> masses(chunk_tokens, 0.5f);
   for (const double norm : {0.0, -1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
     const std::vector<double> norms{0, norm};
-    const kept_range kept = stop(scan, 100, norms.data(), inside.data(), masses.data());
+    const kept_range kept =
+        refreekv::detail::stop(scan, 100, norms.data(), inside.data(), masses.data());
     CHECK(kept.sinks == 4);
     CHECK(kept.cut == 4);
     CHECK(kept.tokens == 100);
@@ -64,7 +65,8 @@ TEST_CASE("stop keeps all where the norm says nothing", "[norm_scan]") {
   }
   for (const index_t tokens : {0, 3, 4}) {
     const std::vector<double> norms(chunk_tokens, 5.0);
-    const kept_range kept = stop(scan, tokens, norms.data(), inside.data(), masses.data());
+    const kept_range kept =
+        refreekv::detail::stop(scan, tokens, norms.data(), inside.data(), masses.data());
     CHECK(kept.length() == tokens);
   }
 }
@@ -80,7 +82,8 @@ TEST_CASE("stop looks into the chunk where the loss crosses", "[norm_scan]") {
     inside[static_cast<std::size_t>(t)] = 9.5 - 0.01 * static_cast<double>(t);
     masses[static_cast<std::size_t>(t)] = 0.001f * static_cast<float>(t);
   }
-  const kept_range kept = stop(scan, tokens, norms.data(), inside.data(), masses.data());
+  const kept_range kept =
+      refreekv::detail::stop(scan, tokens, norms.data(), inside.data(), masses.data());
   CHECK(kept.cut == 4 + chunk_tokens + 50);
   CHECK(kept.loss == Approx(0.1));
   CHECK(kept.dropped_mass == Approx(0.05));

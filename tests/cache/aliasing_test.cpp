@@ -15,7 +15,7 @@ std::string words(const char* why) { return why == nullptr ? "" : why; }
 /// Six slots 0 1 2 3 4 5 of which `kept` stay, in one compaction.
 struct six_slots {
   std::vector<float> memory{0, 1, 2, 3, 4, 5};
-  compaction how;
+  compaction mode;
   kept_range range{2, 3, 6};
 
   view<float, 4> rows(index_t sequences = 1, index_t heads = 1) {
@@ -26,8 +26,8 @@ struct six_slots {
   template <class... Sources>
   std::string refusal(view<const kept_range, 2> kept, const Sources&... sources) {
     const std::vector<float> before = memory;
-    const std::string why = words(why_invalid(kept, how, sources...));
-    const status s = compact(divided<2>(), kept, how, sources...);
+    const std::string why = words(why_invalid(kept, mode, sources...));
+    const status s = compact(divided<2>(), kept, mode, sources...);
     CHECK((s == status::ok) == why.empty());
     if (!why.empty()) CHECK(memory == before);
     return why;
@@ -38,16 +38,16 @@ struct six_slots {
     return refusal({kept.data(), {sequences, 1}}, sources...);
   }
   std::vector<float> kept_rows() const {
-    const auto first = memory.begin() + first_slot(range, how);
+    const auto first = memory.begin() + first_slot(range, mode);
     return {first, first + range.length()};
   }
 };
 
 template <class F>
 void for_both_compactions(const F& f) {
-  for (const compaction how : {compaction::sinks_up, compaction::suffix_down}) {
-    INFO((how == compaction::sinks_up ? "sinks_up" : "suffix_down"));
-    f(six_slots{.how = how});
+  for (const compaction mode : {compaction::sinks_up, compaction::suffix_down}) {
+    INFO((mode == compaction::sinks_up ? "sinks_up" : "suffix_down"));
+    f(six_slots{.mode = mode});
   }
 }
 
@@ -89,20 +89,20 @@ TEST_CASE("heads, sequences and layers that are one cache are refused", "[aliasi
 TEST_CASE("positions of shared memory are refused as ranges are", "[aliasing]") {
   for_both_compactions([](six_slots slots) {
     std::vector<position_t> positions{1, 3, 4, 0, 0, 0, 1, 3, 4, 0, 0, 0};
-    std::vector<kept_count> counts{{3, 6}, {3, 6}};
+    std::vector<kept_tokens> counts{{3, 6}, {3, 6}};
     const kept_positions<> one{{positions.data(), {1, 1, 6}}, {counts.data(), {1, 1}}};
     const kept_positions<> two{{positions.data(), {1, 2, 6}}, {counts.data(), {1, 2}}};
     const dense rows(slots.rows()), heads(slots.rows(1, 2));
     const auto refused = [&](const kept_positions<>& kept, const auto&... sources) {
-      const std::string why = words(why_invalid(kept, slots.how, sources...));
-      CHECK((compact(divided<2>(), kept, slots.how, sources...) == status::ok) == why.empty());
+      const std::string why = words(why_invalid(kept, slots.mode, sources...));
+      CHECK((compact(divided<2>(), kept, slots.mode, sources...) == status::ok) == why.empty());
       return why;
     };
     CHECK(refused(one, rows, rows).find("two sources") == 0);
     CHECK(refused(two, heads).find("KV heads share") == 0);
     CHECK(slots.memory == std::vector<float>{0, 1, 2, 3, 4, 5});
     CHECK(refused(one, rows) == "");
-    const auto first = slots.memory.begin() + first_slot(counts[0], slots.how);
+    const auto first = slots.memory.begin() + first_slot(counts[0], slots.mode);
     CHECK(std::vector<float>(first, first + 3) == std::vector<float>{1, 3, 4});
   });
 }
@@ -113,7 +113,7 @@ TEST_CASE("a page that is written is in the tables once", "[aliasing]") {
   std::vector<float> pool(size(2 * pool_pages));
   for (std::size_t i = 0; i < pool.size(); ++i) pool[i] = static_cast<float>(i);
   const auto refusal = [&](std::vector<std::int64_t> ids, std::vector<position_t> lengths,
-                           std::vector<kept_range> kept, compaction how) {
+                           std::vector<kept_range> kept, compaction mode) {
     const auto sequences = static_cast<index_t>(lengths.size());
     const paged keys(view(pool.data(), {pool_pages, 1, 2, 1}),
                      page_table<std::int64_t>::padded(
@@ -122,8 +122,8 @@ TEST_CASE("a page that is written is in the tables once", "[aliasing]") {
                          {lengths.data(), {sequences}}));
     const std::vector<float> before = pool;
     const view<const kept_range, 2> ranges(kept.data(), {sequences, 1});
-    const std::string why = words(why_invalid(ranges, how, keys));
-    CHECK((compact(divided<1>(), ranges, how, keys) == status::ok) == why.empty());
+    const std::string why = words(why_invalid(ranges, mode, keys));
+    CHECK((compact(divided<1>(), ranges, mode, keys) == status::ok) == why.empty());
     if (!why.empty()) CHECK(pool == before);
     std::copy(before.begin(), before.end(), pool.begin());
     return why.substr(0, why.find(" that"));
@@ -212,12 +212,12 @@ TEST_CASE("null blocks behind a sliding window are no fault where nobody writes 
       std::memcpy(keys.run_at(0, h, t).data, &p.keys.at(0, h, t, 0), size(dim) * sizeof(float));
     }
   }
-  const auto seen = observe(p.query_view(), keys, p.info());
+  const auto layer = observe(p.query_view(), keys, p.info());
   for (const count_t sinks : {0u, 4u}) {
-    const policy::refreekv rule{.threshold = 0.2, .sinks = sinks};
-    const selection s = run_select(rule, divided<2>(), seen);
+    const policy::refreekv policy{.threshold = 0.2, .sinks = sinks};
+    const selection s = run_select(policy, divided<2>(), layer);
     const auto rows = reference::attend(p, 0);
-    CHECK(reference::disagreement(s.at(0), reference::decide(rows, 0, 4, rule), 0.2) == "");
+    CHECK(reference::disagreement(s.at(0), reference::decide(rows, 0, 4, policy), 0.2) == "");
     REQUIRE(s.at(0).cut > 17);
     REQUIRE(s.at(0).cut < 39);
     const view<const kept_range, 2> kept(s.kept.data(), {1, 1});

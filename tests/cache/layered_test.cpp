@@ -32,12 +32,12 @@ struct model {
     }
   }
   auto keys() const { return layered(view(sources.data(), {layers}), sources[0]); }
-  auto seen() const {
+  auto layer() const {
     const view<const float, 4> rows(queries.data(), {layers * 2, 1, heads * group, dim});
-    return observe(rows, keys(), {.layer = 5});
+    return observe(rows, keys(), {.index = 5});
   }
   auto seen_of(index_t l) const {
-    return observe(problems[size(l)].query_view(), caches[size(l)].source(), {.layer = 5});
+    return observe(problems[size(l)].query_view(), caches[size(l)].source(), {.index = 5});
   }
 };
 
@@ -45,13 +45,13 @@ struct model {
 
 TEST_CASE("layers in one batch decide as each does alone", "[layered]") {
   const model m;
-  const policy::refreekv rule{.threshold = 0.1};
-  const selection all = run_select(rule, divided<2>(), m.seen());
+  const policy::refreekv policy{.threshold = 0.1};
+  const selection all = run_select(policy, divided<2>(), m.layer());
   const policy::h2o h2o{.budget = 30, .window = 1};
-  const ranked_selection ranked = run_ranked(h2o, divided<2>(), m.seen());
+  const ranked_selection ranked = run_ranked(h2o, divided<2>(), m.layer());
   REQUIRE(all.status == status::ok);
   for (index_t l = 0; l < layers; ++l) {
-    const selection alone = run_select(rule, divided<1>(), m.seen_of(l));
+    const selection alone = run_select(policy, divided<1>(), m.seen_of(l));
     const ranked_selection alone_ranked = run_ranked(h2o, divided<1>(), m.seen_of(l));
     for (index_t s = 0; s < 2; ++s) {
       CHECK(all.at(2 * l + s) == alone.at(s));
@@ -63,7 +63,7 @@ TEST_CASE("layers in one batch decide as each does alone", "[layered]") {
 TEST_CASE("layers in one batch are compacted as each is alone", "[layered]") {
   const model together, alone;
   const selection kept =
-      run_select(policy::refreekv{.threshold = 0.1}, divided<1>(), together.seen());
+      run_select(policy::refreekv{.threshold = 0.1}, divided<1>(), together.layer());
   const auto how = GENERATE(compaction::sinks_up, compaction::suffix_down);
   REQUIRE(compact(divided<2>(), view(kept.kept.data(), {layers * 2, 1}), how, together.keys()) ==
           status::ok);

@@ -151,8 +151,8 @@ void check_both_ways(const keys_and_values<Keys, Values>& sources, std::array<fl
   };
   bool reads = true, writes = true;
   for_each_element([&](const element& e, float& raw, float&) { raw = number_of(e); });
-  for_each_element([&](const element& e, float&, float& seen) { reads &= seen == number_of(e); });
-  for_each_element([&](const element& e, float&, float& seen) { seen = -number_of(e) - 1; });
+  for_each_element([&](const element& e, float&, float& layer) { reads &= layer == number_of(e); });
+  for_each_element([&](const element& e, float&, float& layer) { layer = -number_of(e) - 1; });
   for_each_element(
       [&](const element& e, float& raw, float&) { writes &= raw == -number_of(e) - 1; });
   CHECK(reads);

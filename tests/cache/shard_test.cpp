@@ -95,7 +95,7 @@ struct outcome {
 
 /// make_cache(rows): a cache of any layout.
 template <class MakeCache>
-outcome select_on_ranks(const problem& p, const policy::refreekv& rule,
+outcome select_on_ranks(const problem& p, const policy::refreekv& policy,
                         const std::vector<parts_table>& parts, const MakeCache& make_cache) {
   const auto ranks = static_cast<index_t>(parts.size());
   rank_group group(ranks);
@@ -103,10 +103,10 @@ outcome select_on_ranks(const problem& p, const policy::refreekv& rule,
   run_ranks(ranks, [&](index_t rank) {
     const rank_part own(p.keys, parts[size(rank)]);
     const auto cache = make_cache(own.rows);
-    const auto seen =
+    const auto layer =
         observe(p.query_view(), own.of(cache.source(), p.keys.longest() + 300), p.info());
-    const auto run = [&](const auto& on) {
-      out.ranks[size(rank)] = select_on_rank(rule, on, seen, token_link{&group, rank});
+    const auto run = [&](const auto& exec) {
+      out.ranks[size(rank)] = select_on_rank(policy, exec, layer, token_link{&group, rank});
     };
     if (rank % 2 == 0) {
       run(divided<1>());
@@ -120,14 +120,14 @@ outcome select_on_ranks(const problem& p, const policy::refreekv& rule,
 
 /// Every rank's decision is the single rank's, bit for bit.
 template <class MakeCache>
-void check_ranks(const problem& p, const policy::refreekv& rule, index_t ranks, split how,
+void check_ranks(const problem& p, const policy::refreekv& policy, index_t ranks, split how,
                  random_source& random, const MakeCache& make_cache) {
   const auto cache = make_cache(p.keys);
   const selection expected =
-      run_select(rule, divided<1>(), observe(p.query_view(), cache.source(), p.info()));
+      run_select(policy, divided<1>(), observe(p.query_view(), cache.source(), p.info()));
   REQUIRE(expected.status == status::ok);
-  const outcome got =
-      select_on_ranks(p, rule, split_tokens(p.lengths, rule.sinks, ranks, how, random), make_cache);
+  const outcome got = select_on_ranks(
+      p, policy, split_tokens(p.lengths, policy.sinks, ranks, how, random), make_cache);
   CHECK(got.is_exclusive);
   for (const selection& rank : got.ranks) {
     REQUIRE(rank.status == status::ok);
@@ -190,7 +190,7 @@ TEST_CASE("a shard gives the whole sequence's rows under their own numbers", "[s
           CHECK(keys.tokens(s) == rows.lengths[size(s)]);
           index_t before = 0;
           for (index_t t = 0; t < keys.tokens(s); ++t) {
-            REQUIRE(keys.own_before(s, t) == before);
+            REQUIRE(keys.local_before(s, t) == before);
             if (!keys.owns(s, t)) continue;
             ++before;
             if (std::string(layout) == "segmented") ++owners[size(s)][size(t)];
@@ -205,8 +205,8 @@ TEST_CASE("a shard gives the whole sequence's rows under their own numbers", "[s
           CHECK(before == keys.source().tokens(s));
           const chunking chunks{keys.tokens(s), sinks};
           std::vector<index_t> own, expected;
-          for (index_t i = 0; i < keys.own_chunks(s, chunks); ++i) {
-            own.push_back(keys.own_chunk(s, chunks, i));
+          for (index_t i = 0; i < keys.local_chunks(s, chunks); ++i) {
+            own.push_back(keys.local_chunk(s, chunks, i));
           }
           for (index_t c = 0; c < chunks.count(); ++c) {
             if (keys.owns(s, chunks[c].begin)) expected.push_back(c);
@@ -225,13 +225,13 @@ TEST_CASE("tokens on several ranks are cut as on one, bit for bit", "[shard]") {
   for (unsigned seed = base_seed(); seed < base_seed() + affordable(150); ++seed) {
     random_source random(seed);
     const problem p = random_problem(random, exhaustive ? random.one_of<position_t>({1, 3}) : 1);
-    const policy::refreekv rule = random_rule(random, p.window);
+    const policy::refreekv policy = random_rule(random, p.window);
     const auto ranks = random.one_of<index_t>({1, 2, 3, 4, 7});
     const auto how = random.one_of({split::even, split::zigzag, split::random});
     INFO("REFREEKV_SEED=" << seed << " ranks " << ranks << " split " << static_cast<int>(how)
-                          << " sinks " << rule.sinks << " window " << rule.window);
+                          << " sinks " << policy.sinks << " window " << policy.window);
     const auto check = [&](const auto& make_cache) {
-      check_ranks(p, rule, ranks, how, random, make_cache);
+      check_ranks(p, policy, ranks, how, random, make_cache);
     };
     switch (random.between(0, 3)) {
       case 0: check([](const plain_rows& rows) { return dense_cache<float>(rows); }); break;
@@ -291,9 +291,9 @@ TEST_CASE("NaN, Inf and rows of zeros are the same on all ranks", "[shard]") {
         fill(p, random);
         p.keys.at(0, 0, poisoned, 3) = poison;
         if (poison == 0) std::fill(p.queries.begin(), p.queries.end(), 0.0f);
-        const policy::refreekv rule{
+        const policy::refreekv policy{
             .threshold = 0.3, .window = window, .scope = cut_scope::kv_head};
-        check_ranks(p, rule, 3, split::even, random, make_cache);
+        check_ranks(p, policy, 3, split::even, random, make_cache);
       }
     }
   }
@@ -306,8 +306,8 @@ TEST_CASE("heads and tokens may both be split", "[shard]") {
     random_source random(seed);
     problem p(head_ranks, 2, 16, 2, {1500, 300});
     fill(p, random);
-    const policy::refreekv rule{.threshold = 0.05, .window = 2};
-    const auto parts = split_tokens(p.lengths, rule.sinks, token_ranks, split::zigzag, random);
+    const policy::refreekv policy{.threshold = 0.05, .window = 2};
+    const auto parts = split_tokens(p.lengths, policy.sinks, token_ranks, split::zigzag, random);
     const auto run = [&](bool split_tokens_too) {
       const index_t columns = split_tokens_too ? token_ranks : 1;
       std::deque<rank_group> of_heads, of_tokens;
@@ -319,7 +319,7 @@ TEST_CASE("heads and tokens may both be split", "[shard]") {
         const grid_link link{{&of_heads[size(column)], head}, {&of_tokens[size(head)], column}};
         const problem heads = heads_of(p, head, head + 1);
         const auto select_from = [&](const auto& keys) {
-          got[size(rank)] = select_on_rank(rule, divided<1>(),
+          got[size(rank)] = select_on_rank(policy, divided<1>(),
                                            observe(heads.query_view(), keys, heads.info()), link);
         };
         if (split_tokens_too) {
@@ -334,7 +334,7 @@ TEST_CASE("heads and tokens may both be split", "[shard]") {
     };
     const dense_cache<float> cache(p.keys);
     const selection expected =
-        run_select(rule, divided<1>(), observe(p.query_view(), cache.source(), p.info()));
+        run_select(policy, divided<1>(), observe(p.query_view(), cache.source(), p.info()));
     const std::vector<selection> heads = run(false), both = run(true);
     for (index_t rank = 0; rank < head_ranks * token_ranks; ++rank) {
       REQUIRE(both[size(rank)].status == status::ok);
@@ -357,14 +357,14 @@ TEST_CASE("ranks tell each other three floats a row and chunk, whatever a key's 
     const auto parts = split_tokens(p.lengths, 4, 1, split::even, random);
     const rank_part own(p.keys, parts[0]);
     const dense_cache<float> cache(own.rows);
-    const auto seen = observe(p.query_view(), own.of(cache.source(), 1200), p.info());
-    const auto words = [&](const policy::refreekv& rule) {
+    const auto layer = observe(p.query_view(), own.of(cache.source(), 1200), p.info());
+    const auto words = [&](const policy::refreekv& policy) {
       std::vector<index_t> counts;
       const auto link = [&](std::uint32_t*, index_t count) {
         counts.push_back(count);
         return status::ok;
       };
-      CHECK(select_on_rank(rule, divided<1>(), seen, link).status == status::ok);
+      CHECK(select_on_rank(policy, divided<1>(), layer, link).status == status::ok);
       return counts;
     };
     const index_t chunks = chunking{1200, 4}.count();
@@ -384,13 +384,13 @@ TEST_CASE("an exchange's error ends select", "[shard]") {
   fill(p, random);
   const rank_part own(p.keys, split_tokens(p.lengths, 4, 1, split::even, random)[0]);
   const dense_cache<float> cache(own.rows);
-  const auto seen = observe(p.query_view(), own.of(cache.source(), 300), p.info());
+  const auto layer = observe(p.query_view(), own.of(cache.source(), 300), p.info());
   for (int last = 0; last < 4; ++last) {
     int calls = 0;
     const auto broken = [&](std::uint32_t*, index_t) {
       return calls++ < last ? status::ok : status::device_error;
     };
-    CHECK(run_select(policy::refreekv{.window = 2}, divided<1>(), seen, 0, broken).status ==
+    CHECK(run_select(policy::refreekv{.window = 2}, divided<1>(), layer, 0, broken).status ==
           status::device_error);
     CHECK(calls == last + 1);
   }
@@ -418,15 +418,15 @@ TEST_CASE("each rank compacts what it keeps of its own", "[shard]") {
         for (index_t s = 0; s < 3; ++s) {
           for (index_t t = 0; t < keys.tokens(s); ++t) {
             for (index_t h = 0; keys.owns(s, t) && h < 2; ++h) {
-              numbers.at(s, h, keys.own_before(s, t), 0) = static_cast<float>(t);
+              numbers.at(s, h, keys.local_before(s, t), 0) = static_cast<float>(t);
             }
           }
         }
         const paged_cache<float> cache(numbers, 16);
         std::vector<kept_range> own(all.size());
         const view<kept_range, 2> to(own.data(), {3, 2});
-        REQUIRE(own_ranges(divided<1>(), part.of(cache.source(), 1300), view(all.data(), {3, 2}),
-                           to) == status::ok);
+        REQUIRE(local_ranges(divided<1>(), part.of(cache.source(), 1300), view(all.data(), {3, 2}),
+                             to) == status::ok);
         REQUIRE(compact(divided<1>(), view<const kept_range, 2>(to), compaction::sinks_up,
                         cache.source()) == status::ok);
         for (std::size_t i = 0; i < all.size(); ++i) {
@@ -451,7 +451,7 @@ TEST_CASE("each rank compacts what it keeps of its own", "[shard]") {
   std::vector<kept_range> kept(6);
   const auto refused = [&](view<const kept_range, 2> all, view<kept_range, 2> own) {
     const auto keys = one.of(cache.source(), 1300);
-    const bool is_refused = own_ranges(divided<1>(), keys, all, own) == status::invalid_argument;
+    const bool is_refused = local_ranges(divided<1>(), keys, all, own) == status::invalid_argument;
     CHECK((why_invalid(keys, all, own) != nullptr) == is_refused);
     return is_refused;
   };
@@ -470,12 +470,12 @@ TEST_CASE("shards that do not fit together are refused in words", "[shard]") {
     const shard keys(cache.source(), view(parts.data(), {sequences, count / sequences}),
                      lengths_view<>(&tokens, {1}), capacity);
     kept_range kept;
-    const auto seen = observe(p.query_view(), keys, p.info());
+    const auto layer = observe(p.query_view(), keys, p.info());
     const auto link = [](std::uint32_t*, index_t) { return status::ok; };
-    const policy::refreekv rule;
-    const std::string words = why(why_invalid(rule, seen, {&kept, {1, 1}}));
+    const policy::refreekv policy;
+    const std::string words = why(why_invalid(policy, layer, {&kept, {1, 1}}));
     std::vector<std::byte> scratch(1 << 20);
-    CHECK((select(rule, divided<1>(), seen, {&kept, {1, 1}}, scratch, link) == status::ok) ==
+    CHECK((select(policy, divided<1>(), layer, {&kept, {1, 1}}, scratch, link) == status::ok) ==
           (words == ""));
     return words;
   };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A rank compacts its own tokens, by what own_ranges leaves of the decision.
+// A rank compacts its own tokens, by what local_ranges leaves of the decision.
 // fails with: no matching function for call to 'compact
 #include <refreekv/refreekv.hpp>
 

@@ -11,7 +11,8 @@ using memory = refreekv::host_memory;
 
 refreekv::status decide(const refreekv::dense<float, memory>& keys,
                         refreekv::view<refreekv::kept_range, 2, memory> kept) {
-  const refreekv::policy::streaming_llm rule;
+  const refreekv::policy::streaming_llm policy;
   const refreekv::cpu_backend cpu;
-  return refreekv::select(rule, cpu, refreekv::observe(keys), kept, refreekv::workspace<memory>{});
+  return refreekv::select(policy, cpu, refreekv::observe(keys), kept,
+                          refreekv::workspace<memory>{});
 }

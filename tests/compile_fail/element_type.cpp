@@ -12,7 +12,7 @@ using element = float;
 refreekv::status decide(refreekv::view<element, 4> queries, const refreekv::dense<element>& keys,
                         refreekv::view<refreekv::kept_range, 2> kept,
                         refreekv::workspace<> scratch) {
-  const refreekv::policy::refreekv rule;
+  const refreekv::policy::refreekv policy;
   const refreekv::cpu_backend cpu;
-  return refreekv::select(rule, cpu, refreekv::observe(queries, keys), kept, scratch);
+  return refreekv::select(policy, cpu, refreekv::observe(queries, keys), kept, scratch);
 }

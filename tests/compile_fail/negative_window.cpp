@@ -4,7 +4,7 @@
 #include <refreekv/refreekv.hpp>
 
 #ifdef REFREEKV_BAD
-constexpr refreekv::policy::refreekv rule{.window = -1};
+constexpr refreekv::policy::refreekv policy{.window = -1};
 #else
-constexpr refreekv::policy::refreekv rule{.window = 1};
+constexpr refreekv::policy::refreekv policy{.window = 1};
 #endif

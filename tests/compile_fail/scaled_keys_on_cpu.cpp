@@ -15,6 +15,6 @@ r::status decide(r::view<const float, 4> queries, const r::dense<float>& rows,
   (void)scales;
   const r::dense<float>& keys = rows;
 #endif
-  return r::select(r::policy::refreekv{}, r::cpu_backend{}, r::observe(queries, keys, {.layer = 7}),
+  return r::select(r::policy::refreekv{}, r::cpu_backend{}, r::observe(queries, keys, {.index = 7}),
                    kept, scratch);
 }

@@ -7,7 +7,7 @@ refreekv::status decide(refreekv::view<const float, 4> queries,
                         const refreekv::shard<refreekv::dense<float>>& keys,
                         const refreekv::kept_ranges<>& kept) {
   const auto exchange = [](std::uint32_t*, refreekv::index_t) { return refreekv::status::ok; };
-  const refreekv::no_reduction none;
+  const refreekv::single_rank none;
 #ifdef REFREEKV_BAD
   const auto& join = none;
 #else

@@ -30,5 +30,5 @@ struct gathered_keys {
 };
 
 auto see(r::view<const float, 4> queries, const gathered_keys& keys) {
-  return r::observe(queries, keys, {.layer = 7});
+  return r::observe(queries, keys, {.index = 7});
 }

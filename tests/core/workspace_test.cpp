@@ -17,10 +17,10 @@ TEST_CASE("what an arena counts is what it carves, wherever memory starts", "[wo
         ends.push_back(reinterpret_cast<std::byte*>(array + n));
       }
     };
-    add(a.take<char>(1), 1);
-    add(a.take<double>(9), 9);
-    add(a.take<float>(0), 0);
-    add(a.take<int>(16), 16);
+    add(a.array<char>(1), 1);
+    add(a.array<double>(9), 9);
+    add(a.array<float>(0), 0);
+    add(a.array<int>(16), 16);
     return ends;
   };
   arena count;
@@ -40,15 +40,15 @@ TEST_CASE("what an arena counts is what it carves, wherever memory starts", "[wo
 TEST_CASE("sizes saturate instead of wrapping", "[workspace]") {
   constexpr index_t large = index_t{1} << 40;
   arena a;
-  (void)a.take<double>(large, large);
+  (void)a.array<double>(large, large);
   CHECK(a.bytes() == static_cast<std::size_t>(-1));
-  (void)a.take<double>(large, large, large);
-  (void)a.take<char>(1);
+  (void)a.array<double>(large, large, large);
+  (void)a.array<char>(1);
   CHECK(a.bytes() == static_cast<std::size_t>(-1));
   arena b;
-  for (int i = 0; i < 3; ++i) (void)b.take<char>(large, index_t{1} << 23);
+  for (int i = 0; i < 3; ++i) (void)b.array<char>(large, index_t{1} << 23);
   CHECK(b.bytes() == static_cast<std::size_t>(-1));
-  (void)b.take<double>(large, 0);
+  (void)b.array<double>(large, 0);
   CHECK(arena().bytes() == 0);
 }
 

@@ -23,33 +23,33 @@ struct tile_memory {
   }
 };
 
-template <class Seen>
-auto packed_queries(const Seen& seen, index_t sequence, index_t kv_head, index_t window) {
-  using product = cpu_detail::product_of<Seen>;
-  const index_t heads = seen.q_heads() / seen.kv_heads();
+template <class Layer>
+auto packed_queries(const Layer& layer, index_t sequence, index_t kv_head, index_t window) {
+  using product = cpu_detail::product_of<Layer>;
+  const index_t heads = layer.q_heads() / layer.kv_heads();
   std::vector<typename product::packed> packed(
-      size(heads * window * cpu_detail::packed_dim<product>(seen.head_dim())));
+      size(heads * window * cpu_detail::packed_dim<product>(layer.head_dim())));
   for (index_t h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
-    cpu_detail::pack_queries(seen, sequence, h, window, packed.data());
+    cpu_detail::pack_queries(layer, sequence, h, window, packed.data());
   }
   return packed;
 }
 
 /// attend, or summarise, on one block.
-template <class Seen>
-void attend(const Seen& seen, const query_window& window, const cpu_detail::key_block& block,
+template <class Layer>
+void attend(const Layer& layer, const query_window& window, const cpu_detail::key_block& block,
             tile_memory& memory) {
-  const cpu_detail::block_addresses keys(seen.keys, block, block);
-  const auto packed = packed_queries(seen, block.sequence, block.kv_head, window.rows);
-  cpu_detail::attend(cpu_detail::queries_of(seen, block.kv_head, packed.data()), window,
+  const cpu_detail::block_addresses keys(layer.keys, block, block);
+  const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
+  cpu_detail::attend(cpu_detail::queries_of(layer, block.kv_head, packed.data()), window,
                      block.tokens, keys, memory.scratch());
 }
-template <class Seen>
-bool summarise(const Seen& seen, const query_window& window, const cpu_detail::key_block& block,
+template <class Layer>
+bool summarise(const Layer& layer, const query_window& window, const cpu_detail::key_block& block,
                tile_memory& memory) {
-  const cpu_detail::block_addresses keys(seen.keys, block, block);
-  const auto packed = packed_queries(seen, block.sequence, block.kv_head, window.rows);
-  return cpu_detail::summarise(cpu_detail::queries_of(seen, block.kv_head, packed.data()), window,
+  const cpu_detail::block_addresses keys(layer.keys, block, block);
+  const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
+  return cpu_detail::summarise(cpu_detail::queries_of(layer, block.kv_head, packed.data()), window,
                                block.tokens, keys, memory.scratch());
 }
 
@@ -61,13 +61,13 @@ TEST_CASE("a tile of queries and keys is attention up to each row's unit", "[cpu
   fill(p, random);
   p.sliding_window = 9;
   const dense_cache<float> keys(p.keys);
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
+  const auto layer = observe(p.query_view(), keys.source(), p.info());
   for (index_t s = 0; s < 2; ++s) {
     const auto exact = reference::attend(p, s);
     const query_window window{p.lengths[size(s)], 5, 9};
     tile_memory memory(15, 16);
     const token_range range{1, p.lengths[size(s)]};
-    attend(seen, window, {s, 1, range}, memory);
+    attend(layer, window, {s, 1, range}, memory);
     for (index_t i = 0; i < 15; ++i) {
       const index_t head = 3 + i / 5, row = i % 5;
       const chunk_statistics& statistics = memory.statistics[size(i)];
@@ -77,9 +77,9 @@ TEST_CASE("a tile of queries and keys is attention up to each row's unit", "[cpu
         total += exact.at(head, row, t);
       }
       CAPTURE(s, head, row);
-      REQUIRE((statistics.unit == -std::numeric_limits<float>::infinity()) == (best == 0));
+      REQUIRE((statistics.exponent == -std::numeric_limits<float>::infinity()) == (best == 0));
       if (best == 0) continue;
-      CHECK(std::round(statistics.unit) == statistics.unit);
+      CHECK(std::round(statistics.exponent) == statistics.exponent);
       // One factor turns the values of a row into its attention.
       const double factor = total / double{statistics.sum};
       double squares = 0;
@@ -105,19 +105,19 @@ TEST_CASE("statistics without values are those of the values", "[cpu][attention]
     fill(p, random);
     p.scale = random.chance(0.3) ? 20.0f : 0.2f;  // steep ones do not fit
     const dense_cache<float> keys(p.keys);
-    const auto seen = observe(p.query_view(), keys.source(), p.info());
+    const auto layer = observe(p.query_view(), keys.source(), p.info());
     const query_window window{tokens, rows, 0};
     const index_t count = random.between(1, std::min<index_t>(tokens - rows + 1, 256) / 4) * 4;
     const index_t first = random.between(0, std::max<index_t>(0, tokens - rows + 1 - count));
     const cpu_detail::key_block block{0, 1, {first, first + count}};
     tile_memory summary(group * rows, 32), whole(group * rows, 32);
-    if (!summarise(seen, window, block, summary)) continue;
+    if (!summarise(layer, window, block, summary)) continue;
     ++fits;
-    attend(seen, window, block, whole);
+    attend(layer, window, block, whole);
     for (index_t i = 0; i < group * rows; ++i) {
       const chunk_statistics &got = summary.statistics[size(i)],
                              &expected = whole.statistics[size(i)];
-      const double factor = std::exp2(double{got.unit} - double{expected.unit});
+      const double factor = std::exp2(double{got.exponent} - double{expected.exponent});
       CHECK(double{got.sum} * factor == Approx(double{expected.sum}).epsilon(2e-6));
       CHECK(double{got.sum_squares} * factor * factor ==
             Approx(double{expected.sum_squares}).epsilon(2e-6));
@@ -152,10 +152,10 @@ TEST_CASE("NaN and infinities come to the same on both ways", "[cpu][attention]"
       for (index_t h = 0; h < 3; ++h) p.query(0, 0, h, 0) = 1;
       p.keys.at(0, 0, poisoned, 0) = poison;
       const dense_cache<float> keys(p.keys);
-      const auto seen = observe(p.query_view(), keys.source(), p.info());
+      const auto layer = observe(p.query_view(), keys.source(), p.info());
       tile_memory summary(3, 1), whole(3, 1);
-      attend(seen, {8, 1, 0}, {0, 0, {0, 8}}, whole);
-      const bool fits = summarise(seen, {8, 1, 0}, {0, 0, {0, 8}}, summary);
+      attend(layer, {8, 1, 0}, {0, 0, {0, 8}}, whole);
+      const bool fits = summarise(layer, {8, 1, 0}, {0, 0, {0, 8}}, summary);
       CAPTURE(poisoned, poison, fits);
       if (poison == inf) CHECK(!fits);
       for (std::size_t i = 0; i < 3; ++i) {
@@ -219,7 +219,7 @@ TEST_CASE("NaN shows even where nothing else is visible", "[cpu][attention]") {
     return memory.statistics[0].sum;
   };
   CHECK(sum() < 1e-17f);
-  CHECK(memory.statistics[0].unit == -inf);
+  CHECK(memory.statistics[0].exponent == -inf);
   p.keys.at(0, 0, 1, 0) = std::numeric_limits<float>::quiet_NaN();
   CHECK(std::isnan(sum()));
 }
@@ -227,13 +227,13 @@ TEST_CASE("NaN shows even where nothing else is visible", "[cpu][attention]") {
 TEST_CASE("ready rows become values in units of a power of two", "[cpu][attention]") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const std::vector<float> rows{0.5f, 0.25f, nan, 0.125f, 0.75f, 0.25f};
-  const auto seen = observe_rows(view(rows.data(), {1, 2, 1, 3}), 1);
+  const auto layer = observe_rows(view(rows.data(), {1, 2, 1, 3}), 1);
   tile_memory memory(2, 1);
-  cpu_detail::attend(seen, {3, 2, 0}, {0, 0, {1, 3}}, memory.scratch());
-  CHECK(memory.statistics[0].unit == -2);
+  cpu_detail::attend(layer, {3, 2, 0}, {0, 0, {1, 3}}, memory.scratch());
+  CHECK(memory.statistics[0].exponent == -2);
   CHECK(memory.value(0, 0) == 1);
   CHECK(memory.value(0, 1) == 0);  // the row of token 1 cannot see token 2, whatever stands there
-  CHECK(memory.statistics[1].unit == -1);
+  CHECK(memory.statistics[1].exponent == -1);
   CHECK(memory.value(1, 0) == 1.5f);
   CHECK(memory.value(1, 1) == 0.5f);
   CHECK(memory.statistics[1].sum == 2);
@@ -244,14 +244,14 @@ TEST_CASE("ready rows may be tiny, empty or no numbers", "[cpu][attention]") {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
   tile_memory memory(1, 1);
   const auto statistics = [&](std::vector<float> row) {
-    const auto seen = observe_rows(view(row.data(), {1, 1, 1, 2}), 1);
-    cpu_detail::attend(seen, {2, 1, 0}, {0, 0, {0, 2}}, memory.scratch());
+    const auto layer = observe_rows(view(row.data(), {1, 1, 1, 2}), 1);
+    cpu_detail::attend(layer, {2, 1, 0}, {0, 0, {0, 2}}, memory.scratch());
     return memory.statistics[0];
   };
-  CHECK(statistics({0, 0}).unit == -inf);
+  CHECK(statistics({0, 0}).exponent == -inf);
   CHECK(statistics({0, 0}).sum == 0);
   const chunk_statistics tiny = statistics({1e-44f, 3e-45f});
-  CHECK(tiny.unit == static_cast<float>(std::ilogb(1e-44f)));
+  CHECK(tiny.exponent == static_cast<float>(std::ilogb(1e-44f)));
   CHECK(tiny.sum == std::ldexp(1e-44f + 3e-45f, -std::ilogb(1e-44f)));
   CHECK(std::isnan(statistics({0.5f, nan}).sum));
   CHECK(std::isnan(statistics({nan, nan}).sum));

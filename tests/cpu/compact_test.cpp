@@ -67,7 +67,7 @@ void check_random_moves(random_source& random, const Source& source, std::vector
     check_moves(source, memory, moves, [&] { cpu_detail::move_rows(source, 0, 1, move); });
   }
   std::vector<position_t> positions(size(tokens));
-  kept_count count;
+  kept_tokens count;
   const kept_positions<> kept{{positions.data(), {1, 2, tokens}, {0, 0, 1}},
                               {&count, {1, 2}, {0, 0}}};
   for (int i = 0; i < 40; ++i) {

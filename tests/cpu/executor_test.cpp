@@ -57,14 +57,14 @@ TEST_CASE("a pool calls each worker once in every run, on a thread of its own", 
     thread_pool pool(threads);
     REQUIRE(pool.workers() == std::max(1, threads));
     std::vector<int> calls(static_cast<std::size_t>(pool.workers()));
-    std::vector<std::thread::id> on(calls.size());
+    std::vector<std::thread::id> exec(calls.size());
     for (int round = 1; round <= 1000; ++round) {
       pool.run([&](int w) {
         ++calls[static_cast<std::size_t>(w)];
-        on[static_cast<std::size_t>(w)] = std::this_thread::get_id();
+        exec[static_cast<std::size_t>(w)] = std::this_thread::get_id();
       });
       REQUIRE(calls == std::vector<int>(calls.size(), round));
-      REQUIRE(std::set(on.begin(), on.end()).size() == on.size());
+      REQUIRE(std::set(exec.begin(), exec.end()).size() == exec.size());
     }
   }
 }
@@ -100,16 +100,16 @@ TEST_CASE("what runs on a pool may run on it", "[cpu][executor]") {
 
 TEST_CASE("engine threads that share a backend decide as each alone", "[cpu][executor]") {
   const cpu_backend<thread_pool> shared{3};
-  const policy::refreekv rule{.threshold = 0.1};
+  const policy::refreekv policy{.threshold = 0.1};
   std::array<int, 2> wrong{};
   run_ranks(2, [&](index_t engine) {
     problem p(4, 2, 64, 1, {2000});
     random_source random(base_seed() + static_cast<unsigned>(engine));
     fill(p, random);
     const dense_cache<float> keys(p.keys);
-    const auto seen = observe(p.query_view(), keys.source(), p.info());
-    const auto decide = [&](const auto& on) {
-      return select_on_rank(rule, on, seen, no_reduction{});
+    const auto layer = observe(p.query_view(), keys.source(), p.info());
+    const auto decide = [&](const auto& exec) {
+      return select_on_rank(policy, exec, layer, single_rank{});
     };
     const selection alone = decide(cpu_backend{});
     for (int i = 0; i < 100; ++i) {

@@ -126,14 +126,14 @@ TEST_CASE("queries are packed from the last rows of any strides and type", "[cpu
   const dense_cache<float> keys(rows);
   // [sequence, window, q_head, dim] of a tensor [dim, q_head, window, sequence]
   const view<const Eigen::half, 4> queries(q.data(), {2, 3, 4, 8}, {1, 2, 6, 24});
-  const auto seen = observe(queries, keys.source());
-  using product = cpu_detail::product_of<std::remove_const_t<decltype(seen)>>;
+  const auto layer = observe(queries, keys.source());
+  using product = cpu_detail::product_of<std::remove_const_t<decltype(layer)>>;
   static_assert(std::is_same_v<product::packed, float>);
   // Two heads of two rows make four, tile by tile; head 2 is the first of its KV head.
   const index_t dim = cpu_detail::packed_dim<product>(8);
   std::vector<float> packed(size(4 * dim), -7);
-  cpu_detail::pack_queries(seen, 1, 2, 2, packed.data());
-  cpu_detail::pack_queries(seen, 1, 3, 2, packed.data());
+  cpu_detail::pack_queries(layer, 1, 2, 2, packed.data());
+  cpu_detail::pack_queries(layer, 1, 3, 2, packed.data());
   for (index_t row = 0; row < 4; ++row) {
     const index_t tile = std::min<index_t>(cpu_detail::tile_rows, 4);
     for (index_t d = 0; d < dim; ++d) {
@@ -179,8 +179,8 @@ TEST_CASE("a soft cap of any size is tanh, and keeps NaN", "[cpu][logits]") {
     for (std::size_t i = 0; i < x.size(); ++i) {
       CAPTURE(cap, x[i]);
       const long double y = static_cast<long double>(x[i]) / cap, exact = cap * std::tanh(y);
-      const float alone = softly_capped(x[i], double{cap}, 1 / double{cap},
-                                        std::exp(double{x[i]} * (2 / double{cap})));
+      const float alone = detail::soft_capped(x[i], double{cap}, 1 / double{cap},
+                                              std::exp(double{x[i]} * (2 / double{cap})));
       for (const float got : {capped[i], alone}) {
         if (std::isnan(x[i])) {
           REQUIRE(std::isnan(got));

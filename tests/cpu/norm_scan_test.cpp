@@ -9,12 +9,12 @@ using namespace refreekv;
 TEST_CASE("every chunk of every KV head is read once, whatever the lengths", "[cpu][norm_scan]") {
   const plain_rows rows(3, 4, {5000, 0, 4, 261, 260});
   const dense_cache<float> keys(rows);
-  const auto seen = observe(keys.source());
+  const auto layer = observe(keys.source());
   const index_t expected = 3 * (21 + 1 + 1 + 3 + 2);
   for (const int threads : {1, 2, 7, 200}) {
     const thread_pool pool(threads);
     std::vector<std::vector<cpu_detail::chunk_index>> visits(size(threads)), announced = visits;
-    cpu_detail::for_each_chunk(pool, seen, 4, [&](int w, const auto& at, const auto& next) {
+    cpu_detail::for_each_chunk(pool, layer, 4, [&](int w, const auto& at, const auto& next) {
       visits[size(w)].push_back(at);
       announced[size(w)].push_back(next);
     });
@@ -45,11 +45,11 @@ TEST_CASE("a dominant sink does not drown the candidates", "[cpu][norm_scan]") {
   p.query(0, 0, 0, 0) = 1;
   for (index_t t = 0; t < 500; ++t) p.keys.at(0, 0, t, 0) = t == 0 ? 300.0f : 0.0f;
   const dense_cache<float> keys(p.keys);
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
-  const policy::refreekv rule{.threshold = 0.5};
-  std::vector<std::byte> scratch(workspace_size(rule, cpu_backend{}, seen));
+  const auto layer = observe(p.query_view(), keys.source(), p.info());
+  const policy::refreekv policy{.threshold = 0.5};
+  std::vector<std::byte> scratch(workspace_size(policy, cpu_backend{}, layer));
   kept_range kept;
-  REQUIRE(select(rule, cpu_backend{}, seen, view(&kept, {1, 1}), scratch) == status::ok);
+  REQUIRE(select(policy, cpu_backend{}, layer, view(&kept, {1, 1}), scratch) == status::ok);
   // Uniform over 496 candidates: a quarter of them, 124, hold half of the norm.
   CHECK(kept.length() == 4 + 124);
 }

@@ -27,7 +27,7 @@ class decision {
       for (index_t h = 0; h < kv_heads; ++h) {
         const double share = random.one_of({0.0, 0.03, 0.5, 0.97, 1.0});
         position_t* const row = &positions_[counts_.size() * size(capacity_ * stride)];
-        kept_count count{0, tokens};
+        kept_tokens count{0, tokens};
         for (position_t t = 0; t < tokens; ++t) {
           if (random.chance(share)) row[stride * count.count++] = t;
         }
@@ -47,10 +47,10 @@ class decision {
   /// Calls f(kept, how) for both forms and both ways.
   template <class F>
   void for_each_form(const F& f) {
-    for (const compaction how : {compaction::sinks_up, compaction::suffix_down}) {
-      INFO((how == compaction::sinks_up ? "sinks_up" : "suffix_down"));
-      f(ranges(), how);
-      f(positions(), how);
+    for (const compaction mode : {compaction::sinks_up, compaction::suffix_down}) {
+      INFO((mode == compaction::sinks_up ? "sinks_up" : "suffix_down"));
+      f(ranges(), mode);
+      f(positions(), mode);
     }
   }
 
@@ -60,7 +60,7 @@ class decision {
   index_t sequences_, kv_heads_, groups_, capacity_;
   std::vector<kept_range> ranges_;
   std::vector<position_t> positions_;
-  std::vector<kept_count> counts_;
+  std::vector<kept_tokens> counts_;
 };
 
 /// All elements of a cache, dropped ones too.
@@ -106,14 +106,14 @@ struct noisy_cache {
   bool compacts_as_on_cpu(random_source& random) const {
     bool same = true;
     decision kept(random, lengths, kv_heads);
-    kept.for_each_form([&](const auto& form, compaction how) {
+    kept.for_each_form([&](const auto& form, compaction mode) {
       std::vector<std::max_align_t> expected(size(offset + rows() * row()) * sizeof(T) / 16 + 9);
       std::generate_n(reinterpret_cast<unsigned*>(expected.data()), expected.size() * 4,
                       std::ref(random.engine()));
       std::vector<std::max_align_t> memory = expected;
       const emulation::emulated_backend device{static_cast<unsigned>(random.between(0, 9))};
-      REQUIRE(compact(cpu_backend{}, form, how, in(expected)) == status::ok);
-      REQUIRE(cuda_detail::compact(device, in(memory), form, how) == status::ok);
+      REQUIRE(compact(cpu_backend{}, form, mode, in(expected)) == status::ok);
+      REQUIRE(cuda_detail::compact(device, in(memory), form, mode) == status::ok);
       same = same && std::memcmp(expected.data(), memory.data(),
                                  expected.size() * sizeof(std::max_align_t)) == 0;
     });
@@ -142,17 +142,17 @@ TEMPLATE_TEST_CASE("kernels compact every layout as the CPU does", "[cuda][compa
     for (float& v : sequence) v = random.normal();
   }
   decision kept(random, rows.lengths, 2);
-  kept.for_each_form([&](const auto& form, compaction how) {
+  kept.for_each_form([&](const auto& form, compaction mode) {
     std::vector<std::vector<float>> expected;
     for_each_layout<TestType>(rows, [&](const char*, const auto& cache) {
-      REQUIRE(compact(cpu_backend{}, form, how, cache.source()) == status::ok);
+      REQUIRE(compact(cpu_backend{}, form, mode, cache.source()) == status::ok);
       expected.push_back(contents(cache.source()));
     });
     auto next = expected.begin();
     for_each_layout<TestType>(rows, [&](const char* layout, const auto& cache) {
       INFO(layout);
       const emulation::emulated_backend device{static_cast<unsigned>(random.between(0, 9))};
-      CHECK(cuda_detail::compact(device, cache.source(), form, how) == status::ok);
+      CHECK(cuda_detail::compact(device, cache.source(), form, mode) == status::ok);
       CHECK(contents(cache.source()) == *next++);
       CHECK(cache.untouched());
     });
@@ -193,17 +193,17 @@ TEST_CASE("kernels move rows as if through a buffer, however far", "[cuda][compa
   for (const position_t sinks : {1, 255, 256, 257, 512, 513, 1030}) {
     for (const position_t dropped : {1, 2, 63, 64, 65, 255, 256, 257, 600}) {
       if (sinks + dropped > tokens) continue;
-      for (const compaction how : {compaction::sinks_up, compaction::suffix_down}) {
-        CAPTURE(sinks, dropped, static_cast<int>(how));
+      for (const compaction mode : {compaction::sinks_up, compaction::suffix_down}) {
+        CAPTURE(sinks, dropped, static_cast<int>(mode));
         std::vector<std::int32_t> rows(tokens * 4);
         std::iota(rows.begin(), rows.end(), 0);
         const std::vector<std::int32_t> before = rows;
         const kept_range kept{sinks, sinks + dropped, tokens};
         const dense<std::int32_t> cache({rows.data(), {1, 1, tokens, 4}});
         const emulation::emulated_backend device{static_cast<unsigned>(sinks + dropped)};
-        CHECK(cuda_detail::compact(device, cache, view<const kept_range, 2>(&kept, {1, 1}), how) ==
+        CHECK(cuda_detail::compact(device, cache, view<const kept_range, 2>(&kept, {1, 1}), mode) ==
               status::ok);
-        const token_move move = move_of(kept, how);
+        const token_move move = move_of(kept, mode);
         std::vector<std::int32_t> expected = before;
         std::copy_n(before.begin() + move.source * 4, move.tokens * 4,
                     expected.begin() + move.target * 4);

@@ -25,16 +25,16 @@ inline engine& thread_engine() {
 /// Runs the body for each item in [0, items). Throws std::logic_error where it breaks a rule of
 /// blocks; within the library, which does not throw, that ends the program and says why.
 template <refreekv::cuda_detail::kernel_body Body>
-refreekv::status run_blocks(const emulated_backend& on, index_t items, const Body& body) {
-  thread_engine().run(body, items, on.order_seed);
+refreekv::status run_blocks(const emulated_backend& exec, index_t items, const Body& body) {
+  thread_engine().run(body, items, exec.order_seed);
   return refreekv::status::ok;
 }
 
 // In CUB's place.
 
 /// Both ways, whatever the sizes.
-inline bool sorts_together(const emulated_backend& on, index_t /*count*/, index_t /*capacity*/) {
-  return on.order_seed % 2 == 1;
+inline bool sorts_together(const emulated_backend& exec, index_t /*count*/, index_t /*capacity*/) {
+  return exec.order_seed % 2 == 1;
 }
 
 inline std::size_t sort_bytes(const emulated_backend&, const refreekv::cuda_detail::key_segments&) {
@@ -42,12 +42,12 @@ inline std::size_t sort_bytes(const emulated_backend&, const refreekv::cuda_deta
 }
 
 /// What is sorted is in the other array, and leaves garbage behind.
-inline refreekv::status sort_segments(const emulated_backend& on,
+inline refreekv::status sort_segments(const emulated_backend& exec,
                                       const refreekv::cuda_detail::key_segments& segments,
                                       std::uint64_t*& keys, std::uint64_t*& spare,
                                       const index_t* lengths, std::byte* temporary,
                                       std::size_t bytes) {
-  if (bytes < sort_bytes(on, segments)) return refreekv::status::device_error;
+  if (bytes < sort_bytes(exec, segments)) return refreekv::status::device_error;
   std::memset(temporary, garbage, bytes);
   const std::uint64_t sorted_bits =
       (segments.last_bit() < 64 ? 1ull << segments.last_bit() : 0) - (1ull << segments.first_bit());

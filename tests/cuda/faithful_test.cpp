@@ -46,18 +46,18 @@ TEST_CASE("kernels of faithful agree with the CPU on long sequences", "[cuda]") 
     for (float& x : rows) x = random.normal();
   }
   const dense_cache<float> keys(p.keys), value_cache(values);
-  const auto seen =
+  const auto layer =
       with_values(observe(p.query_view(), keys.source(), p.info()), value_cache.source());
   for (const cut_scope scope : {cut_scope::kv_head, cut_scope::layer}) {
     for (const bool error_term : {true, false}) {
       INFO("scope " << static_cast<int>(scope) << ", error term " << error_term);
-      const policy::faithful rule{.tolerance = error_term ? 0.3 : 0.5,
-                                  .block = scope == cut_scope::layer ? 2u : 16u,
-                                  .error_term = error_term,
-                                  .scope = scope};
-      const valued_selection ours = run_valued(rule, divided<1>(), seen);
-      check_same(ours, run_valued(rule, cpu_backend{}, seen));
-      CHECK(run_valued(rule, divided<7>(), seen) == ours);
+      const policy::faithful policy{.tolerance = error_term ? 0.3 : 0.5,
+                                    .block = scope == cut_scope::layer ? 2u : 16u,
+                                    .error_term = error_term,
+                                    .scope = scope};
+      const valued_selection ours = run_valued(policy, divided<1>(), layer);
+      check_same(ours, run_valued(policy, cpu_backend{}, layer));
+      CHECK(run_valued(policy, divided<7>(), layer) == ours);
       CHECK(ours.keys[0].size() > 256);
     }
   }
@@ -79,12 +79,12 @@ TEST_CASE("kernels of faithful agree with the CPU on regressions of every order"
       for (float& x : rows) x = random.normal();
     }
     const dense_cache<float> keys(p.keys), value_cache(values);
-    const auto seen =
+    const auto layer =
         with_values(observe(p.query_view(), keys.source(), p.info()), value_cache.source());
-    const policy::faithful rule{.tolerance = 0.3};
-    const valued_selection ours = run_valued(rule, divided<1>(), seen);
-    check_same(ours, run_valued(rule, cpu_backend{}, seen));
-    CHECK(run_valued(rule, divided<7>(), seen) == ours);
+    const policy::faithful policy{.tolerance = 0.3};
+    const valued_selection ours = run_valued(policy, divided<1>(), layer);
+    check_same(ours, run_valued(policy, cpu_backend{}, layer));
+    CHECK(run_valued(policy, divided<7>(), layer) == ours);
     CHECK(!ours.keys[0].empty());
   }
 }

@@ -17,22 +17,24 @@ namespace {
 constexpr index_t heads = 2, group = 3, tokens = 262, sinks = 4;
 
 /// Statistics of all chunks, by blocks that take turns in `parts` of them.
-template <class Seen>
-std::vector<float> statistics(const Seen& seen, index_t parts = 0) {
-  const index_t chunks = chunking{seen.capacity(), sinks}.count();
-  std::vector<chunk_statistics> found(size(seen.sequences() * seen.q_heads() * chunks),
+template <class Layer>
+std::vector<float> statistics(const Layer& layer, index_t parts = 0) {
+  const index_t chunks = chunking{layer.capacity(), sinks}.count();
+  std::vector<chunk_statistics> found(size(layer.sequences() * layer.q_heads() * chunks),
                                       chunk_statistics{-1, -1, -1});
-  const emulated_backend on{base_seed()};
+  const emulated_backend exec{base_seed()};
   if (parts == 0) {
-    REQUIRE(cuda_detail::read_chunks(on, seen, 1, 0, 1, sinks, chunks, found.data()) == status::ok);
+    REQUIRE(cuda_detail::read_chunks(exec, layer, 1, 0, 1, sinks, chunks, found.data()) ==
+            status::ok);
   } else {
-    const cuda_detail::row_parts cut{seen.sequences() * seen.kv_heads(), parts};
-    const cuda_detail::statistics_body<Seen, 4, 8> body{
-        cuda_detail::scaled(seen), 1, 0, 1, sinks, chunks, cut, found.data()};
-    REQUIRE(run_blocks(on, cut.items(), body) == status::ok);
+    const cuda_detail::row_parts cut{layer.sequences() * layer.kv_heads(), parts};
+    const cuda_detail::statistics_body<Layer, 4, 8> body{
+        cuda_detail::scaled(layer), 1, 0, 1, sinks, chunks, cut, found.data()};
+    REQUIRE(run_blocks(exec, cut.items(), body) == status::ok);
   }
   std::vector<float> flat;
-  for (const chunk_statistics& s : found) flat.insert(flat.end(), {s.unit, s.sum, s.sum_squares});
+  for (const chunk_statistics& s : found)
+    flat.insert(flat.end(), {s.exponent, s.sum, s.sum_squares});
   return flat;
 }
 
@@ -100,8 +102,8 @@ TEST_CASE("4-bit keys of any alignment give the products that their codes say", 
             logit += double{p.query(0, 0, h, d)} * key[size(d)];
             magnitude += std::abs(double{p.query(0, 0, h, d)}) * std::abs(key[size(d)]);
           }
-          const float *of = &found[size((h * 2 + 1) * 3)], unit = of[0];
-          CHECK(std::log(double{of[1]}) + double{unit} * std::numbers::ln2 ==
+          const float *of = &found[size((h * 2 + 1) * 3)], exponent = of[0];
+          CHECK(std::log(double{of[1]}) + double{exponent} * std::numbers::ln2 ==
                 Approx(logit).margin(1e-5 * magnitude + 1e-5));
         }
       }
@@ -114,10 +116,10 @@ TEST_CASE("blocks that step over chunks read the same ones", "[cuda]") {
   random_source random(base_seed());
   fill(p, random);
   const dense_cache<float> keys(p.keys);
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
-  const std::vector<float> all = statistics(seen, chunking{1100, sinks}.count());
-  CHECK(statistics(seen) == all);
-  for (const index_t parts : {1, 2, 3, 5}) CHECK(statistics(seen, parts) == all);
+  const auto layer = observe(p.query_view(), keys.source(), p.info());
+  const std::vector<float> all = statistics(layer, chunking{1100, sinks}.count());
+  CHECK(statistics(layer) == all);
+  for (const index_t parts : {1, 2, 3, 5}) CHECK(statistics(layer, parts) == all);
 }
 
 TEST_CASE("4-bit keys decide as the numbers that they stand for", "[cuda]") {
@@ -141,18 +143,19 @@ TEST_CASE("4-bit keys decide as the numbers that they stand for", "[cuda]") {
       }
     }
     const dense_cache<float> numbers(meant.keys);
-    const emulated_backend on{base_seed()};
+    const emulated_backend exec{base_seed()};
     const auto codes = observe(p.query_view(), made.keys(), p.info());
     const auto floats = observe(p.query_view(), numbers.source(), p.info());
-    for (const policy::snapkv& rule :
+    for (const policy::snapkv& policy :
          {policy::snapkv{.budget = 60, .window = 1}, policy::snapkv{.budget = 60, .window = 16}}) {
-      const ranked_selection a = run_ranked(rule, on, codes), b = run_ranked(rule, on, floats);
+      const ranked_selection a = run_ranked(policy, exec, codes),
+                             b = run_ranked(policy, exec, floats);
       REQUIRE(a.status == status::ok);
       CHECK(a.kept == b.kept);
     }
     for (const count_t no_sinks : {0u, 4u}) {
-      const policy::refreekv rule{.threshold = 0.05, .sinks = no_sinks, .window = 16};
-      const selection a = run_select(rule, on, codes), b = run_select(rule, on, floats);
+      const policy::refreekv policy{.threshold = 0.05, .sinks = no_sinks, .window = 16};
+      const selection a = run_select(policy, exec, codes), b = run_select(policy, exec, floats);
       REQUIRE(a.status == status::ok);
       for (index_t s = 0; s < p.sequences(); ++s) CHECK(a.at(s, 0).cut == b.at(s, 0).cut);
     }

@@ -58,20 +58,21 @@ TEST_CASE("stale lengths write nothing outside of what a call was given", "[cuda
   for (float& x : memory) x = random.normal();
   for (float& x : queries) x = random.normal();
   static constexpr position_t untouched = -77;
-  const unseen_backend on;
+  const unseen_backend exec;
   for (const position_t length : stale) {
     INFO("length " << length);
     const dense<float, device> source(
         view<float, 4, device>(memory.data(), {1, heads, capacity, dims}),
         lengths_view<device>(&length, {1}));
-    const auto seen = observe(view<const float, 4, device>(queries.data(), {1, 3, 2 * heads, dims}),
-                              source, {.layer = 9});
-    const auto decide = [&](const auto& rule) {
-      const std::size_t bytes = workspace_size(rule, on, seen);
+    const auto layer =
+        observe(view<const float, 4, device>(queries.data(), {1, 3, 2 * heads, dims}), source,
+                {.index = 9});
+    const auto decide = [&](const auto& policy) {
+      const std::size_t bytes = workspace_size(policy, exec, layer);
       std::vector<std::byte> scratch(bytes + 64, std::byte{0x5A});
       std::vector<position_t> positions(size(heads * capacity + 16), untouched);
-      std::vector<kept_count> counts(size(heads));
-      REQUIRE(select(rule, on, seen,
+      std::vector<kept_tokens> counts(size(heads));
+      REQUIRE(select(policy, exec, layer,
                      kept_positions<device>{{positions.data(), {1, heads, capacity}},
                                             {counts.data(), {1, heads}}},
                      workspace<device>{scratch.data(), bytes}) == status::ok);
@@ -79,33 +80,33 @@ TEST_CASE("stale lengths write nothing outside of what a call was given", "[cuda
                         [](position_t x) { return x == untouched; }));
       CHECK(std::all_of(scratch.end() - 64, scratch.end(),
                         [](std::byte x) { return x == std::byte{0x5A}; }));
-      for (const kept_count& k : counts) CHECK(k.tokens == within(length));
+      for (const kept_tokens& k : counts) CHECK(k.tokens == within(length));
     };
     decide(policy::snapkv{.budget = 9, .window = 3});
     decide(policy::h2o{.budget = 9, .recent = 3, .window = 3});
     decide(policy::tova{.budget = 9});
     decide(policy::attention_ranked{.threshold = 0.1, .window = 3, .recent = 3});
-    decide(policy::twilight{.p = 0.8});
+    decide(policy::twilight{.mass = 0.8});
 
     {
-      const policy::faithful rule{.tolerance = 0.4, .sinks = 1, .window = 3, .block = 8};
+      const policy::faithful policy{.tolerance = 0.4, .sinks = 1, .window = 3, .block = 8};
       std::vector<float> others = memory;
       const auto valued = with_values(
-          seen,
+          layer,
           dense<float, device>(view<float, 4, device>(others.data(), {1, heads, capacity, dims}),
                                lengths_view<device>(&length, {1})));
-      const index_t most = rule.most_stand_ins(capacity);
+      const index_t most = policy.most_stand_ins(capacity);
       const auto floats = size(heads * most * dims);
       std::vector<float> keys(floats + 16, -7.0f), values(floats + 16, -7.0f);
       std::vector<position_t> positions(size(heads * capacity)), rows(size(heads));
-      std::vector<kept_count> counts(size(heads));
-      std::vector<std::byte> scratch(workspace_size(rule, on, valued));
+      std::vector<kept_tokens> counts(size(heads));
+      std::vector<std::byte> scratch(workspace_size(policy, exec, valued));
       const kept_with_stand_ins<device> kept{
           {{positions.data(), {1, heads, capacity}}, {counts.data(), {1, heads}}},
           {{keys.data(), {1, heads, most, dims}},
            {values.data(), {1, heads, most, dims}},
            {rows.data(), {1, heads}}}};
-      REQUIRE(select(rule, on, valued, kept, {scratch.data(), scratch.size()}) == status::ok);
+      REQUIRE(select(policy, exec, valued, kept, {scratch.data(), scratch.size()}) == status::ok);
       for (const auto& written : {keys, values}) {
         CHECK(std::all_of(written.end() - 16, written.end(), [](float x) { return x == -7; }));
       }
@@ -114,10 +115,10 @@ TEST_CASE("stale lengths write nothing outside of what a call was given", "[cuda
         CHECK(kept.length(0, h) <= within(length));
       }
     }
-    const policy::refreekv rule{.window = 3};
-    std::vector<std::byte> scratch(workspace_size(rule, on, seen));
+    const policy::refreekv policy{.window = 3};
+    std::vector<std::byte> scratch(workspace_size(policy, exec, layer));
     kept_range kept{};
-    REQUIRE(select(rule, on, seen, {&kept, {1, 1}}, {scratch.data(), scratch.size()}) ==
+    REQUIRE(select(policy, exec, layer, {&kept, {1, 1}}, {scratch.data(), scratch.size()}) ==
             status::ok);
     CHECK(kept.tokens == within(length));
   }

@@ -42,7 +42,7 @@ TEMPLATE_TEST_CASE("kernels write masks as the CPU does", "[cuda][release]", std
   const TestType keep = value(1), drop = value(2), canary = value(3);
   const index_t groups = GENERATE(1, 3), longest = 4500, sequences = 6;
   std::vector<kept_range> ranges;
-  std::vector<kept_count> counts;
+  std::vector<kept_tokens> counts;
   std::vector<position_t> positions(size(sequences * groups * longest), -1);
   for (const position_t tokens : {4500, 0, 1, 2048, 2049, 100}) {
     for (index_t g = 0; g < groups; ++g) {
@@ -80,7 +80,7 @@ TEST_CASE("a mask that is shorter than its sequence is cut off", "[cuda][release
   const kept_range range{1, 3000, 4000};
   std::vector<position_t> positions{0};
   for (position_t t = 3000; t < 4000; ++t) positions.push_back(t);
-  kept_count count{range.length(), 4000};
+  kept_tokens count{range.length(), 4000};
   guarded_rows<std::uint8_t> by_range(1, 3100, 7), by_position = by_range;
   const emulation::emulated_backend device;
   CHECK(cuda_detail::write_masks(device, view<const kept_range, 2>(&range, {1, 1}),

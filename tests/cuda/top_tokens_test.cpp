@@ -265,7 +265,7 @@ class decision {
  public:
   decision(index_t sequences, index_t heads, index_t capacity)
       : positions_(size(sequences * heads * (2 * capacity + 3)), -7),
-        counts_(size(sequences * heads), kept_count{-7, -7}),
+        counts_(size(sequences * heads), kept_tokens{-7, -7}),
         kept_{{positions_.data(),
                {sequences, heads, capacity},
                {heads * (2 * capacity + 3), 2 * capacity + 3, 2}},
@@ -284,24 +284,24 @@ class decision {
 
  private:
   std::vector<position_t> positions_;
-  std::vector<kept_count> counts_;
+  std::vector<kept_tokens> counts_;
   kept_positions<> kept_;
 };
 
 /// A ragged batch and scores of its heads.
 struct batch {
-  problem layer;
+  problem shape;
   dense_cache<float> cache;
   index_t heads;  ///< that have scores
   score_tensor scores;
 
   batch(random_source& random, std::vector<position_t> lengths, index_t group, bool of_q_heads,
         index_t stride, index_t dim = 1, index_t kv_heads = 2)
-      : layer(kv_heads, group, dim, 1, std::move(lengths)),
+      : shape(kv_heads, group, dim, 1, std::move(lengths)),
         cache(filled_rows(random)),
-        heads(of_q_heads ? layer.q_heads() : layer.keys.kv_heads),
-        scores(layer.sequences(), heads, capacity(), stride) {
-    for (index_t s = 0; s < layer.sequences(); ++s) {
+        heads(of_q_heads ? shape.q_heads() : shape.keys.kv_heads),
+        scores(shape.sequences(), heads, capacity(), stride) {
+    for (index_t s = 0; s < shape.sequences(); ++s) {
       for (index_t h = 0; h < heads; ++h) {
         const auto row = softmax_row(random, tokens(s), random.chance(0.5));
         for (index_t t = 0; t < tokens(s); ++t) scores.view()(s, h, t) = row[size(t)];
@@ -309,11 +309,11 @@ struct batch {
     }
   }
 
-  auto seen() const { return observe(layer.query_view(), cache.source(), layer.info()); }
-  index_t sequences() const { return layer.sequences(); }
-  index_t kv_heads() const { return layer.keys.kv_heads; }
+  auto layer() const { return observe(shape.query_view(), cache.source(), shape.info()); }
+  index_t sequences() const { return shape.sequences(); }
+  index_t kv_heads() const { return shape.keys.kv_heads; }
   index_t capacity() const { return cache.source().capacity(); }
-  index_t tokens(index_t s) const { return layer.lengths[size(s)]; }
+  index_t tokens(index_t s) const { return shape.lengths[size(s)]; }
 
   /// select(kept) on the CPU, and on(order)(kept) by blocks in different orders: all the same.
   template <class Cpu, class Device>
@@ -332,9 +332,9 @@ struct batch {
   const plain_rows& filled_rows(random_source& random) {
     // Small whole numbers: products and sums are exact in any order, and often equal.
     const auto number = [&] { return static_cast<float>(random.between(-2, 2)); };
-    for (auto& rows : layer.keys.values) std::generate(rows.begin(), rows.end(), number);
-    std::generate(layer.queries.begin(), layer.queries.end(), number);
-    return layer.keys;
+    for (auto& rows : shape.keys.values) std::generate(rows.begin(), rows.end(), number);
+    std::generate(shape.queries.begin(), shape.queries.end(), number);
+    return shape.keys;
   }
 };
 
@@ -358,15 +358,15 @@ class scratch_of {
   std::invoke_result_t<Take, arena&> scratch_{};
 };
 
-template <class Seen>
-auto cpu_scratch(const Seen& seen) {
+template <class Layer>
+auto cpu_scratch(const Layer& layer) {
   return scratch_of(
-      [&](arena& from) { return cpu_detail::selection_scratch::take(from, 1, seen); });
+      [&](arena& from) { return cpu_detail::selection_scratch::carve(from, 1, layer); });
 }
-template <class Seen>
-auto device_scratch(const Seen& seen, const row_cut& cut = {1}) {
+template <class Layer>
+auto device_scratch(const Layer& layer, const row_cut& cut = {1}) {
   return scratch_of(
-      [&](arena& from) { return cuda_detail::selection_scratch::take(from, seen, cut, cut); });
+      [&](arena& from) { return cuda_detail::selection_scratch::carve(from, layer, cut, cut); });
 }
 
 }  // namespace
@@ -374,7 +374,7 @@ auto device_scratch(const Seen& seen, const row_cut& cut = {1}) {
 TEST_CASE("blocks keep every token", "[cuda][top_tokens]") {
   random_source random(base_seed());
   const batch b(random, ragged, 2, false, 1);
-  const auto seen = b.seen();
+  const auto layer = b.layer();
   b.check(
       [&](const auto& kept) {
         for (index_t s = 0; s < b.sequences(); ++s) {
@@ -383,7 +383,7 @@ TEST_CASE("blocks keep every token", "[cuda][top_tokens]") {
           }
         }
       },
-      [&](const auto& on, const auto& kept) { return cuda_detail::keep_all(on, seen, kept); });
+      [&](const auto& exec, const auto& kept) { return cuda_detail::keep_all(exec, layer, kept); });
 }
 
 TEST_CASE("blocks keep the CPU's best tokens", "[cuda][top_tokens]") {
@@ -402,19 +402,20 @@ TEST_CASE("blocks keep the CPU's best tokens", "[cuda][top_tokens]") {
         std::vector<token_quota> quotas(2 * ragged.size(), quota);  // [sequence, kv_head]
         quotas[8] = quotas[9] = {quota.ranked / 2, quota.recent + 1};
         quotas[11].ranked = quota.ranked / 3;
-        const auto seen = b.seen();
+        const auto layer = b.layer();
         const quotas_view<> of_heads(quotas.data(), {b.sequences(), 2});
-        const auto cpu = cpu_scratch(seen);
+        const auto cpu = cpu_scratch(layer);
         for (const row_cut& cut : cuts) {
           CAPTURE(cut.parts, cut.part_least);
-          const auto device = device_scratch(seen, cut);
+          const auto device = device_scratch(layer, cut);
           b.check(
               [&](const auto& kept) {
-                cpu_detail::top_tokens(cpu_backend{}.on, of_heads, seen, b.scores.view(), kept,
-                                       *cpu);
+                cpu_detail::top_tokens(cpu_backend{}.threads, of_heads, layer, b.scores.view(),
+                                       kept, *cpu);
               },
-              [&](const auto& on, const auto& kept) {
-                return cuda_detail::top_tokens(on, of_heads, seen, b.scores.view(), kept, *device);
+              [&](const auto& exec, const auto& kept) {
+                return cuda_detail::top_tokens(exec, of_heads, layer, b.scores.view(), kept,
+                                               *device);
               });
         }
       }
@@ -446,7 +447,7 @@ std::vector<index_t> shares(batch& b, index_t s, const token_quota& quota, doubl
 /// Checks what the CPU and blocks share out. The second head of the sequence `spoilt` has NaN.
 void check_shares(batch& b, const std::vector<token_quota>& quotas, double floor,
                   const row_cut& cut, index_t spoilt = -1) {
-  const auto seen = b.seen();
+  const auto layer = b.layer();
   const index_t heads = b.kv_heads();
   const auto check = [&](const auto& share) {
     std::vector<token_quota> shared(size(b.sequences() * heads));
@@ -467,18 +468,18 @@ void check_shares(batch& b, const std::vector<token_quota>& quotas, double floor
     }
   };
   const auto cpu = scratch_of([&](arena& from) {
-    return ops<cpu_backend<>>::take_sharing_scratch(from, cpu_backend{}, seen);
+    return ops<cpu_backend<>>::carve_sharing_scratch(from, cpu_backend{}, layer);
   });
   check([&](token_quota* shared) {
-    cpu_detail::share_quotas(cpu_backend{}.on, floor, quotas.data(), seen, b.scores.view(), shared,
-                             *cpu);
+    cpu_detail::share_quotas(cpu_backend{}.threads, floor, quotas.data(), layer, b.scores.view(),
+                             shared, *cpu);
   });
   for (const unsigned order : orders) {
     CAPTURE(order, cut.parts);
-    const auto device =
-        scratch_of([&](arena& from) { return cuda_detail::take_sharing_scratch(from, seen, cut); });
+    const auto device = scratch_of(
+        [&](arena& from) { return cuda_detail::carve_sharing_scratch(from, layer, cut); });
     check([&](token_quota* shared) {
-      REQUIRE(cuda_detail::share_quotas(emulated_backend{order}, floor, quotas.data(), seen,
+      REQUIRE(cuda_detail::share_quotas(emulated_backend{order}, floor, quotas.data(), layer,
                                         b.scores.view(), shared, *device) == status::ok);
     });
   }
@@ -523,7 +524,7 @@ TEST_CASE("heads that share are cut in few parts", "[cuda][top_tokens]") {
   const auto parts_of = [&](index_t kv_heads, position_t tokens) {
     const batch b(random, {tokens}, 1, false, 1, 1, kv_heads);
     arena count;
-    return cuda_detail::take_sharing_scratch(count, b.seen()).rows.cut.parts;
+    return cuda_detail::carve_sharing_scratch(count, b.layer()).rows.cut.parts;
   };
   CHECK(parts_of(1, 12000) == 6);
   CHECK(parts_of(8, 12000) == 4);
@@ -542,18 +543,18 @@ TEST_CASE("blocks keep the CPU's share of attention", "[cuda][top_tokens]") {
         CAPTURE(base_seed(), group, share, special);
         if (special != 0.5f) b.scores.view()(2, group - 1, 99) = special;
         for (index_t t = 0; t < 256; ++t) b.scores.view()(3, 0, t) = 0;
-        const auto seen = b.seen();
-        const auto cpu = cpu_scratch(seen);
+        const auto layer = b.layer();
+        const auto cpu = cpu_scratch(layer);
         for (const row_cut& cut : {cuts[0], random.one_of({cuts[1], cuts[2]})}) {
           CAPTURE(cut.parts, cut.part_least);
-          const auto device = device_scratch(seen, cut);
+          const auto device = device_scratch(layer, cut);
           b.check(
               [&](const auto& kept) {
-                cpu_detail::top_mass(cpu_backend{}.on, share, false, seen, b.scores.view(), kept,
-                                     *cpu);
+                cpu_detail::top_mass(cpu_backend{}.threads, share, false, layer, b.scores.view(),
+                                     kept, *cpu);
               },
-              [&](const auto& on, const auto& kept) {
-                return cuda_detail::top_mass(on, share, false, seen, b.scores.view(), kept,
+              [&](const auto& exec, const auto& kept) {
+                return cuda_detail::top_mass(exec, share, false, layer, b.scores.view(), kept,
                                              *device);
               });
         }
@@ -588,19 +589,19 @@ TEST_CASE("parts of rows make up the whole", "[cuda][top_tokens]") {
 
 namespace {
 
-/// select(on, seen, kept, scratch) is the same over a grid, by blocks in different orders, as by a
+/// select(on, layer, kept, scratch) is the same over a grid, by blocks in different orders, as by a
 /// block for each row.
 template <class Select>
 void same_on_grid(const batch& b, const row_cut& cut, const Select& select) {
-  const auto seen = b.seen();
-  const auto whole = device_scratch(seen);
+  const auto layer = b.layer();
+  const auto whole = device_scratch(layer);
   decision expected(b.sequences(), b.kv_heads(), b.capacity());
-  REQUIRE(select(emulated_backend{}, seen, expected.kept(), *whole) == status::ok);
+  REQUIRE(select(emulated_backend{}, layer, expected.kept(), *whole) == status::ok);
   for (const unsigned order : orders) {
     CAPTURE(order);
-    const auto parts = device_scratch(seen, cut);
+    const auto parts = device_scratch(layer, cut);
     decision found(b.sequences(), b.kv_heads(), b.capacity());
-    REQUIRE(select(emulated_backend{order}, seen, found.kept(), *parts) == status::ok);
+    REQUIRE(select(emulated_backend{order}, layer, found.kept(), *parts) == status::ok);
     REQUIRE(found.same_as(expected));
   }
 }
@@ -622,9 +623,9 @@ TEST_CASE("a grid takes what one block takes", "[cuda][top_tokens]") {
       for (const index_t k : {index_t{0}, index_t{1}, index_t{count} / 2, index_t{count} - 1}) {
         CAPTURE(base_seed(), count, i, k);
         const token_quota quotas[] = {{k, 0}, {1, 1}};
-        const auto select = [&](const auto& on, const auto& seen, const auto& kept,
+        const auto select = [&](const auto& exec, const auto& layer, const auto& kept,
                                 const auto& scratch) {
-          return cuda_detail::top_tokens(on, quotas_by_sequence(quotas, seen), seen,
+          return cuda_detail::top_tokens(exec, detail::quotas_by_sequence(quotas, layer), layer,
                                          b.scores.view(), kept, scratch);
         };
         same_on_grid(b, cut, select);
@@ -643,8 +644,8 @@ TEST_CASE("a grid takes what one block takes", "[cuda][top_tokens]") {
       const double share = random.one_of({0.0, 1e-9, 0.5, 0.95, 1.0});
       CAPTURE(base_seed(), count, i, share);
       same_on_grid(
-          b, cut, [&](const auto& on, const auto& seen, const auto& kept, const auto& scratch) {
-            return cuda_detail::top_mass(on, share, false, seen, b.scores.view(), kept, scratch);
+          b, cut, [&](const auto& exec, const auto& layer, const auto& kept, const auto& scratch) {
+            return cuda_detail::top_mass(exec, share, false, layer, b.scores.view(), kept, scratch);
           });
     }
   }
@@ -656,14 +657,15 @@ TEST_CASE("rows that are long enough go over a grid", "[cuda][top_tokens]") {
   const row_cut cut = row_cut::of(4 * 2, 12000);
   REQUIRE(cut.parts == 6);
   arena count;
-  const auto taken = cuda_detail::selection_scratch::take(count, b.seen());
+  const auto taken = cuda_detail::selection_scratch::carve(count, b.layer());
   REQUIRE((taken.kv_rows.parts == 6 && taken.q_rows.parts == 6));
   score_tensor scores = b.scores;
   const token_quota quotas[] = {{1000, 50}, {1, 0}, {3000, 5000}, {2047, 0}};
-  same_on_grid(b, cut, [&](const auto& on, const auto& seen, const auto& kept, const auto& work) {
-    return cuda_detail::top_tokens(on, quotas_by_sequence(quotas, seen), seen, scores.view(), kept,
-                                   work);
-  });
+  same_on_grid(b, cut,
+               [&](const auto& exec, const auto& layer, const auto& kept, const auto& work) {
+                 return cuda_detail::top_tokens(exec, detail::quotas_by_sequence(quotas, layer),
+                                                layer, scores.view(), kept, work);
+               });
   // Values that a double's sum rounds away are taken, or not, by what it is to the last bit.
   for (index_t h = 0; h < 2; ++h) {
     for (index_t t = 0; t < 12000; ++t) scores.view()(0, h, t) = std::exp(random.normal(15));
@@ -672,8 +674,8 @@ TEST_CASE("rows that are long enough go over a grid", "[cuda][top_tokens]") {
     for (const double share : {0.9, 1.0}) {
       CAPTURE(base_seed(), some.parts, share);
       same_on_grid(
-          b, some, [&](const auto& on, const auto& seen, const auto& kept, const auto& work) {
-            return cuda_detail::top_mass(on, share, false, seen, scores.view(), kept, work);
+          b, some, [&](const auto& exec, const auto& layer, const auto& kept, const auto& work) {
+            return cuda_detail::top_mass(exec, share, false, layer, scores.view(), kept, work);
           });
     }
   }
@@ -693,15 +695,16 @@ TEST_CASE("blocks keep the set of Twilight's published kernel", "[cuda][top_toke
       }
     }
     CAPTURE(base_seed(), share);
-    const auto seen = b.seen();
-    const auto cpu = cpu_scratch(seen);
-    const auto device = device_scratch(seen, {3, 256});
+    const auto layer = b.layer();
+    const auto cpu = cpu_scratch(layer);
+    const auto device = device_scratch(layer, {3, 256});
     b.check(
         [&](const auto& kept) {
-          cpu_detail::top_mass(cpu_backend{}.on, share, true, seen, b.scores.view(), kept, *cpu);
+          cpu_detail::top_mass(cpu_backend{}.threads, share, true, layer, b.scores.view(), kept,
+                               *cpu);
         },
-        [&](const auto& on, const auto& kept) {
-          return cuda_detail::top_mass(on, share, true, seen, b.scores.view(), kept, *device);
+        [&](const auto& exec, const auto& kept) {
+          return cuda_detail::top_mass(exec, share, true, layer, b.scores.view(), kept, *device);
         });
   }
 }
@@ -732,17 +735,17 @@ TEST_CASE("blocks rank tokens as the CPU does", "[cuda][ranked_scan]") {
       if (with_nan) weights(3, 5, 0) = not_a_number;
       CAPTURE(base_seed(), recent, with_nan);
 
-      const auto seen = b.seen();
+      const auto layer = b.layer();
       ranking expected(b.sequences(), b.kv_heads(), b.capacity());
-      cpu_detail::rank_tokens(cpu_backend{}.on, recent, seen, scores, weights,
+      cpu_detail::rank_tokens(cpu_backend{}.threads, recent, layer, scores, weights,
                               expected.order.data(), expected.norms.data());
       std::vector<double> first;
       for (const unsigned order : orders) {
-        const emulated_backend on{order};
+        const emulated_backend exec{order};
         const auto scratch = scratch_of(
-            [&](arena& from) { return cuda_detail::ranking_scratch::take(from, on, seen); });
+            [&](arena& from) { return cuda_detail::ranking_scratch::carve(from, exec, layer); });
         ranking found(b.sequences(), b.kv_heads(), b.capacity());
-        REQUIRE(cuda_detail::rank_tokens(on, recent, seen, scores, weights, found.order.data(),
+        REQUIRE(cuda_detail::rank_tokens(exec, recent, layer, scores, weights, found.order.data(),
                                          found.norms.data(), *scratch) == status::ok);
         if (order == orders[0]) first = found.norms;
         REQUIRE(std::memcmp(first.data(), found.norms.data(), first.size() * sizeof first[0]) == 0);
@@ -765,10 +768,10 @@ TEST_CASE("blocks rank tokens as the CPU does", "[cuda][ranked_scan]") {
           CAPTURE(threshold, order);
           auto cpu_order = expected.order;
           decision by_cpu(b.sequences(), b.kv_heads(), b.capacity());
-          cpu_detail::stop_ranked(cpu_backend{}.on, threshold, recent, seen, found.norms.data(),
-                                  cpu_order.data(), by_cpu.kept());
+          cpu_detail::stop_ranked(cpu_backend{}.threads, threshold, recent, layer,
+                                  found.norms.data(), cpu_order.data(), by_cpu.kept());
           decision by_blocks(b.sequences(), b.kv_heads(), b.capacity());
-          REQUIRE(cuda_detail::stop_ranked(on, threshold, recent, seen, found.norms.data(),
+          REQUIRE(cuda_detail::stop_ranked(exec, threshold, recent, layer, found.norms.data(),
                                            found.order.data(), by_blocks.kept(),
                                            *scratch) == status::ok);
           REQUIRE(by_blocks.same_as(by_cpu));
@@ -783,25 +786,26 @@ TEST_CASE("blocks leave the CPU's pages", "[cuda][estimate]") {
   for (const index_t page_tokens : {1, 16, 60, 1000}) {
     for (const index_t tokens : {1, 16, 100, 250}) {
       batch b(random, ragged, 3, true, random.one_of<index_t>({1, 2}), random.one_of({1, 5, 40}));
-      b.layer.sliding_window = random.one_of<count_t>({0, 0, 50});
-      CAPTURE(base_seed(), page_tokens, tokens, b.layer.sliding_window, b.layer.head_dim);
+      b.shape.sliding_window = random.one_of<count_t>({0, 0, 50});
+      CAPTURE(base_seed(), page_tokens, tokens, b.shape.sliding_window, b.shape.head_dim);
       estimates index(b.cache.source(), ragged, page_tokens);
       REQUIRE(refreekv::bound_pages(cpu_backend{}, b.cache.source(), index.page_bounds()) ==
               status::ok);
       index.page_bounds().bounds(2, 1, 254 / page_tokens, 0, 0) = not_a_number;
       index.page_bounds().bounds(2, 1, 254 / page_tokens, 1, 0) = not_a_number;
 
-      const auto seen = with_pages(b.seen(), index.page_bounds());
-      REQUIRE(seen.invalid() == nullptr);
-      const auto cpu = cpu_scratch(seen);
+      const auto layer = with_pages(b.layer(), index.page_bounds());
+      REQUIRE(layer.invalid() == nullptr);
+      const auto cpu = cpu_scratch(layer);
       score_tensor expected = b.scores;
-      cpu_detail::select_pages(cpu_backend{}.on, seen.pages, tokens, observed(seen),
+      cpu_detail::select_pages(cpu_backend{}.threads, layer.pages, tokens, detail::plain(layer),
                                expected.view(), *cpu);
       for (const unsigned order : orders) {
-        const auto device = device_scratch(seen);
+        const auto device = device_scratch(layer);
         score_tensor found = b.scores;
-        REQUIRE(cuda_detail::select_pages(emulated_backend{order}, seen.pages, tokens,
-                                          observed(seen), found.view(), *device) == status::ok);
+        REQUIRE(cuda_detail::select_pages(emulated_backend{order}, layer.pages, tokens,
+                                          detail::plain(layer), found.view(),
+                                          *device) == status::ok);
         REQUIRE(found.same_as(expected));
       }
     }
@@ -830,13 +834,13 @@ void check_estimates(random_source& random, index_t dim) {
     for (const lengths_view<>& first :
          {lengths_view<>{}, lengths_view<>(from.data(), {static_cast<index_t>(from.size())})}) {
       estimates expected(keys, lengths, page_tokens);
-      cpu_detail::quantise(cpu_backend{}.on, keys, first, expected.keys());
-      cpu_detail::bound_pages(cpu_backend{}.on, keys, first, expected.page_bounds());
+      cpu_detail::quantise(cpu_backend{}.threads, keys, first, expected.keys());
+      cpu_detail::bound_pages(cpu_backend{}.threads, keys, first, expected.page_bounds());
       for (const unsigned order : orders) {
-        const emulated_backend on{order};
+        const emulated_backend exec{order};
         estimates found(keys, lengths, page_tokens);
-        REQUIRE(cuda_detail::quantise(on, keys, first, found.keys()) == status::ok);
-        REQUIRE(cuda_detail::bound_pages(on, keys, first, found.page_bounds()) == status::ok);
+        REQUIRE(cuda_detail::quantise(exec, keys, first, found.keys()) == status::ok);
+        REQUIRE(cuda_detail::bound_pages(exec, keys, first, found.page_bounds()) == status::ok);
         REQUIRE(found.same_as(expected));
       }
     }
@@ -858,19 +862,19 @@ TEST_CASE("blocks have nothing to do for an empty batch", "[cuda][top_tokens]") 
   random_source random(base_seed());
   for (const std::vector<position_t>& lengths : {std::vector<position_t>{}, {0}}) {
     batch b(random, lengths, 1, true, 1);
-    const auto seen = b.seen();
-    const emulated_backend on;
+    const auto layer = b.layer();
+    const emulated_backend exec;
     const std::vector<token_quota> quotas(lengths.size());
     const scores_view<> scores = b.scores.view();
     for (const row_cut& cut : cuts) {
-      const auto scratch = device_scratch(seen, cut);
+      const auto scratch = device_scratch(layer, cut);
       decision found(b.sequences(), b.kv_heads(), b.capacity());
-      REQUIRE(cuda_detail::top_tokens(on, quotas_by_sequence(quotas.data(), seen), seen, scores,
-                                      found.kept(), *scratch) == status::ok);
-      REQUIRE(cuda_detail::top_mass(on, 0.9, false, seen, scores, found.kept(), *scratch) ==
+      REQUIRE(cuda_detail::top_tokens(exec, detail::quotas_by_sequence(quotas.data(), layer), layer,
+                                      scores, found.kept(), *scratch) == status::ok);
+      REQUIRE(cuda_detail::top_mass(exec, 0.9, false, layer, scores, found.kept(), *scratch) ==
               status::ok);
       for (std::size_t s = 0; s < lengths.size(); ++s) {
-        REQUIRE(found.kept().counts(s, 1) == kept_count{0, 0});
+        REQUIRE(found.kept().counts(s, 1) == kept_tokens{0, 0});
       }
     }
   }

@@ -129,18 +129,18 @@ TEST_CASE("protection keeps what it must and no more than a range must", "[reten
 
 TEST_CASE("moves make what is kept contiguous", "[retention]") {
   for_each_range([](const kept_range& kept) {
-    for (const compaction how : {compaction::sinks_up, compaction::suffix_down}) {
+    for (const compaction mode : {compaction::sinks_up, compaction::suffix_down}) {
       std::vector<index_t> slots(at(kept.tokens));
       std::iota(slots.begin(), slots.end(), 0);
       const std::vector<index_t> before = slots;
-      const token_move move = move_of(kept, how);
+      const token_move move = move_of(kept, mode);
       REQUIRE(move.tokens >= 0);
-      if (how == compaction::suffix_down && move.tokens > 0) REQUIRE(move.target <= move.source);
-      if (how == compaction::sinks_up) REQUIRE(move.tokens <= kept.sinks);
+      if (mode == compaction::suffix_down && move.tokens > 0) REQUIRE(move.target <= move.source);
+      if (mode == compaction::sinks_up) REQUIRE(move.tokens <= kept.sinks);
       for (index_t i = 0; i < move.tokens; ++i) {
         slots[at(move.target + i)] = before[at(move.source + i)];
       }
-      index_t slot = first_slot(kept, how);
+      index_t slot = first_slot(kept, mode);
       for (index_t t = 0; t < kept.tokens; ++t) {
         if (kept.keeps(t)) REQUIRE(slots[at(slot++)] == t);
       }

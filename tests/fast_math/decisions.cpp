@@ -62,7 +62,7 @@ template <class Key, class Decide>
 void with_seen(const layer& of, const Decide& decide) {
   std::vector<Key> keys;
   for (const float x : of.keys) keys.push_back(as(x, Key{}));
-  r::layer_info<> info{.layer = 7};
+  r::layer_info<> info{.index = 7};
   info.attention.scale = 1;
   info.attention.soft_cap = static_cast<float>(of.soft_cap);
   decide(r::observe(
@@ -73,32 +73,32 @@ void with_seen(const layer& of, const Decide& decide) {
 
 template <class Key>
 void check_cuts(const layer& of, const char* what, bool keeps_all = false) {
-  with_seen<Key>(of, [&](const auto& seen) {
+  with_seen<Key>(of, [&](const auto& layer) {
     for (const bool frobenius : {false, true}) {
-      r::policy::refreekv rule{.threshold = 0.02, .window = static_cast<r::count_t>(of.rows)};
-      if (frobenius) rule.average = r::row_average::frobenius;
-      std::vector<std::byte> scratch(r::workspace_size(rule, r::cpu_backend{}, seen));
+      r::policy::refreekv policy{.threshold = 0.02, .window = static_cast<r::count_t>(of.rows)};
+      if (frobenius) policy.average = r::row_average::frobenius;
+      std::vector<std::byte> scratch(r::workspace_size(policy, r::cpu_backend{}, layer));
       r::kept_range kept;
       const bool ok =
-          r::select(rule, r::cpu_backend{}, seen, {&kept, {1, 1}}, scratch) == r::status::ok;
+          r::select(policy, r::cpu_backend{}, layer, {&kept, {1, 1}}, scratch) == r::status::ok;
       const bool right =
           keeps_all ? kept.dropped() == 0 && kept.tokens == of.tokens
-                    : right_cut(of, frobenius, rule.threshold, kept.cut, double{kept.loss});
+                    : right_cut(of, frobenius, policy.threshold, kept.cut, double{kept.loss});
       check(ok && right, what);
     }
   });
 }
 
 void check_tokens(const layer& of, const char* what, bool keeps_all = false) {
-  with_seen<float>(of, [&](const auto& seen) {
+  with_seen<float>(of, [&](const auto& layer) {
     const long budget = of.tokens / 3 + of.rows;
-    const r::policy::snapkv rule{.budget = budget, .window = static_cast<r::count_t>(of.rows)};
-    std::vector<std::byte> scratch(r::workspace_size(rule, r::cpu_backend{}, seen));
+    const r::policy::snapkv policy{.budget = budget, .window = static_cast<r::count_t>(of.rows)};
+    std::vector<std::byte> scratch(r::workspace_size(policy, r::cpu_backend{}, layer));
     std::vector<r::position_t> positions(size(of.kv_heads * of.tokens));
-    std::vector<r::kept_count> counts(size(of.kv_heads));
+    std::vector<r::kept_tokens> counts(size(of.kv_heads));
     const r::kept_positions<> kept{{positions.data(), {1, of.kv_heads, of.tokens}},
                                    {counts.data(), {1, of.kv_heads}}};
-    const bool ok = r::select(rule, r::cpu_backend{}, seen, kept, scratch) == r::status::ok;
+    const bool ok = r::select(policy, r::cpu_backend{}, layer, kept, scratch) == r::status::ok;
     for (long h = 0; h < of.kv_heads; ++h) {
       const r::position_t* first = positions.data() + h * of.tokens;
       const long count = counts[size(h)].count;
@@ -109,20 +109,20 @@ void check_tokens(const layer& of, const char* what, bool keeps_all = false) {
   });
 }
 
-void check_exponential(float unit) {
+void check_exponential(float exponent) {
   namespace cpu = r::cpu_detail;
   for (float below = 0; below < 40; below += 0.01f) {
-    const volatile float x = unit * 0.6931472f - below;  // a float with x87, too
+    const volatile float x = exponent * 0.6931472f - below;  // a float with x87, too
     float y[cpu::lane_count];
-    cpu::store(cpu::exponential(cpu::splat(x), cpu::splat(unit + cpu::integer_shift)), y);
-    check(right_exponential(x, unit, y[0]), "exponential");
+    cpu::store(cpu::exponential(cpu::splat(x), cpu::splat(exponent + cpu::integer_shift)), y);
+    check(right_exponential(x, exponent, y[0]), "exponential");
   }
 }
 
 }  // namespace
 
 int main() {
-  for (const float unit : {0.0f, 1000.0f, 9000.0f}) check_exponential(unit);
+  for (const float exponent : {0.0f, 1000.0f, 9000.0f}) check_exponential(exponent);
   volatile double norm = std::numeric_limits<double>::infinity();
   check(!r::norm_scan::decidable(norm), "infinite norm");
   norm = std::numeric_limits<double>::quiet_NaN();

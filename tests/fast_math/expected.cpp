@@ -77,7 +77,7 @@ bool right_tokens(const layer& of, long kv_head, long budget, const std::vector<
   });
 }
 
-bool right_exponential(float x, float unit, float value) {
-  const double exact = std::exp(double{x} - double{unit} * 0.69314718055994530942);
+bool right_exponential(float x, float exponent, float value) {
+  const double exact = std::exp(double{x} - double{exponent} * 0.69314718055994530942);
   return std::abs(double{value} - exact) <= 2e-7 * exact;
 }

@@ -20,5 +20,5 @@ bool right_cut(const layer& of, bool frobenius, double threshold, long cut, doub
 /// within 2e-5 are as good as another.
 bool right_tokens(const layer& of, long kv_head, long budget, const std::vector<long>& kept);
 
-/// Whether `value` is exp(x) / 2^unit, to about three units in the last place.
-bool right_exponential(float x, float unit, float value);
+/// Whether `value` is exp(x) / 2^exponent, to about three units in the last place.
+bool right_exponential(float x, float exponent, float value);

@@ -11,34 +11,34 @@ namespace r = refreekv;
 
 namespace {
 
-template <class Rule, class Seen, class... Values>
-void use(const Rule& rule, const Seen& seen, const Values&... values) {
+template <class Policy, class Layer, class... Values>
+void use(const Policy& policy, const Layer& layer, const Values&... values) {
   const r::cpu_backend cpu{2};
-  const r::decision_of<Rule, r::host_memory> kept{};
-  (void)r::why_invalid(rule, seen, kept, values...);
-  (void)r::prune(rule, cpu, seen, kept, {nullptr, r::workspace_size(rule, cpu, seen)},
+  const r::decision_of<Policy, r::host_memory> kept{};
+  (void)r::why_invalid(policy, layer, kept, values...);
+  (void)r::prune(policy, cpu, layer, kept, {nullptr, r::workspace_size(policy, cpu, layer)},
                  r::compaction::sinks_up, values...);
 }
 
 template <class T>
 void use_all(const r::dense<T>& keys, r::view<const T, 4> queries, r::scores_view<> scores) {
-  const auto seen = r::observe(queries, keys, {.layer = 7});
-  use(r::policy::refreekv{}, seen, keys);
-  use(r::policy::attention_ranked{}, seen);
+  const auto layer = r::observe(queries, keys, {.index = 7});
+  use(r::policy::refreekv{}, layer, keys);
+  use(r::policy::attention_ranked{}, layer);
   use(r::policy::streaming_llm{}, r::observe(keys));
-  const auto valued = r::with_values(seen, keys);
-  const r::policy::faithful rule{};
+  const auto valued = r::with_values(layer, keys);
+  const r::policy::faithful policy{};
   const r::kept_with_stand_ins<> both{};
-  (void)r::why_invalid(rule, valued, both);
-  (void)r::prune(rule, r::cpu_backend{2}, valued, both, {}, r::compaction::sinks_up);
+  (void)r::why_invalid(policy, valued, both);
+  (void)r::prune(policy, r::cpu_backend{2}, valued, both, {}, r::compaction::sinks_up);
   (void)r::compact(r::cpu_backend{}, both, r::compaction::sinks_up, keys, keys);
-  use(r::policy::h2o{}, r::with_scores(seen, scores), keys);
-  use(r::policy::snapkv{}, seen);
-  use(r::policy::pyramidkv{}, seen);
-  use(r::policy::cake{}, r::with_layers(seen, {}));
-  use(r::policy::cake_decode{}, seen);
-  use(r::policy::tova{}, seen);
-  use(r::policy::twilight{}, r::with_pages(seen, {}));
+  use(r::policy::h2o{}, r::with_scores(layer, scores), keys);
+  use(r::policy::snapkv{}, layer);
+  use(r::policy::pyramidkv{}, layer);
+  use(r::policy::cake{}, r::with_layers(layer, {}));
+  use(r::policy::cake_decode{}, layer);
+  use(r::policy::tova{}, layer);
+  use(r::policy::twilight{}, r::with_pages(layer, {}));
   const r::int4_keys<> codes{};
   const auto in_codes = r::observe(queries, codes);
   (void)r::select(r::policy::twilight{.full_layers = 0}, r::cpu_backend{}, in_codes, {}, {});
@@ -53,7 +53,7 @@ int main() {
   use_all<r::f16_bits>(r::dense(r::view<r::f16_bits, 4>()), {}, {});
   use_all<r::bf16_bits>(r::dense(r::view<r::bf16_bits, 4>()), {}, {});
   const r::paged<float> pages(r::view<float, 4>{}, r::page_table<std::int32_t>{});
-  use(r::policy::refreekv{}, r::observe(r::view<const float, 4>(), pages, {.layer = 7}));
+  use(r::policy::refreekv{}, r::observe(r::view<const float, 4>(), pages, {.index = 7}));
   const r::segmented<float> ring(r::view<float, 4>{}, r::view<const r::segment, 2>{});
   use(r::policy::streaming_llm{}, r::observe(ring));
   const r::page_lists<std::int32_t> table{};

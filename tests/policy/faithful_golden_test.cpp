@@ -34,7 +34,7 @@ struct golden_layer {
     }
   }
 
-  auto seen() {
+  auto layer() {
     using refreekv::dense, refreekv::view;
     return refreekv::with_values(
         refreekv::observe(view<const float, 4>(queries.data(), {1, window, kv_heads * group, dims}),
@@ -72,14 +72,14 @@ TEST_CASE("faithful keeps what its reference keeps", "[golden]") {
           std::vector<float>(&layer.queries[0], &layer.queries[dims]));
   REQUIRE(golden["cases"].size() == 6);
   for (const json& entry : golden["cases"]) {
-    const policy::faithful rule{.tolerance = entry["tolerance"],
-                                .window = window,
-                                .last_row = 0,
-                                .error_term = entry["error_term"]};
-    INFO("tolerance " << rule.tolerance << ", error term " << rule.error_term);
-    const valued_selection ours = run_valued(rule, divided<1>(), layer.seen());
+    const policy::faithful policy{.tolerance = entry["tolerance"],
+                                  .window = window,
+                                  .last_row = 0,
+                                  .error_term = entry["error_term"]};
+    INFO("tolerance " << policy.tolerance << ", error term " << policy.error_term);
+    const valued_selection ours = run_valued(policy, divided<1>(), layer.layer());
     REQUIRE(ours.status == refreekv::status::ok);
-    CHECK(run_valued(rule, divided<7>(), layer.seen()) == ours);
+    CHECK(run_valued(policy, divided<7>(), layer.layer()) == ours);
     CHECK(ours.kept == entry["kept"].get<golden::kept_heads>());
     for (std::size_t h = 0; h < size(kv_heads); ++h) {
       const json& stand_ins = entry["stand_ins"][h];

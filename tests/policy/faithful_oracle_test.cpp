@@ -11,21 +11,21 @@ namespace policy = refreekv::policy;
 using reference::faithful_layer;
 
 policy::faithful random_rule(random_source& random, bool alibi) {
-  policy::faithful rule;
-  rule.tolerance = random.one_of({1e-4, 0.01, 0.05, 0.1, 0.2, 0.4, 0.97});
-  rule.sinks = random.one_of<count_t>({0, 1, 4, 4, 7});
-  rule.recent = random.one_of<count_t>({0, 1, 8, 8, 30});
-  rule.window = random.one_of<count_t>({1, 2, 5, 8, 32});
-  rule.last_row = random.one_of({2.0, 2.0, 0.0, 0.5});
-  rule.prior = random.one_of({0.02, 0.02, 1e-4, 0.5});
-  rule.block = random.one_of<count_t>({64, 16, 7, 1, 256});
-  rule.sizes = random.one_of<count_t>({16, 16, 1, 5, 33, 64});
-  rule.error_rows = random.one_of<count_t>({4, 1, 3, 100});
-  rule.ridge = random.one_of({0.05, 0.05, 0.3});
-  rule.stand_ins = !alibi && random.chance(0.75);
-  rule.error_term = random.chance(0.75);
-  rule.scope = random.one_of({refreekv::cut_scope::kv_head, refreekv::cut_scope::layer});
-  return rule;
+  policy::faithful policy;
+  policy.tolerance = random.one_of({1e-4, 0.01, 0.05, 0.1, 0.2, 0.4, 0.97});
+  policy.sinks = random.one_of<count_t>({0, 1, 4, 4, 7});
+  policy.recent = random.one_of<count_t>({0, 1, 8, 8, 30});
+  policy.window = random.one_of<count_t>({1, 2, 5, 8, 32});
+  policy.last_row = random.one_of({2.0, 2.0, 0.0, 0.5});
+  policy.prior = random.one_of({0.02, 0.02, 1e-4, 0.5});
+  policy.block = random.one_of<count_t>({64, 16, 7, 1, 256});
+  policy.sizes = random.one_of<count_t>({16, 16, 1, 5, 33, 64});
+  policy.error_rows = random.one_of<count_t>({4, 1, 3, 100});
+  policy.ridge = random.one_of({0.05, 0.05, 0.3});
+  policy.stand_ins = !alibi && random.chance(0.75);
+  policy.error_term = random.chance(0.75);
+  policy.scope = random.one_of({refreekv::cut_scope::kv_head, refreekv::cut_scope::layer});
+  return policy;
 }
 
 position_t random_length(random_source& random) {
@@ -96,8 +96,8 @@ double distance(const std::vector<float>& ours, const reference::scores& theirs)
 }
 
 /// Empty, or in what a sequence's decision is not the oracle's, nor one that rounding explains.
-std::string disagreement(const policy::faithful& rule, const faithful_layer& oracle,
-                         const valued_selection& ours, index_t s, index_t tokens, doubts& seen) {
+std::string disagreement(const policy::faithful& policy, const faithful_layer& oracle,
+                         const valued_selection& ours, index_t s, index_t tokens, doubts& layer) {
   const index_t kv_heads = oracle.kv_heads();
   std::vector<std::vector<bool>> stays;
   index_t total = 0;
@@ -106,7 +106,8 @@ std::string disagreement(const policy::faithful& rule, const faithful_layer& ora
     for (const position_t t : ours.at(s, h)) stays.back()[size(t)] = true;
     total += static_cast<index_t>(ours.at(s, h).size());
     if (ours.counts[size(s * kv_heads + h)].undecided != oracle.undecided()) return "undecided";
-    if (rule.scope == refreekv::cut_scope::layer && ours.at(s, h).size() != ours.at(s, 0).size()) {
+    if (policy.scope == refreekv::cut_scope::layer &&
+        ours.at(s, h).size() != ours.at(s, 0).size()) {
       return "KV heads keep different numbers";
     }
   }
@@ -114,32 +115,32 @@ std::string disagreement(const policy::faithful& rule, const faithful_layer& ora
 
   // Which size was chosen, and whether bisection leads there.
   index_t chosen = -1;
-  for (index_t i = rule.sizes; i >= 0; --i) {
+  for (index_t i = policy.sizes; i >= 0; --i) {
     index_t kept = 0;
     for (const auto& head : oracle.kept(i)) kept += std::count(head.begin(), head.end(), true);
     if (kept == total) chosen = i;
   }
   if (chosen < 0) return "no size keeps " + std::to_string(total);
   const auto same_size = [&](index_t i) { return oracle.kept_by(i) == oracle.kept_by(chosen); };
-  index_t low = -1, high = rule.sizes;
+  index_t low = -1, high = policy.sizes;
   bool certain = true;
   while (high - low > 1) {
     const index_t middle = low + (high - low) / 2;
     const auto [lost, error] = oracle.cost_of(middle);
-    const double criterion = rule.error_term ? std::sqrt(error * lost) : lost;
+    const double criterion = policy.error_term ? std::sqrt(error * lost) : lost;
     // Of outputs in float, an error is known to 2e-7.
-    const double enough = rule.tolerance * rule.tolerance / lost;
-    const bool near = std::abs(criterion - rule.tolerance) <= 1e-6 ||
-                      (rule.error_term && std::abs(error - enough) <= 2e-7) ||
+    const double enough = policy.tolerance * policy.tolerance / lost;
+    const bool near = std::abs(criterion - policy.tolerance) <= 1e-6 ||
+                      (policy.error_term && std::abs(error - enough) <= 2e-7) ||
                       oracle.is_near_tie(middle);
-    ++seen.sizes;
-    seen.near += near ? 1 : 0;
+    ++layer.sizes;
+    layer.near += near ? 1 : 0;
     certain = certain && !near;
     if (!certain) break;
-    (criterion <= rule.tolerance ? high : low) = middle;
+    (criterion <= policy.tolerance ? high : low) = middle;
   }
   if (certain && !same_size(high)) {
-    return "size " + std::to_string(chosen) + " of " + std::to_string(index_t{rule.sizes}) +
+    return "size " + std::to_string(chosen) + " of " + std::to_string(index_t{policy.sizes}) +
            ", oracle " + std::to_string(high);
   }
 
@@ -148,7 +149,7 @@ std::string disagreement(const policy::faithful& rule, const faithful_layer& ora
   if (stays != expected && !oracle.is_near_tie(chosen)) return "other tokens";
 
   std::size_t most = 0;  // of any KV head, which all have where they have one length
-  for (index_t h = 0; rule.scope == refreekv::cut_scope::layer && h < kv_heads; ++h) {
+  for (index_t h = 0; policy.scope == refreekv::cut_scope::layer && h < kv_heads; ++h) {
     most = std::max(most, oracle.blocks(stays[size(h)]).size());
   }
   for (index_t h = 0; h < kv_heads; ++h) {
@@ -167,25 +168,26 @@ std::string disagreement(const policy::faithful& rule, const faithful_layer& ora
 }
 
 template <class T, class Keys, class Values>
-void check(const policy::faithful& rule, problem& p, plain_rows& values, const Keys& keys,
-           const Values& value_cache, doubts& seen) {
+void check(const policy::faithful& policy, problem& p, plain_rows& values, const Keys& keys,
+           const Values& value_cache, doubts& layer) {
   std::vector<T> queries;
   for (const float q : p.queries) queries.push_back(to_element<T>(q));
   const refreekv::view q(queries.data(), {p.sequences(), p.window, p.q_heads(), p.head_dim});
   const auto observed =
       refreekv::with_values(refreekv::observe(q, keys.source(), p.info()), value_cache.source());
-  const valued_selection ours = run_valued(rule, divided<1>(), observed);
+  const valued_selection ours = run_valued(policy, divided<1>(), observed);
   REQUIRE(ours.status == refreekv::status::ok);
-  CHECK(run_valued(rule, divided<7>(), observed) == ours);
-  if (refreekv::workspace_size(rule, divided<1>(), observed) > 0) {
-    CHECK(run_valued(rule, divided<1>(), observed, 1).status == refreekv::status::small_workspace);
+  CHECK(run_valued(policy, divided<7>(), observed) == ours);
+  if (refreekv::workspace_size(policy, divided<1>(), observed) > 0) {
+    CHECK(run_valued(policy, divided<1>(), observed, 1).status ==
+          refreekv::status::small_workspace);
   }
   CHECK(keys.untouched());
   CHECK(value_cache.untouched());
   for (index_t s = 0; s < p.sequences(); ++s) {
     INFO("sequence " << s << " of " << p.lengths[size(s)] << " tokens");
-    const faithful_layer oracle(rule, p, values, s);
-    CHECK(disagreement(rule, oracle, ours, s, p.lengths[size(s)], seen) == "");
+    const faithful_layer oracle(policy, p, values, s);
+    CHECK(disagreement(policy, oracle, ours, s, p.lengths[size(s)], layer) == "");
   }
 }
 
@@ -195,12 +197,12 @@ TEST_CASE("faithful agrees with the oracle", "[oracle]") {
   using half = Eigen::half;
   using bf16 = refreekv::bf16_bits;
   const unsigned first = base_seed();
-  doubts seen;
+  doubts layer;
   for (unsigned seed = first; seed < first + problems; ++seed) {
     random_source random(seed);
     problem p = random_problem(random);
     plain_rows values = random_values(p, random);
-    const policy::faithful rule = random_rule(random, !p.alibi_slopes.empty());
+    const policy::faithful policy = random_rule(random, !p.alibi_slopes.empty());
     if (random.chance(0.15)) spoil(p, values, random);
     INFO("REFREEKV_SEED=" << seed);
     const auto keys_as = random.between(0, layout_kinds - 1);
@@ -210,7 +212,7 @@ TEST_CASE("faithful agrees with the oracle", "[oracle]") {
       for (auto& rows : values.values) round_to<T>(rows);
       with_layout<T>(size(keys_as), p.keys, [&](const char*, const auto& keys) {
         with_layout<T>(size(values_as), values, [&](const char*, const auto& value_cache) {
-          check<T>(rule, p, values, keys, value_cache, seen);
+          check<T>(policy, p, values, keys, value_cache, layer);
         });
       });
     };
@@ -220,6 +222,6 @@ TEST_CASE("faithful agrees with the oracle", "[oracle]") {
       default: with_type(bf16{}); break;
     }
   }
-  INFO(seen.near << " of " << seen.sizes << " sizes were too near to call");
-  CHECK(seen.near * 50 < seen.sizes);
+  INFO(layer.near << " of " << layer.sizes << " sizes were too near to call");
+  CHECK(layer.near * 50 < layer.sizes);
 }

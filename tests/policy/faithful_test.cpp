@@ -8,12 +8,12 @@ namespace {
 
 constexpr index_t kv_heads = 3, value_dim = 5;
 
-struct layer {
+struct valued_problem {
   problem p;
   plain_rows values;
 
-  explicit layer(std::vector<position_t> lengths, index_t heads = kv_heads, index_t group = 2,
-                 unsigned seed = base_seed())
+  explicit valued_problem(std::vector<position_t> lengths, index_t heads = kv_heads,
+                          index_t group = 2, unsigned seed = base_seed())
       : p(heads, group, 16, 8, lengths), values(heads, value_dim, lengths) {
     random_source random(seed);
     fill(p, random);
@@ -26,7 +26,8 @@ struct layer {
 /// Selects on copies of a layer in caches of T and layout i, and calls check(keys, values, kept,
 /// backend).
 template <class T, class Check>
-void with_decision(layer& l, const policy::faithful& rule, std::size_t layout, const Check& check) {
+void with_decision(valued_problem& l, const policy::faithful& policy, std::size_t layout,
+                   const Check& check) {
   round_problem<T>(l.p);
   for (auto& rows : l.values.values) round_to<T>(rows);
   std::vector<T> queries;
@@ -35,13 +36,13 @@ void with_decision(layer& l, const policy::faithful& rule, std::size_t layout, c
   with_layout<T>(layout, l.p.keys, [&](const char* name, const auto& keys) {
     with_layout<T>(layout, l.values, [&](const char*, const auto& values) {
       INFO(name);
-      const auto on = divided<2>();
-      const auto seen = with_values(observe(q, keys.source(), l.p.info()), values.source());
-      guarded_bytes memory(workspace_size(rule, on, seen));
-      guarded_decision guarded(rule, seen);
+      const auto exec = divided<2>();
+      const auto layer = with_values(observe(q, keys.source(), l.p.info()), values.source());
+      guarded_bytes memory(workspace_size(policy, exec, layer));
+      guarded_decision guarded(policy, layer);
       const kept_with_stand_ins<> kept = guarded.kept();
-      REQUIRE(select(rule, on, seen, kept, memory.middle()) == status::ok);
-      check(keys, values, kept, on);
+      REQUIRE(select(policy, exec, layer, kept, memory.middle()) == status::ok);
+      check(keys, values, kept, exec);
       CHECK(memory.intact());
       CHECK(guarded.intact());
       CHECK(keys.untouched());
@@ -74,24 +75,24 @@ std::vector<float> rounded(std::vector<float> row) {
 }
 
 template <class T>
-void check_compaction(compaction how, cut_scope scope) {
+void check_compaction(compaction mode, cut_scope scope) {
   for (std::size_t layout = 0; layout < layout_kinds; ++layout) {
-    layer l({300, 0, 40, 5, 129});
-    const policy::faithful rule{.tolerance = 0.4, .block = 16, .scope = scope};
+    valued_problem l({300, 0, 40, 5, 129});
+    const policy::faithful policy{.tolerance = 0.4, .block = 16, .scope = scope};
     with_decision<T>(
-        l, rule, layout,
-        [&](const auto& keys, const auto& values, const auto& kept, const auto& on) {
+        l, policy, layout,
+        [&](const auto& keys, const auto& values, const auto& kept, const auto& exec) {
           index_t stand_ins = 0;
-          REQUIRE(why_invalid(kept, how, keys.source(), values.source()) == nullptr);
-          REQUIRE(compact(on, kept, how, keys.source(), values.source()) == status::ok);
+          REQUIRE(why_invalid(kept, mode, keys.source(), values.source()) == nullptr);
+          REQUIRE(compact(exec, kept, mode, keys.source(), values.source()) == status::ok);
           for (index_t s = 0; s < l.p.sequences(); ++s) {
             for (index_t h = 0; h < kv_heads; ++h) {
-              const kept_count& k = kept.counts(s, h);
+              const kept_tokens& k = kept.counts(s, h);
               const index_t rows = kept.length(s, h) - k.count;
               if (scope == cut_scope::layer) CHECK(kept.length(s, h) == kept.length(s, 0));
               CHECK(kept.length(s, h) <= k.tokens);
               CHECK(k.next_position() == l.p.lengths[size(s)]);
-              const index_t first = first_slot(k, how);
+              const index_t first = first_slot(k, mode);
               for (index_t i = 0; i < k.count; ++i) {
                 const index_t token = kept.positions(s, h, i);
                 CHECK(row_of(keys.source(), s, h, first + i) == row_of(l.p.keys, s, h, token));
@@ -99,8 +100,8 @@ void check_compaction(compaction how, cut_scope scope) {
               }
               const auto own_keys = rows_of(kept.stand_ins.keys, s, h, rows);
               const auto own_values = rows_of(kept.stand_ins.values, s, h, rows);
-              const index_t at = first_stand_in(k, rows, how);
-              CHECK(at == (how == compaction::suffix_down ? first + k.count : first - rows));
+              const index_t at = first_stand_in(k, rows, mode);
+              CHECK(at == (mode == compaction::suffix_down ? first + k.count : first - rows));
               for (index_t i = 0; i < rows; ++i) {
                 CHECK(row_of(keys.source(), s, h, at + i) == rounded<T>(own_keys[size(i)]));
                 CHECK(row_of(values.source(), s, h, at + i) == rounded<T>(own_values[size(i)]));
@@ -114,12 +115,12 @@ void check_compaction(compaction how, cut_scope scope) {
 }
 
 /// Why select refuses, or "".
-template <class Seen>
-std::string refused(const policy::faithful& rule, const Seen& seen,
+template <class Layer>
+std::string refused(const policy::faithful& policy, const Layer& layer,
                     const kept_with_stand_ins<>& kept) {
-  const char* why = why_invalid(rule, seen, kept);
-  std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
-  const status s = select(rule, divided<1>(), seen, kept, scratch);
+  const char* why = why_invalid(policy, layer, kept);
+  std::vector<std::byte> scratch(workspace_size(policy, divided<1>(), layer));
+  const status s = select(policy, divided<1>(), layer, kept, scratch);
   CHECK(s == (why == nullptr ? status::ok : status::invalid_argument));
   return why == nullptr ? "" : why;
 }
@@ -129,11 +130,11 @@ bool begins(const std::string& text, const std::string& start) { return text.sta
 }  // namespace
 
 TEST_CASE("what stays and its stand-ins lie together, in every layout and type", "[faithful]") {
-  for (const compaction how : {compaction::suffix_down, compaction::sinks_up}) {
+  for (const compaction mode : {compaction::suffix_down, compaction::sinks_up}) {
     for (const cut_scope scope : {cut_scope::kv_head, cut_scope::layer}) {
-      check_compaction<float>(how, scope);
-      check_compaction<Eigen::half>(how, scope);
-      check_compaction<bf16_bits>(how, scope);
+      check_compaction<float>(mode, scope);
+      check_compaction<Eigen::half>(mode, scope);
+      check_compaction<bf16_bits>(mode, scope);
     }
   }
 }
@@ -142,7 +143,7 @@ TEST_CASE("short prompts, one KV head, many query heads", "[faithful]") {
   for (const index_t group : {1, 128}) {
     for (const position_t n : {0, 1, 4, 5, 6, 33}) {
       INFO(n << " tokens, " << group << " query heads");
-      layer l({n}, 1, group);
+      valued_problem l({n}, 1, group);
       l.p.soft_cap = 20;
       with_decision<float>(
           l, {.tolerance = 1, .error_term = false}, 0,
@@ -158,7 +159,7 @@ TEST_CASE("short prompts, one KV head, many query heads", "[faithful]") {
 }
 
 TEST_CASE("of equal tokens the lower head's stay, and of one head the lower ones", "[faithful]") {
-  layer l({200});
+  valued_problem l({200});
   for (index_t h = 0; h < kv_heads; ++h) {
     for (index_t t = 0; t < 200; ++t) {
       for (index_t d = 0; d < 16; ++d) l.p.keys.at(0, h, t, d) = l.p.keys.at(0, 0, 50, d);
@@ -173,8 +174,8 @@ TEST_CASE("of equal tokens the lower head's stay, and of one head the lower ones
     for (index_t d = 0; d < 16; ++d) l.p.keys.at(0, h, 1, d) = d % 2 == 0 ? 100.0f : -90.0f;
   }
   // No two scores differ: half of all candidates stay. That is all of head 0, and a half of head 1.
-  const policy::faithful rule{.tolerance = 0.55, .sizes = 2, .error_term = false};
-  with_decision<float>(l, rule, 0, [&](const auto&, const auto&, const auto& kept, const auto&) {
+  const policy::faithful policy{.tolerance = 0.55, .sizes = 2, .error_term = false};
+  with_decision<float>(l, policy, 0, [&](const auto&, const auto&, const auto& kept, const auto&) {
     CHECK(kept.counts(0, 0).count == 200);
     CHECK(kept.counts(0, 1).count == 4 + 94 + 8);
     for (index_t i = 0; i < 98; ++i) CHECK(kept.positions(0, 1, i) == i);
@@ -183,7 +184,7 @@ TEST_CASE("of equal tokens the lower head's stay, and of one head the lower ones
 }
 
 TEST_CASE("values that are 0 say nothing: all stay", "[faithful]") {
-  layer l({90});
+  valued_problem l({90});
   for (auto& rows : l.values.values) std::fill(rows.begin(), rows.end(), 0.0f);
   with_decision<float>(l, {}, 0, [&](const auto&, const auto&, const auto& kept, const auto&) {
     for (index_t h = 0; h < kv_heads; ++h) CHECK(kept.counts(0, h).count == 90);
@@ -191,8 +192,8 @@ TEST_CASE("values that are 0 say nothing: all stay", "[faithful]") {
 }
 
 TEST_CASE("options of faithful outside their range are named", "[faithful]") {
-  const auto names = [](const policy::faithful& rule, const std::string& option) {
-    const char* why = rule.invalid();
+  const auto names = [](const policy::faithful& policy, const std::string& option) {
+    const char* why = policy.invalid();
     return why != nullptr && begins(why, option);
   };
   CHECK(policy::faithful{}.invalid() == nullptr);
@@ -218,33 +219,33 @@ TEST_CASE("options of faithful outside their range are named", "[faithful]") {
 }
 
 TEST_CASE("an engine hears why faithful does not decide", "[faithful]") {
-  layer l({90});
+  valued_problem l({90});
   const dense_cache<float> keys(l.p.keys), values(l.values);
   const auto observed = observe(l.p.query_view(), keys.source(), l.p.info());
-  const auto seen = with_values(observed, values.source());
-  const policy::faithful rule, positions{.stand_ins = false};
-  guarded_decision guarded(rule, seen);
+  const auto layer = with_values(observed, values.source());
+  const policy::faithful policy, positions{.stand_ins = false};
+  guarded_decision guarded(policy, layer);
   const kept_with_stand_ins<> kept = guarded.kept();
-  CHECK(refused(rule, seen, kept) == "");
+  CHECK(refused(policy, layer, kept) == "");
 
   const kept_positions<>& only = kept;
-  CHECK(begins(refused(rule, seen, only), "no memory for stand-ins"));
-  CHECK(refused(positions, seen, only) == "");
+  CHECK(begins(refused(policy, layer, only), "no memory for stand-ins"));
+  CHECK(refused(positions, layer, only) == "");
 
   kept_with_stand_ins<> small = kept;
   small.stand_ins.keys = {kept.stand_ins.keys.data(), {1, kv_heads, 1, 16}};
-  CHECK(begins(refused(rule, seen, small), "stand-ins must be"));
+  CHECK(begins(refused(policy, layer, small), "stand-ins must be"));
   small = kept;
   small.stand_ins.values = {kept.stand_ins.values.data(), {1, kv_heads, 2, value_dim - 1}};
-  CHECK(begins(refused(rule, seen, small), "stand-ins must be"));
+  CHECK(begins(refused(policy, layer, small), "stand-ins must be"));
   small = kept;
   small.stand_ins.counts = {kept.stand_ins.counts.data(), {1, kv_heads - 1}};
-  CHECK(begins(refused(rule, seen, small), "stand-in counts"));
+  CHECK(begins(refused(policy, layer, small), "stand-in counts"));
 
   const std::vector<float> slopes(size(l.p.q_heads()), 0.1f);
-  auto alibi = seen;
+  auto alibi = layer;
   alibi.info.attention.alibi_slopes = {slopes.data(), {l.p.q_heads()}};
-  CHECK(begins(refused(rule, alibi, kept), "stand-ins have no position"));
+  CHECK(begins(refused(policy, alibi, kept), "stand-ins have no position"));
   CHECK(refused(positions, alibi, only) == "");
 
   // Multi-head latent attention: values are the first dimensions of the keys.
@@ -253,23 +254,23 @@ TEST_CASE("an engine hears why faithful does not decide", "[faithful]") {
       view<float, 4>(rows.data, {1, kv_heads, 90, 8},
                      {0, keys.source().run_at(0, 1, 0).data - rows.data, rows.token_stride, 1}));
   const auto mla = with_values(observed, latent);
-  CHECK(begins(refused(rule, mla, kept), "values are a part of the keys"));
+  CHECK(begins(refused(policy, mla, kept), "values are a part of the keys"));
   CHECK(refused(positions, mla, only) == "");
 
-  layer shorter({80});
+  valued_problem shorter({80});
   const dense_cache<float> others(shorter.values);
-  CHECK(begins(refused(rule, with_values(observed, others.source()), kept), "values and keys"));
+  CHECK(begins(refused(policy, with_values(observed, others.source()), kept), "values and keys"));
 }
 
 TEST_CASE("stand-ins go into keys and values, and into what dropped tokens leave", "[faithful]") {
-  layer l({90});
-  const policy::faithful rule{.tolerance = 0.4};
-  with_decision<float>(l, rule, 0,
-                       [&](const auto& keys, const auto& values, auto kept, const auto& on) {
-                         constexpr auto how = compaction::suffix_down;
+  valued_problem l({90});
+  const policy::faithful policy{.tolerance = 0.4};
+  with_decision<float>(l, policy, 0,
+                       [&](const auto& keys, const auto& values, auto kept, const auto& exec) {
+                         constexpr auto mode = compaction::suffix_down;
                          const auto why = [&](const auto&... sources) {
-                           const char* text = why_invalid(kept, how, sources...);
-                           CHECK(compact(on, kept, how, sources...) ==
+                           const char* text = why_invalid(kept, mode, sources...);
+                           CHECK(compact(exec, kept, mode, sources...) ==
                                  (text == nullptr ? status::ok : status::invalid_argument));
                            return std::string(text == nullptr ? "" : text);
                          };
@@ -288,16 +289,16 @@ TEST_CASE("stand-ins go into keys and values, and into what dropped tokens leave
 }
 
 TEST_CASE("prune selects, gathers and fills in", "[faithful]") {
-  layer l({150});
+  valued_problem l({150});
   const dense_cache<float> keys(l.p.keys), values(l.values);
-  const policy::faithful rule{.tolerance = 0.3};
-  const auto seen =
+  const policy::faithful policy{.tolerance = 0.3};
+  const auto layer =
       with_values(observe(l.p.query_view(), keys.source(), l.p.info()), values.source());
-  const valued_selection expected = run_valued(rule, divided<1>(), seen);
-  guarded_decision guarded(rule, seen);
+  const valued_selection expected = run_valued(policy, divided<1>(), layer);
+  guarded_decision guarded(policy, layer);
   const kept_with_stand_ins<> kept = guarded.kept();
-  std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
-  REQUIRE(prune(rule, divided<1>(), seen, kept, scratch, compaction::suffix_down) == status::ok);
+  std::vector<std::byte> scratch(workspace_size(policy, divided<1>(), layer));
+  REQUIRE(prune(policy, divided<1>(), layer, kept, scratch, compaction::suffix_down) == status::ok);
   for (index_t h = 0; h < kv_heads; ++h) {
     CHECK(positions_of(kept, 0, h) == expected.at(0, h));
     const auto& own = expected.keys[size(h)];
@@ -309,17 +310,17 @@ TEST_CASE("prune selects, gathers and fills in", "[faithful]") {
 }
 
 TEST_CASE("a decision without stand-ins leaves none of an earlier one", "[faithful]") {
-  layer l({150});
+  valued_problem l({150});
   const dense_cache<float> keys(l.p.keys), values(l.values);
-  const auto seen =
+  const auto layer =
       with_values(observe(l.p.query_view(), keys.source(), l.p.info()), values.source());
   const policy::faithful with{.tolerance = 0.3};
-  guarded_decision guarded(with, seen);
+  guarded_decision guarded(with, layer);
   const kept_with_stand_ins<> kept = guarded.kept();
   for (const bool stand_ins : {true, false}) {
-    const policy::faithful rule{.tolerance = 0.3, .stand_ins = stand_ins};
-    std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
-    REQUIRE(select(rule, divided<1>(), seen, kept, scratch) == status::ok);
+    const policy::faithful policy{.tolerance = 0.3, .stand_ins = stand_ins};
+    std::vector<std::byte> scratch(workspace_size(policy, divided<1>(), layer));
+    REQUIRE(select(policy, divided<1>(), layer, kept, scratch) == status::ok);
     for (index_t h = 0; h < kv_heads; ++h) {
       CHECK((kept.length(0, h) > kept.counts(0, h).count) == stand_ins);
     }
@@ -327,15 +328,15 @@ TEST_CASE("a decision without stand-ins leaves none of an earlier one", "[faithf
 }
 
 TEST_CASE("prune writes stand-ins into values that are passed by name, too", "[faithful]") {
-  layer l({150});
+  valued_problem l({150});
   const dense_cache<float> keys(l.p.keys), values(l.values);
-  const policy::faithful rule{.tolerance = 0.3};
-  const auto seen =
+  const policy::faithful policy{.tolerance = 0.3};
+  const auto layer =
       with_values(observe(l.p.query_view(), keys.source(), l.p.info()), values.source());
-  guarded_decision guarded(rule, seen);
+  guarded_decision guarded(policy, layer);
   const kept_with_stand_ins<> kept = guarded.kept();
-  std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
-  REQUIRE(prune(rule, divided<1>(), seen, kept, scratch, compaction::suffix_down,
+  std::vector<std::byte> scratch(workspace_size(policy, divided<1>(), layer));
+  REQUIRE(prune(policy, divided<1>(), layer, kept, scratch, compaction::suffix_down,
                 values.source()) == status::ok);
   for (index_t h = 0; h < kv_heads; ++h) {
     const float* row = kept.stand_ins.values.at(0, h, 0);
@@ -345,15 +346,15 @@ TEST_CASE("prune writes stand-ins into values that are passed by name, too", "[f
 }
 
 TEST_CASE("workers beyond the KV heads need no memory", "[faithful][workspace]") {
-  layer l({1000});
+  valued_problem l({1000});
   const dense_cache<float> keys(l.p.keys), values(l.values);
-  const auto seen = observe(l.p.query_view(), keys.source(), l.p.info());
-  const auto check = [&](const auto& rule, const auto& what, const auto& run) {
-    CHECK(workspace_size(rule, divided<64>(), what) ==
-          workspace_size(rule, divided<kv_heads>(), what));
-    CHECK(run(rule, divided<64>(), what) == run(rule, divided<1>(), what));
+  const auto layer = observe(l.p.query_view(), keys.source(), l.p.info());
+  const auto check = [&](const auto& policy, const auto& what, const auto& run) {
+    CHECK(workspace_size(policy, divided<64>(), what) ==
+          workspace_size(policy, divided<kv_heads>(), what));
+    CHECK(run(policy, divided<64>(), what) == run(policy, divided<1>(), what));
   };
-  check(policy::faithful{}, with_values(seen, values.source()),
+  check(policy::faithful{}, with_values(layer, values.source()),
         [](const auto&... a) { return run_valued(a...); });
-  check(policy::snapkv{.budget = 300}, seen, [](const auto&... a) { return run_ranked(a...); });
+  check(policy::snapkv{.budget = 300}, layer, [](const auto&... a) { return run_ranked(a...); });
 }

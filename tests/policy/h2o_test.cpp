@@ -20,17 +20,17 @@ class decoder {
 
   /// Appends a token with a random query, or one with NaN, and returns what is kept of each KV
   /// head.
-  ranked_selection step(const policy::h2o& rule, bool bad) {
+  ranked_selection step(const policy::h2o& policy, bool bad) {
     REQUIRE(length_ < capacity);
     write_key(length_++);
     std::vector<float> query(size(2 * kv_heads * dim));
     for (float& q : query) q = random_.normal(2);
     if (bad) query[3] = std::numeric_limits<float>::quiet_NaN();
-    const auto seen =
+    const auto layer =
         with_scores(observe(view<const float, 4>(query.data(), {1, 1, 2 * kv_heads, dim}),
                             dense(keys(), lengths())),
                     scores());
-    const ranked_selection kept = run_ranked(rule, divided<2>(), seen);
+    const ranked_selection kept = run_ranked(policy, divided<2>(), layer);
     REQUIRE(kept.status == status::ok);
     for (index_t h = 0; h < kv_heads; ++h) {
       for (std::size_t i = 0; i < kept.at(0, h).size(); ++i) {
@@ -69,14 +69,14 @@ class decoder {
 }  // namespace
 
 TEST_CASE("a row of NaN keeps everything once, and eviction goes on", "[h2o]") {
-  const policy::h2o rule{.budget = 12, .recent = 6};
+  const policy::h2o policy{.budget = 12, .recent = 6};
   decoder layer(12);
   for (int step = 0; step < 50; ++step) {
     INFO("REFREEKV_SEED=" << base_seed() << " step " << step);
     const bool bad = step % 10 == 3;
     std::vector<float> before = layer.scores_of(0), other = layer.scores_of(1);
-    const ranked_selection kept = layer.step(rule, bad);
-    for (const kept_count& count : kept.counts) {
+    const ranked_selection kept = layer.step(policy, bad);
+    for (const kept_tokens& count : kept.counts) {
       CHECK(count.undecided == bad);
       CHECK(count.count == (bad ? count.tokens : 12));
     }

@@ -10,15 +10,15 @@ namespace {
 constexpr count_t wrapped = static_cast<count_t>(-1);
 
 /// The first word of why select refuses; checks that it does.
-template <class Rule, class Seen>
-std::string why(const Rule& rule, const Seen& seen) {
-  guarded_positions guarded(seen.sequences(), seen.kv_heads(), seen.capacity());
-  const char* reason = why_invalid(rule, seen, guarded.kept());
+template <class Policy, class Layer>
+std::string why(const Policy& policy, const Layer& layer) {
+  guarded_positions guarded(layer.sequences(), layer.kv_heads(), layer.capacity());
+  const char* reason = why_invalid(policy, layer, guarded.kept());
   std::vector<std::byte> scratch(1 << 20);
-  const status s = select(rule, divided<1>(), seen, guarded.kept(), scratch);
+  const status s = select(policy, divided<1>(), layer, guarded.kept(), scratch);
   CHECK(s == (reason == nullptr ? status::ok : status::invalid_argument));
-  CHECK((workspace_size(rule, divided<1>(), seen) == 0) ==
-        (rule.invalid() != nullptr || seen.invalid() != nullptr));
+  CHECK((workspace_size(policy, divided<1>(), layer) == 0) ==
+        (policy.invalid() != nullptr || layer.invalid() != nullptr));
   const std::string text = reason == nullptr ? "" : reason;
   return text.substr(0, text.find(' '));
 }
@@ -30,77 +30,77 @@ TEST_CASE("options outside their range are named", "[policy]") {
   random_source random(base_seed());
   fill(p, random);
   const dense_cache<float> cache(p.keys);
-  const auto seen = observe(p.query_view(), cache.source(), p.info());
+  const auto layer = observe(p.query_view(), cache.source(), p.info());
   using namespace refreekv::policy;
-  CHECK(why(h2o{}, seen) == "");
-  CHECK(why(h2o{.budget = wrapped}, seen) == "budget");
-  CHECK(why(h2o{.budget = -1}, seen) == "budget");
-  CHECK(why(h2o{.recent = token_budget::share(2)}, seen) == "recent");
-  CHECK(why(h2o{.window = 0}, seen) == "window");
-  CHECK(why(snapkv{}, seen) == "");
-  CHECK(why(snapkv{.budget = token_budget::share(-1)}, seen) == "budget");
-  CHECK(why(snapkv{.window = wrapped}, seen) == "window");
-  CHECK(why(snapkv{.pool = {pool_kind::max, 4}}, seen) == "pool.width");
-  CHECK(why(snapkv{.pool = {pool_kind::max, 0}}, seen) == "pool.width");
-  CHECK(why(snapkv{.head_floor = 0}, seen) == "");
-  CHECK(why(snapkv{.head_floor = -0.1}, seen) == "head_floor");
-  CHECK(why(snapkv{.head_floor = 1.1}, seen) == "head_floor");
-  CHECK(why(snapkv{.head_floor = std::nan("")}, seen) == "head_floor");
-  CHECK(why(pyramidkv{}, seen) == "");
-  CHECK(why(pyramidkv{.budget = wrapped}, seen) == "budget");
-  CHECK(why(pyramidkv{.window = 0}, seen) == "window");
-  CHECK(why(pyramidkv{.pool = {pool_kind::average, 2}}, seen) == "pool.width");
-  CHECK(why(pyramidkv{.beta = 0}, seen) == "beta");
-  CHECK(why(pyramidkv{.layers = 0}, seen) == "layers");
-  CHECK(why(pyramidkv{.layers = 9}, seen) == "layer");  // this is the tenth
-  CHECK(why(tova{}, seen) == "");
-  CHECK(why(tova{.budget = wrapped}, seen) == "budget");
-  CHECK(why(tova{.budget = token_budget::share(1.5)}, seen) == "budget");
-  CHECK(why(attention_ranked{}, seen) == "");
-  CHECK(why(attention_ranked{.threshold = -0.1}, seen) == "threshold");
-  CHECK(why(attention_ranked{.window = 0}, seen) == "window");
-  CHECK(why(attention_ranked{.recent = wrapped}, seen) == "recent");
-  CHECK(why(attention_ranked{.full_layers = wrapped}, seen) == "full_layers");
-  CHECK(why(twilight{}, seen) == "");
-  CHECK(why(twilight{.p = std::nan("")}, seen) == "p");
-  CHECK(why(twilight{.p = 1.1}, seen) == "p");
-  CHECK(why(twilight{.selected = 0}, seen) == "selected");
-  CHECK(why(twilight{.full_layers = wrapped}, seen) == "full_layers");
-  CHECK(why(cake_decode{}, seen) == "");
-  CHECK(why(cake_decode{.budget = wrapped}, seen) == "budget");
-  CHECK(why(cake_decode{.recent = wrapped}, seen) == "recent");
-  CHECK(why(cake_decode{.pool = {pool_kind::average, 2}}, seen) == "pool.width");
+  CHECK(why(h2o{}, layer) == "");
+  CHECK(why(h2o{.budget = wrapped}, layer) == "budget");
+  CHECK(why(h2o{.budget = -1}, layer) == "budget");
+  CHECK(why(h2o{.recent = token_budget::share(2)}, layer) == "recent");
+  CHECK(why(h2o{.window = 0}, layer) == "window");
+  CHECK(why(snapkv{}, layer) == "");
+  CHECK(why(snapkv{.budget = token_budget::share(-1)}, layer) == "budget");
+  CHECK(why(snapkv{.window = wrapped}, layer) == "window");
+  CHECK(why(snapkv{.pool = {pool_kind::max, 4}}, layer) == "pool.width");
+  CHECK(why(snapkv{.pool = {pool_kind::max, 0}}, layer) == "pool.width");
+  CHECK(why(snapkv{.head_floor = 0}, layer) == "");
+  CHECK(why(snapkv{.head_floor = -0.1}, layer) == "head_floor");
+  CHECK(why(snapkv{.head_floor = 1.1}, layer) == "head_floor");
+  CHECK(why(snapkv{.head_floor = std::nan("")}, layer) == "head_floor");
+  CHECK(why(pyramidkv{}, layer) == "");
+  CHECK(why(pyramidkv{.budget = wrapped}, layer) == "budget");
+  CHECK(why(pyramidkv{.window = 0}, layer) == "window");
+  CHECK(why(pyramidkv{.pool = {pool_kind::average, 2}}, layer) == "pool.width");
+  CHECK(why(pyramidkv{.beta = 0}, layer) == "beta");
+  CHECK(why(pyramidkv{.layers = 0}, layer) == "layers");
+  CHECK(why(pyramidkv{.layers = 9}, layer) == "layer_info::index");  // this is the tenth
+  CHECK(why(tova{}, layer) == "");
+  CHECK(why(tova{.budget = wrapped}, layer) == "budget");
+  CHECK(why(tova{.budget = token_budget::share(1.5)}, layer) == "budget");
+  CHECK(why(attention_ranked{}, layer) == "");
+  CHECK(why(attention_ranked{.threshold = -0.1}, layer) == "threshold");
+  CHECK(why(attention_ranked{.window = 0}, layer) == "window");
+  CHECK(why(attention_ranked{.recent = wrapped}, layer) == "recent");
+  CHECK(why(attention_ranked{.full_layers = wrapped}, layer) == "full_layers");
+  CHECK(why(twilight{}, layer) == "");
+  CHECK(why(twilight{.mass = std::nan("")}, layer) == "mass");
+  CHECK(why(twilight{.mass = 1.1}, layer) == "mass");
+  CHECK(why(twilight{.selector_budget = 0}, layer) == "selector_budget");
+  CHECK(why(twilight{.full_layers = wrapped}, layer) == "full_layers");
+  CHECK(why(cake_decode{}, layer) == "");
+  CHECK(why(cake_decode{.budget = wrapped}, layer) == "budget");
+  CHECK(why(cake_decode{.recent = wrapped}, layer) == "recent");
+  CHECK(why(cake_decode{.pool = {pool_kind::average, 2}}, layer) == "pool.width");
 }
 
 TEST_CASE("a rule looks at the rows that there are", "[policy]") {
   problem p(2, 2, 8, 4, {30, 3});
   const dense_cache<float> cache(p.keys);
-  const auto seen = observe(p.query_view(), cache.source(), p.info());
+  const auto layer = observe(p.query_view(), cache.source(), p.info());
   using namespace refreekv::policy;
-  CHECK(why(h2o{}, seen) == "");
-  CHECK(why(snapkv{.window = 5}, seen) == "");
-  CHECK(why(pyramidkv{.window = 5}, seen) == "");
-  CHECK(why(attention_ranked{.window = 5}, seen) == "");
-  std::vector<float> scores(size(2 * 2 * seen.capacity()));
-  const scores_view<> all(scores.data(), {2, 2, seen.capacity()});
-  CHECK(why(h2o{}, with_scores(seen, all)) == "");
-  CHECK(why(h2o{.budget = token_budget::share(0.5)}, with_scores(seen, all)) == "budget");
+  CHECK(why(h2o{}, layer) == "");
+  CHECK(why(snapkv{.window = 5}, layer) == "");
+  CHECK(why(pyramidkv{.window = 5}, layer) == "");
+  CHECK(why(attention_ranked{.window = 5}, layer) == "");
+  std::vector<float> scores(size(2 * 2 * layer.capacity()));
+  const scores_view<> all(scores.data(), {2, 2, layer.capacity()});
+  CHECK(why(h2o{}, with_scores(layer, all)) == "");
+  CHECK(why(h2o{.budget = token_budget::share(0.5)}, with_scores(layer, all)) == "budget");
 }
 
 TEST_CASE("rules that tell layers apart ask which one they see", "[policy]") {
   problem p(2, 2, 8, 4, {30, 3});
   const dense_cache<float> cache(p.keys);
-  const auto seen = observe(p.query_view(), cache.source());
+  const auto layer = observe(p.query_view(), cache.source());
   using namespace refreekv::policy;
-  CHECK(why(attention_ranked{}, seen) == "layer_info::layer");
-  CHECK(why(attention_ranked{.full_layers = 0}, seen) == "");
-  CHECK(why(twilight{}, seen) == "layer_info::layer");
-  CHECK(why(twilight{.full_layers = 0}, seen) == "");
-  CHECK(why(pyramidkv{}, seen) == "layer_info::layer");
-  CHECK(why(h2o{}, seen) == "");
-  CHECK(why(snapkv{}, seen) == "");
-  CHECK(why(tova{}, seen) == "");
-  CHECK(why(cake_decode{}, seen) == "");
+  CHECK(why(attention_ranked{}, layer) == "layer_info::index");
+  CHECK(why(attention_ranked{.full_layers = 0}, layer) == "");
+  CHECK(why(twilight{}, layer) == "layer_info::index");
+  CHECK(why(twilight{.full_layers = 0}, layer) == "");
+  CHECK(why(pyramidkv{}, layer) == "layer_info::index");
+  CHECK(why(h2o{}, layer) == "");
+  CHECK(why(snapkv{}, layer) == "");
+  CHECK(why(tova{}, layer) == "");
+  CHECK(why(cake_decode{}, layer) == "");
 }
 
 TEST_CASE("no budget empties a cache", "[policy]") {
@@ -108,9 +108,9 @@ TEST_CASE("no budget empties a cache", "[policy]") {
   random_source random(base_seed());
   fill(p, random);
   const dense_cache<float> cache(p.keys);
-  const auto seen = observe(p.query_view(), cache.source(), p.info());
-  const auto keeps_the_newest = [&](const auto& rule) {
-    const ranked_selection kept = run_ranked(rule, divided<1>(), seen);
+  const auto layer = observe(p.query_view(), cache.source(), p.info());
+  const auto keeps_the_newest = [&](const auto& policy) {
+    const ranked_selection kept = run_ranked(policy, divided<1>(), layer);
     CHECK(kept.at(0, 1) == std::vector<position_t>{29});
     CHECK(kept.at(1, 1) == std::vector<position_t>{0});
     CHECK(kept.at(2, 1).empty());
@@ -119,23 +119,23 @@ TEST_CASE("no budget empties a cache", "[policy]") {
   keeps_the_newest(policy::h2o{.budget = token_budget::share(0), .recent = 0});
   keeps_the_newest(policy::tova{.budget = 0});
   keeps_the_newest(policy::cake_decode{.budget = 0, .recent = 0});
-  const policy::streaming_llm rule{.sinks = 0, .budget = 5, .room = 10};
-  CHECK(rule(30) == kept_range{0, 29, 30});
-  CHECK(rule(0) == kept_range{});
+  const policy::streaming_llm policy{.sinks = 0, .budget = 5, .incoming = 10};
+  CHECK(policy(30) == kept_range{0, 29, 30});
+  CHECK(policy(0) == kept_range{});
 }
 
 TEST_CASE("state of another shape is refused", "[policy]") {
   problem p(2, 2, 8, 40, {30});
   const dense_cache<float> cache(p.keys);
-  const auto seen = observe(p.query_view(), cache.source(), p.info(3));
-  const index_t n = seen.capacity();
+  const auto layer = observe(p.query_view(), cache.source(), p.info(3));
+  const index_t n = layer.capacity();
   std::vector<float> scores(size(2 * n));
   std::vector<double> preferences(8);
   const cake_layers<> good{{scores.data(), {1, 2, n}}, {preferences.data(), {1, 8}}, 4};
-  const auto cake_with = [&](const auto& change, const policy::cake& rule = {.window = 8}) {
+  const auto cake_with = [&](const auto& change, const policy::cake& policy = {.window = 8}) {
     cake_layers<> layers = good;
     change(layers);
-    return why(rule, with_layers(seen, layers));
+    return why(policy, with_layers(layer, layers));
   };
   CHECK(cake_with([](auto&) {}) == "");
   CHECK(cake_with([](auto& l) { l.finished = 3; }) == "finished");
@@ -148,12 +148,12 @@ TEST_CASE("state of another shape is refused", "[policy]") {
   CHECK(cake_with([](auto&) {}, {.window = 8, .gamma = -1}) == "gamma");
   CHECK(cake_with([](auto&) {}, {.window = 8, .tau1 = 0}) == "tau1");
   CHECK(cake_with([](auto&) {}, {.window = 8, .pool = {pool_kind::max, 6}}) == "pool.width");
-  CHECK(why(policy::h2o{}, with_scores(seen, {scores.data(), {1, 2, n - 1}})) == "scores");
+  CHECK(why(policy::h2o{}, with_scores(layer, {scores.data(), {1, 2, n - 1}})) == "scores");
 
   std::vector<float> bounds(size(2 * n * 2 * 8));
   const auto twilight_with = [&](index_t pages, index_t page_tokens) {
     return why(policy::twilight{},
-               with_pages(seen, {{bounds.data(), {1, 2, pages, 2, 8}}, page_tokens}));
+               with_pages(layer, {{bounds.data(), {1, 2, pages, 2, 8}}, page_tokens}));
   };
   CHECK(twilight_with((n + 15) / 16, 16) == "");
   CHECK(twilight_with((n + 15) / 16 - 1, 16) == "page");
@@ -163,15 +163,15 @@ TEST_CASE("state of another shape is refused", "[policy]") {
 TEST_CASE("positions of another shape are refused", "[policy]") {
   problem p(2, 2, 8, 4, {30});
   const dense_cache<float> cache(p.keys);
-  const auto seen = observe(p.query_view(), cache.source(), p.info());
+  const auto layer = observe(p.query_view(), cache.source(), p.info());
   std::vector<position_t> positions(200);
-  std::vector<kept_count> counts(4);
+  std::vector<kept_tokens> counts(4);
   const auto shape = [&](index_t heads, index_t capacity, index_t count_heads) {
     const kept_positions<> kept{{positions.data(), {1, heads, capacity}},
                                 {counts.data(), {1, count_heads}}};
-    return why_invalid(policy::snapkv{.window = 4}, seen, kept) == nullptr;
+    return why_invalid(policy::snapkv{.window = 4}, layer, kept) == nullptr;
   };
-  const index_t n = seen.capacity();
+  const index_t n = layer.capacity();
   CHECK(shape(2, n, 2));
   CHECK(shape(2, n + 5, 2));
   CHECK_FALSE(shape(2, n - 1, 2));
@@ -181,26 +181,26 @@ TEST_CASE("positions of another shape are refused", "[policy]") {
 
 TEST_CASE("work that no memory holds is refused, not wrapped", "[policy]") {
   float one = 1;
-  const auto small = [&](const auto& rule, index_t heads, index_t window, index_t dim,
+  const auto small = [&](const auto& policy, index_t heads, index_t window, index_t dim,
                          index_t tokens) {
     const dense keys(view(&one, {1, heads, tokens, dim}, {0, 0, 0, 0}));
     const view<const float, 4> queries(&one, {1, window, heads, dim}, {0, 0, 0, 0});
-    const auto seen = observe(queries, keys, {.layer = 5});
+    const auto layer = observe(queries, keys, {.index = 5});
     position_t position = 0;
-    kept_count count;
+    kept_tokens count;
     std::vector<std::byte> scratch(1 << 16);
     return select(
-        rule, divided<1>(), seen,
+        policy, divided<1>(), layer,
         kept_positions<>{{&position, {1, heads, tokens}, {0, 0, 0}}, {&count, {1, heads}, {0, 0}}},
         scratch);
   };
   constexpr index_t most = max_count;
-  const auto all = [&](const auto& rule) {
+  const auto all = [&](const auto& policy) {
 #if !defined(REFREEKV_TEST_EMULATED)  // a device copies no queries: it has room, and would begin
-    CHECK(small(rule, 1, most, most, 10) == status::small_workspace);
+    CHECK(small(policy, 1, most, most, 10) == status::small_workspace);
 #endif
-    CHECK(small(rule, most, most, most, most) == status::small_workspace);
-    CHECK(small(rule, 1, 8, 8, most) == status::small_workspace);
+    CHECK(small(policy, most, most, most, most) == status::small_workspace);
+    CHECK(small(policy, 1, 8, 8, most) == status::small_workspace);
   };
   all(policy::h2o{.window = 8});
   all(policy::snapkv{.window = 8});

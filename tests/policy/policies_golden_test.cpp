@@ -14,54 +14,54 @@ using refreekv::token_budget;
 namespace policy = refreekv::policy;
 
 /// Undivided; in seven parts it must be the same.
-template <class Policy, class Seen>
-kept_heads kept_by(const Policy& rule, const Seen& seen) {
-  const ranked_selection one = run_ranked(rule, divided<1>(), seen);
+template <class Policy, class Layer>
+kept_heads kept_by(const Policy& policy, const Layer& layer) {
+  const ranked_selection one = run_ranked(policy, divided<1>(), layer);
   REQUIRE(one.status == refreekv::status::ok);
-  CHECK(run_ranked(rule, divided<7>(), seen) == one);
+  CHECK(run_ranked(policy, divided<7>(), layer) == one);
   return one.kept;
 }
 
-refreekv::layer_info<> info(index_t layer) { return {.layer = layer}; }
+refreekv::layer_info<> info(index_t layer) { return {.index = layer}; }
 
 /// Of the attention of all tokens, and of the last `window` rows alone.
 template <class Policy>
-void check_kept(const Policy& rule, index_t q_heads, index_t window, const json& expected,
+void check_kept(const Policy& policy, index_t q_heads, index_t window, const json& expected,
                 index_t layer = 0) {
   const attention_rows rows = toy::attention(q_heads, layer);
   for (const index_t shown : {toy::tokens, window}) {
     INFO(shown << " rows");
     const row_tensor tensor({rows}, shown);
-    CHECK(kept_by(rule, tensor.seen(2, info(layer))) == ascending_heads(expected));
+    CHECK(kept_by(policy, tensor.layer(2, info(layer))) == ascending_heads(expected));
   }
 }
 
 check h2o(count_t window, token_budget budget = 6) {
   return [=](const json& entry) {
-    const policy::h2o rule{.budget = budget, .recent = 3, .window = window};
-    check_kept(rule, 2, std::min<index_t>(window, toy::tokens), entry);
+    const policy::h2o policy{.budget = budget, .recent = 3, .window = window};
+    check_kept(policy, 2, std::min<index_t>(window, toy::tokens), entry);
   };
 }
 
 check snapkv(pool_kind kind, count_t width, token_budget budget = 7) {
   return [=](const json& entry) {
-    const policy::snapkv rule{.budget = budget, .window = 3, .pool = {kind, width}};
-    check_kept(rule, 2, 3, entry["kept"]);
+    const policy::snapkv policy{.budget = budget, .window = 3, .pool = {kind, width}};
+    check_kept(policy, 2, 3, entry["kept"]);
   };
 }
 
 check grouped_snapkv(token_budget budget) {
   return [=](const json& entry) {
-    const policy::snapkv rule{
+    const policy::snapkv policy{
         .budget = budget, .window = 3, .pool = {.kind = pool_kind::average, .width = 3}};
-    check_kept(rule, 4, 3, entry);
+    check_kept(policy, 4, 3, entry);
   };
 }
 
 /// Scores that are compacted as a cache is, three decoded tokens after the prompt.
 void h2o_real_drop(const json& entry) {
   constexpr index_t capacity = 15;
-  constexpr policy::h2o rule{.budget = 6, .recent = 3};
+  constexpr policy::h2o policy{.budget = 6, .recent = 3};
   std::vector<float> memory(2 * capacity, std::numeric_limits<float>::quiet_NaN());
   const refreekv::view<float, 4> cache(memory.data(), {1, 2, capacity, 1});
   const refreekv::view<float, 3> scores_of(memory.data(), {1, 2, capacity});
@@ -70,10 +70,10 @@ void h2o_real_drop(const json& entry) {
   for (std::size_t step = 0; step < entry[0].size(); ++step) {
     INFO("step " << step);
     const row_tensor tensor({rows}, rows.window, 0);
-    const auto seen = refreekv::with_scores(tensor.seen(2), scores_of);
-    guarded_bytes scratch(refreekv::workspace_size(rule, divided<1>(), seen));
+    const auto layer = refreekv::with_scores(tensor.layer(2), scores_of);
+    guarded_bytes scratch(refreekv::workspace_size(policy, divided<1>(), layer));
     guarded_positions kept(1, 2, rows.tokens);
-    REQUIRE(refreekv::select(rule, divided<1>(), seen, kept.kept(), scratch.middle()) ==
+    REQUIRE(refreekv::select(policy, divided<1>(), layer, kept.kept(), scratch.middle()) ==
             refreekv::status::ok);
     const auto tokens = static_cast<position_t>(rows.tokens);
     REQUIRE(refreekv::compact(divided<1>(), kept.kept(), refreekv::compaction::suffix_down,
@@ -92,17 +92,17 @@ void h2o_real_drop(const json& entry) {
 }
 
 /// Tokens that each layer keeps besides the window.
-check pyramid(index_t tokens, policy::pyramidkv rule) {
+check pyramid(index_t tokens, policy::pyramidkv policy) {
   return [=](const json& entry) {
-    attention_rows rows{1, rule.window, tokens, {}};
-    rows.values.assign(size(rule.window * tokens), 1.0 / static_cast<double>(tokens));
-    const row_tensor tensor({rows}, rule.window);
-    REQUIRE(static_cast<index_t>(entry.size()) == rule.layers);
-    for (index_t l = 0; l < rule.layers; ++l) {
+    attention_rows rows{1, policy.window, tokens, {}};
+    rows.values.assign(size(policy.window * tokens), 1.0 / static_cast<double>(tokens));
+    const row_tensor tensor({rows}, policy.window);
+    REQUIRE(static_cast<index_t>(entry.size()) == policy.layers);
+    for (index_t l = 0; l < policy.layers; ++l) {
       const json& expected = entry[static_cast<std::size_t>(l)];
-      const auto kept = run_ranked(rule, divided<1>(), tensor.seen(1, info(l)));
+      const auto kept = run_ranked(policy, divided<1>(), tensor.layer(1, info(l)));
       CHECK(kept.counts[0].count ==
-            (expected.is_null() ? tokens : expected.get<index_t>() + rule.window));
+            (expected.is_null() ? tokens : expected.get<index_t>() + policy.window));
     }
   };
 }
@@ -131,22 +131,22 @@ void pyramid_budgets(const json& entry) {
 }
 
 void pyramid_kept(const json& entry) {
-  const policy::pyramidkv rule{.budget = 6,
-                               .window = 2,
-                               .pool = {.kind = pool_kind::average, .width = 3},
-                               .beta = 4,
-                               .layers = 3};
+  const policy::pyramidkv policy{.budget = 6,
+                                 .window = 2,
+                                 .pool = {.kind = pool_kind::average, .width = 3},
+                                 .beta = 4,
+                                 .layers = 3};
   for (index_t l = 0; l < 3; ++l) {
     INFO("layer " << l);
-    check_kept(rule, 2, 2, entry[static_cast<std::size_t>(l)], l);
+    check_kept(policy, 2, 2, entry[static_cast<std::size_t>(l)], l);
   }
 }
 
 check attention_ranked(double threshold, count_t window) {
   return [=](const json& entry) {
-    const policy::attention_ranked rule{
+    const policy::attention_ranked policy{
         .threshold = threshold, .window = window, .recent = 3, .full_layers = 0};
-    check_kept(rule, 2, std::min<index_t>(window, toy::tokens), entry["kept"]);
+    check_kept(policy, 2, std::min<index_t>(window, toy::tokens), entry["kept"]);
   };
 }
 
@@ -159,23 +159,23 @@ std::vector<position_t> positions_in(const refreekv::kept_range& kept) {
 }
 
 template <class Policy>
-std::vector<position_t> range_kept_by(const Policy& rule, position_t tokens = toy::tokens) {
+std::vector<position_t> range_kept_by(const Policy& policy, position_t tokens = toy::tokens) {
   const attention_rows rows = toy::attention(2);
   const row_tensor tensor({rows}, toy::tokens, 0);
-  const auto seen = refreekv::observe_rows(tensor.rows(), 2, {&tokens, {1}});
-  return positions_in(run_select(rule, divided<1>(), seen).at(0));
+  const auto layer = refreekv::observe_rows(tensor.rows(), 2, {&tokens, {1}});
+  return positions_in(run_select(policy, divided<1>(), layer).at(0));
 }
 
 check position_ranked(double threshold) {
   return [=](const json& entry) {
-    const policy::refreekv rule{.threshold = threshold, .full_layers = 0};
-    CHECK(range_kept_by(rule) == ascending(entry["kept"]));
+    const policy::refreekv policy{.threshold = threshold, .full_layers = 0};
+    CHECK(range_kept_by(policy) == ascending(entry["kept"]));
   };
 }
 
 check streaming(token_budget budget, count_t room = 0, position_t tokens = toy::tokens) {
   return [=](const json& entry) {
-    CHECK(range_kept_by(policy::streaming_llm{.budget = budget, .room = room}, tokens) ==
+    CHECK(range_kept_by(policy::streaming_llm{.budget = budget, .incoming = room}, tokens) ==
           ascending(entry));
   };
 }
@@ -192,20 +192,20 @@ void streaming_entries(const json& entry) {
 }
 
 /// Of ready probabilities of one head.
-std::vector<position_t> top_p_of(const policy::twilight& rule, const scores& probabilities) {
+std::vector<position_t> top_p_of(const policy::twilight& policy, const scores& probabilities) {
   const attention_rows rows{1, 1, static_cast<index_t>(probabilities.size()), probabilities};
   const row_tensor tensor({rows}, 1);
-  return kept_by(rule, tensor.seen(1)).front();
+  return kept_by(policy, tensor.layer(1)).front();
 }
 
 void top_p_cases(const json& entry) {
   for (const json& line : entry) {
     INFO(line["name"]);
     const scores probabilities = line["probs"];
-    policy::twilight rule{.p = line["p"].get<double>(), .full_layers = 0};
-    CHECK(top_p_of(rule, probabilities) == ascending(line["sort"]));
-    rule.sink_start = true;
-    CHECK(top_p_of(rule, probabilities) == ascending(line["kernel_official"]));
+    policy::twilight policy{.mass = line["p"].get<double>(), .full_layers = 0};
+    CHECK(top_p_of(policy, probabilities) == ascending(line["sort"]));
+    policy.sink_start = true;
+    CHECK(top_p_of(policy, probabilities) == ascending(line["kernel_official"]));
   }
 }
 
@@ -224,12 +224,12 @@ class cake_layer {
   }
 
   /// Selects, with the attention of the layer or without, and drops what is not selected.
-  template <class Seen>
-  void select(const policy::cake& rule, const Seen& seen) {
+  template <class Layer>
+  void select(const policy::cake& policy, const Layer& layer) {
     const auto length = static_cast<position_t>(slots[0].size());
-    guarded_bytes scratch(refreekv::workspace_size(rule, divided<1>(), seen));
-    guarded_positions kept(1, 2, seen.capacity());
-    REQUIRE(refreekv::select(rule, divided<1>(), seen, kept.kept(), scratch.middle()) ==
+    guarded_bytes scratch(refreekv::workspace_size(policy, divided<1>(), layer));
+    guarded_positions kept(1, 2, layer.capacity());
+    REQUIRE(refreekv::select(policy, divided<1>(), layer, kept.kept(), scratch.middle()) ==
             refreekv::status::ok);
     REQUIRE(scratch.intact());
     REQUIRE(refreekv::compact(divided<1>(), kept.kept(), refreekv::compaction::suffix_down,
@@ -247,7 +247,7 @@ class cake_model {
  public:
   cake_model(index_t q_heads, double tau1, double tau2)
       : q_heads_(q_heads),
-        rule_{.budget = 7, .window = 3, .layers = 4, .tau1 = tau1, .tau2 = tau2} {}
+        policy_{.budget = 7, .window = 3, .layers = 4, .tau1 = tau1, .tau2 = tau2} {}
 
   std::vector<cake_layer> layers = std::vector<cake_layer>(4);
   std::vector<double> preferences = std::vector<double>(4, -1.0);
@@ -255,14 +255,15 @@ class cake_model {
   /// Of a layer whose attention is there.
   void prefill(index_t l) {
     const row_tensor tensor({toy::attention(q_heads_, l)}, toy::tokens, 1);
-    layers[size(l)].select(rule_, refreekv::with_layers(tensor.seen(2, info(l)), state(l, l + 1)));
+    layers[size(l)].select(policy_,
+                           refreekv::with_layers(tensor.layer(2, info(l)), state(l, l + 1)));
   }
   /// Of a layer that was prefilled before.
   void shrink(index_t l, index_t finished) {
     cake_layer& layer = layers[size(l)];
     const auto length = static_cast<position_t>(layer.slots[0].size());
-    layer.select(rule_, refreekv::with_layers(refreekv::observe(layer.source(&length), info(l)),
-                                              state(l, finished)));
+    layer.select(policy_, refreekv::with_layers(refreekv::observe(layer.source(&length), info(l)),
+                                                state(l, finished)));
   }
 
  private:
@@ -274,7 +275,7 @@ class cake_model {
   }
 
   index_t q_heads_;
-  policy::cake rule_;
+  policy::cake policy_;
   position_t prompt_ = toy::tokens;
 };
 
@@ -307,7 +308,7 @@ check cake(index_t q_heads, double tau1, double tau2) {
 
 /// Two decoded tokens; slots are in the order in which the published code holds them.
 void cake_decode(const json& entry) {
-  const policy::cake_decode rule{.budget = entry["hh"], .recent = entry["window"]};
+  const policy::cake_decode policy{.budget = entry["hh"], .recent = entry["window"]};
   auto slots = entry["start"].get<kept_heads>();
   position_t next = toy::tokens;
   for (const json& step : entry["steps"]) {
@@ -316,7 +317,7 @@ void cake_decode(const json& entry) {
         {toy::row_of_slots(
             slots, [&](index_t h, position_t p) { return toy::decode_weight(h, next, p); })},
         1);
-    kept_heads kept = at_slots(slots, kept_by(rule, tensor.seen(2)));
+    kept_heads kept = at_slots(slots, kept_by(policy, tensor.layer(2)));
     for (auto& of_head : kept) std::sort(of_head.begin(), of_head.end());
     CHECK(kept == ascending_heads(step["kept"]));
     slots = step["kept"].get<kept_heads>();
@@ -330,17 +331,19 @@ void cake_adjust(const json& entry) {
     const scores preferences = line["pref"];
     const auto layers = static_cast<index_t>(preferences.size());
     for (index_t l = 0; l < layers; ++l) {
-      CHECK(refreekv::cake_budget(preferences.data(), 1, layers, l, line["total"], line["avail"]) ==
+      CHECK(refreekv::detail::cake_budget(preferences.data(), 1, layers, l, line["total"],
+                                          line["avail"]) ==
             std::min(line["out"][size(l)].get<index_t>(), line["avail"].get<index_t>()));
     }
   }
 }
 
-template <class Seen>
-void check_twilight(const Seen& seen, const json& entry, const std::string& which,
+template <class Layer>
+void check_twilight(const Layer& layer, const json& entry, const std::string& which,
                     bool sink_start = false) {
-  const policy::twilight rule{.p = 0.85, .selected = 8, .sink_start = sink_start, .full_layers = 0};
-  const kept_heads kept = kept_by(rule, seen);
+  const policy::twilight policy{
+      .mass = 0.85, .selector_budget = 8, .sink_start = sink_start, .full_layers = 0};
+  const kept_heads kept = kept_by(policy, layer);
   for (std::size_t h = 0; h < kept.size(); ++h) {
     INFO(which << " of head " << h);
     CHECK(kept[h] == ascending(entry[h][which]));
@@ -352,9 +355,9 @@ void twilight(const json& entry) {
   const problem p = toy::twilight(2);
   const dense_cache<float> keys(p.keys);
   estimates estimated(keys.source(), p.lengths, 4);
-  const auto on = divided<1>();
-  REQUIRE(refreekv::quantise(on, keys.source(), estimated.keys()) == refreekv::status::ok);
-  REQUIRE(refreekv::bound_pages(on, keys.source(), estimated.page_bounds()) ==
+  const auto exec = divided<1>();
+  REQUIRE(refreekv::quantise(exec, keys.source(), estimated.keys()) == refreekv::status::ok);
+  REQUIRE(refreekv::bound_pages(exec, keys.source(), estimated.page_bounds()) ==
           refreekv::status::ok);
   for (index_t h = 0; h < 2; ++h) {
     for (index_t t = 0; t < toy::tokens; ++t) {
@@ -375,8 +378,8 @@ void twilight(const json& entry) {
 void twilight_of_group(const json& entry) {
   const problem p = toy::twilight(1);
   const dense_cache<float> keys(p.keys);
-  const policy::twilight rule{.p = 0.85, .full_layers = 0};
-  CHECK(kept_by(rule, refreekv::observe(p.query_view(), keys.source())) ==
+  const policy::twilight policy{.mass = 0.85, .full_layers = 0};
+  CHECK(kept_by(policy, refreekv::observe(p.query_view(), keys.source())) ==
         kept_heads{ascending(entry["union"])});
 }
 
@@ -388,7 +391,7 @@ TEST_CASE("policies keep what published code keeps", "[golden]") {
   check_entries(
       entries(),
       {{"h2o_real_drop", h2o_real_drop},
-       {"h2o_kvcf", h2o(refreekv::all_rows)},
+       {"h2o_kvcf", h2o(refreekv::all_queries)},
        {"h2o_refree", h2o(3)},
        {"attn_fixed_cap7", h2o(1, 7)},
        {"streaming", streaming_entries},
@@ -411,7 +414,7 @@ TEST_CASE("policies keep what published code keeps", "[golden]") {
        {"refreekv_attn_ranked_T0.01", attention_ranked(0.01, 3)},
        {"refreekv_attn_ranked_T0.05", attention_ranked(0.05, 3)},
        {"refreekv_attn_ranked_T0.2", attention_ranked(0.2, 3)},
-       {"refreekv_allrows_T0.05", attention_ranked(0.05, refreekv::all_rows)},
+       {"refreekv_allrows_T0.05", attention_ranked(0.05, refreekv::all_queries)},
        {"refreekv_position_T0.01", position_ranked(0.01)},
        {"refreekv_position_T0.05", position_ranked(0.05)},
        {"refreekv_position_T0.2", position_ranked(0.2)}},

@@ -118,10 +118,10 @@ void observe_ready(problem& p, index_t layer, bool coarse, const Check& check) {
     }
   }
   const row_tensor tensor(rows, p.window);
-  check(tensor.seen(p.keys.kv_heads, p.info(layer)), rows);
+  check(tensor.layer(p.keys.kv_heads, p.info(layer)), rows);
 }
 
-/// Calls check(seen, rows of the oracle) for one kind of observation; ties: scores may be equal.
+/// Calls check(layer, rows of the oracle) for one kind of observation; ties: scores may be equal.
 template <class Check>
 void observe_somehow(problem& p, random_source& random, index_t layer, const Check& check,
                      bool ties = true) {
@@ -147,19 +147,19 @@ void observe_somehow(problem& p, random_source& random, index_t layer, const Che
 }
 
 /// disagree(rows, kept [kv_head]) says in what; undivided and in seven parts.
-template <class Policy, class Seen, class Disagree>
-void check_selection(const Policy& rule, const Seen& seen, const std::vector<attention_rows>& rows,
-                     const Disagree& disagree) {
-  const ranked_selection one = run_ranked(rule, divided<1>(), seen);
+template <class Policy, class Layer, class Disagree>
+void check_selection(const Policy& policy, const Layer& layer,
+                     const std::vector<attention_rows>& rows, const Disagree& disagree) {
+  const ranked_selection one = run_ranked(policy, divided<1>(), layer);
   REQUIRE(one.status == refreekv::status::ok);
-  CHECK(run_ranked(rule, divided<7>(), seen) == one);
-  if (refreekv::workspace_size(rule, divided<1>(), seen) > 0) {
-    CHECK(run_ranked(rule, divided<1>(), seen, 1).status == refreekv::status::small_workspace);
+  CHECK(run_ranked(policy, divided<7>(), layer) == one);
+  if (refreekv::workspace_size(policy, divided<1>(), layer) > 0) {
+    CHECK(run_ranked(policy, divided<1>(), layer, 1).status == refreekv::status::small_workspace);
   }
-  for (index_t s = 0; s < seen.sequences(); ++s) {
+  for (index_t s = 0; s < layer.sequences(); ++s) {
     INFO("sequence " << s << " of " << rows[size(s)].tokens << " tokens");
-    const auto first = one.kept.begin() + s * seen.kv_heads();
-    CHECK(disagree(rows[size(s)], kept_heads(first, first + seen.kv_heads())) == "");
+    const auto first = one.kept.begin() + s * layer.kv_heads();
+    CHECK(disagree(rows[size(s)], kept_heads(first, first + layer.kv_heads())) == "");
   }
 }
 
@@ -178,13 +178,13 @@ void check_random_problems(const Draw& draw, const Disagree& disagree) {
   const unsigned first = base_seed();
   for (unsigned seed = first; seed < first + problems; ++seed) {
     random_source random(seed);
-    const auto [rule, rows, budget, layer] = draw(random);
+    const auto [policy, rows, budget, layer] = draw(random);
     problem p = random_problem(random, rows, budget);
     if (random.chance(0.1)) spoil(p, random);
     INFO("REFREEKV_SEED=" << seed << " " << described(p));
     observe_somehow(
-        p, random, layer, [&, &r = rule, l = layer](const auto& seen, const auto& rows_of) {
-          check_selection(r, seen, rows_of, [&](const attention_rows& a, const kept_heads& kept) {
+        p, random, layer, [&, &r = policy, l = layer](const auto& given, const auto& rows_of) {
+          check_selection(r, given, rows_of, [&](const attention_rows& a, const kept_heads& kept) {
             return disagree(r, l, a, kept);
           });
         });
@@ -194,7 +194,7 @@ void check_random_problems(const Draw& draw, const Disagree& disagree) {
 /// A rule and what random problems should know of it.
 template <class Policy>
 struct drawn {
-  Policy rule;
+  Policy policy;
   index_t rows;        // that the observation must show
   index_t budget = 0;  // near which lengths are interesting
   index_t layer = 0;
@@ -276,35 +276,35 @@ TEST_CASE("h2o agrees with the oracle, and so do the scores it carries", "[oracl
   const unsigned first = base_seed();
   for (unsigned seed = first; seed < first + problems; ++seed) {
     random_source random(seed);
-    policy::h2o rule;
-    rule.recent = random_budget(random, 0);
-    rule.budget = random_budget(random, rule.recent.of(40));
-    rule.window = random.chance(0.4) ? refreekv::all_rows : random_window(random);
+    policy::h2o policy;
+    policy.recent = random_budget(random, 0);
+    policy.budget = random_budget(random, policy.recent.of(40));
+    policy.window = random.chance(0.4) ? refreekv::all_queries : random_window(random);
     const bool carries = random.chance(0.5);
-    if (carries && rule.budget.is_share()) rule.budget = rule.budget.of(40);
-    problem p = random_problem(random, rule.window, rule.budget.of(60));
+    if (carries && policy.budget.is_share()) policy.budget = policy.budget.of(40);
+    problem p = random_problem(random, policy.window, policy.budget.of(60));
     if (random.chance(0.1)) spoil(p, random);
-    INFO("REFREEKV_SEED=" << seed << " window " << index_t{rule.window} << " " << described(p));
-    observe_somehow(p, random, 5, [&](const auto& seen, const auto& rows) {
-      const index_t shown = carries ? p.window : std::min<index_t>(rule.window, p.window);
-      carried_scores before(rows, seen.kv_heads(), seen.capacity(), random);
+    INFO("REFREEKV_SEED=" << seed << " window " << index_t{policy.window} << " " << described(p));
+    observe_somehow(p, random, 5, [&](const auto& layer, const auto& rows) {
+      const index_t shown = carries ? p.window : std::min<index_t>(policy.window, p.window);
+      carried_scores before(rows, layer.kv_heads(), layer.capacity(), random);
       carried_scores after = before, after_seven = before;
       const auto select = [&](const auto& backend, carried_scores& state) {
-        return carries ? run_ranked(rule, backend, refreekv::with_scores(seen, state.view()))
-                       : run_ranked(rule, backend, seen);
+        return carries ? run_ranked(policy, backend, refreekv::with_scores(layer, state.view()))
+                       : run_ranked(policy, backend, layer);
       };
       const ranked_selection one = select(divided<1>(), after);
       REQUIRE(one.status == refreekv::status::ok);
       CHECK(select(divided<7>(), after_seven) == one);
       CHECK(after_seven.same_as(after));
-      for (index_t s = 0; s < seen.sequences(); ++s) {
+      for (index_t s = 0; s < layer.sequences(); ++s) {
         const index_t n = rows[size(s)].tokens;
         INFO("sequence " << s << " of " << n << " tokens");
-        const auto expected = reference::h2o(rows[size(s)], seen.kv_heads(), rule.budget.of(n),
-                                             rule.recent.of(rule.budget.of(n)), shown,
+        const auto expected = reference::h2o(rows[size(s)], layer.kv_heads(), policy.budget.of(n),
+                                             policy.recent.of(policy.budget.of(n)), shown,
                                              carries ? before.of(s, n) : std::vector<scores>{});
-        const auto head = one.kept.begin() + s * seen.kv_heads();
-        const kept_heads kept(head, head + seen.kv_heads());
+        const auto head = one.kept.begin() + s * layer.kv_heads();
+        const kept_heads kept(head, head + layer.kv_heads());
         CHECK(disagreement(kept, expected.kept) == "");
         if (carries) CHECK(disagreement(after.of(s, n), expected.sums, kept) == "");
       }
@@ -322,11 +322,12 @@ TEST_CASE("snapkv agrees with the oracle", "[oracle]") {
             window,
             budget.of(60)};
       },
-      [](const policy::snapkv& rule, index_t, const attention_rows& rows, const kept_heads& kept) {
+      [](const policy::snapkv& policy, index_t, const attention_rows& rows,
+         const kept_heads& kept) {
         const auto kv_heads = static_cast<index_t>(kept.size());
         return disagreement(
-            kept, reference::snapkv(rows, kv_heads, rule.budget.of(rows.tokens), rule.window,
-                                    kind_of(rule.pool), rule.pool.width, rule.head_floor));
+            kept, reference::snapkv(rows, kv_heads, policy.budget.of(rows.tokens), policy.window,
+                                    kind_of(policy.pool), policy.pool.width, policy.head_floor));
       });
 }
 
@@ -334,30 +335,30 @@ TEST_CASE("pyramidkv agrees with the oracle", "[oracle]") {
   check_random_problems(
       [](random_source& random) {
         const count_t window = random_window(random);
-        policy::pyramidkv rule;
-        rule.budget = random_budget(random, window);
-        rule.window = window;
-        rule.pool = random_pooling(random);
-        rule.beta = random.one_of<count_t>({1, 2, 4, 20});
-        rule.layers = random.one_of<count_t>({1, 2, 3, 32});
-        rule.step = random.one_of(
+        policy::pyramidkv policy;
+        policy.budget = random_budget(random, window);
+        policy.window = window;
+        policy.pool = random_pooling(random);
+        policy.beta = random.one_of<count_t>({1, 2, 4, 20});
+        policy.layers = random.one_of<count_t>({1, 2, 3, 32});
+        policy.step = random.one_of(
             {policy::pyramid_step::between_layers, policy::pyramid_step::over_layers});
-        return drawn<policy::pyramidkv>{rule, window, 2 * rule.budget.of(40),
-                                        random.between(0, index_t{rule.layers} - 1)};
+        return drawn<policy::pyramidkv>{policy, window, 2 * policy.budget.of(40),
+                                        random.between(0, index_t{policy.layers} - 1)};
       },
-      [](const policy::pyramidkv& rule, index_t layer, const attention_rows& rows,
+      [](const policy::pyramidkv& policy, index_t layer, const attention_rows& rows,
          const kept_heads& kept) {
         const auto kv_heads = static_cast<index_t>(kept.size());
-        const auto divisor = rule.step == policy::pyramid_step::over_layers
+        const auto divisor = policy.step == policy::pyramid_step::over_layers
                                  ? reference::pyramid_divisor::layers
                                  : reference::pyramid_divisor::layers_less_one;
-        const auto budget =
-            reference::pyramid_budget(rows.tokens, layer, rule.layers, rule.budget.of(rows.tokens),
-                                      rule.window, rule.beta, divisor);
+        const auto budget = reference::pyramid_budget(rows.tokens, layer, policy.layers,
+                                                      policy.budget.of(rows.tokens), policy.window,
+                                                      policy.beta, divisor);
         if (!budget) return disagreement(kept, reference::keep_all_heads(kv_heads, rows.tokens));
-        return disagreement(kept,
-                            reference::snapkv(rows, kv_heads, *budget + rule.window, rule.window,
-                                              kind_of(rule.pool), rule.pool.width));
+        return disagreement(
+            kept, reference::snapkv(rows, kv_heads, *budget + policy.window, policy.window,
+                                    kind_of(policy.pool), policy.pool.width));
       });
 }
 
@@ -367,30 +368,31 @@ TEST_CASE("tova agrees with the oracle", "[oracle]") {
         const token_budget budget = random_budget(random, 0);
         return drawn<policy::tova>{{budget}, random.one_of<index_t>({1, 3}), budget.of(60)};
       },
-      [](const policy::tova& rule, index_t, const attention_rows& rows, const kept_heads& kept) {
+      [](const policy::tova& policy, index_t, const attention_rows& rows, const kept_heads& kept) {
         return disagreement(kept, reference::tova(rows, static_cast<index_t>(kept.size()),
-                                                  rule.budget.of(rows.tokens)));
+                                                  policy.budget.of(rows.tokens)));
       });
 }
 
 TEST_CASE("attention_ranked agrees with the oracle", "[oracle]") {
   check_random_problems(
       [](random_source& random) {
-        policy::attention_ranked rule;
-        rule.threshold = random.one_of({0.0, 0.001, 0.01, 0.05, 0.3, 0.9, 1.0});
-        rule.window = random.chance(0.1) ? refreekv::all_rows : random_window(random);
-        rule.recent = random.one_of<count_t>({0, 1, 8, 8, 30});
-        return drawn<policy::attention_ranked>{rule, index_t{rule.window}, index_t{rule.recent},
-                                               random.between(1, 4)};
+        policy::attention_ranked policy;
+        policy.threshold = random.one_of({0.0, 0.001, 0.01, 0.05, 0.3, 0.9, 1.0});
+        policy.window = random.chance(0.1) ? refreekv::all_queries : random_window(random);
+        policy.recent = random.one_of<count_t>({0, 1, 8, 8, 30});
+        return drawn<policy::attention_ranked>{policy, index_t{policy.window},
+                                               index_t{policy.recent}, random.between(1, 4)};
       },
-      [](const policy::attention_ranked& rule, index_t layer, const attention_rows& rows,
+      [](const policy::attention_ranked& policy, index_t layer, const attention_rows& rows,
          const kept_heads& kept) -> std::string {
-        if (layer < rule.full_layers) {
+        if (layer < policy.full_layers) {
           return disagreement(
               kept, reference::keep_all_heads(static_cast<index_t>(kept.size()), rows.tokens));
         }
-        const auto order = reference::attention_ranked(rows, static_cast<index_t>(kept.size()),
-                                                       rule.threshold, rule.window, rule.recent);
+        const auto order =
+            reference::attention_ranked(rows, static_cast<index_t>(kept.size()), policy.threshold,
+                                        policy.window, policy.recent);
         std::vector<choice> expected;
         for (std::size_t h = 0; h < kept.size(); ++h) {
           if (kept[h].size() != kept[0].size()) return "heads differ in how many they keep";
@@ -404,17 +406,17 @@ TEST_CASE("attention_ranked agrees with the oracle", "[oracle]") {
 TEST_CASE("cake_decode agrees with the oracle", "[oracle]") {
   check_random_problems(
       [](random_source& random) {
-        policy::cake_decode rule;
-        rule.recent = random_window(random);
-        rule.budget = static_cast<count_t>(random.between(0, 60));
-        rule.pool = random_pooling(random);
-        return drawn<policy::cake_decode>{rule, 1, index_t{rule.budget} + rule.recent};
+        policy::cake_decode policy;
+        policy.recent = random_window(random);
+        policy.budget = static_cast<count_t>(random.between(0, 60));
+        policy.pool = random_pooling(random);
+        return drawn<policy::cake_decode>{policy, 1, index_t{policy.budget} + policy.recent};
       },
-      [](const policy::cake_decode& rule, index_t, const attention_rows& rows,
+      [](const policy::cake_decode& policy, index_t, const attention_rows& rows,
          const kept_heads& kept) {
         return disagreement(
-            kept, reference::cake_decode(rows, static_cast<index_t>(kept.size()), rule.budget,
-                                         rule.recent, kind_of(rule.pool), rule.pool.width));
+            kept, reference::cake_decode(rows, static_cast<index_t>(kept.size()), policy.budget,
+                                         policy.recent, kind_of(policy.pool), policy.pool.width));
       });
 }
 
@@ -429,7 +431,7 @@ scores normalised(scores row) {
 
 /// Of the last row of each query head; KV heads keep what any of theirs does.
 template <class RowOf>
-std::vector<choice> twilight(const policy::twilight& rule, index_t q_heads, index_t kv_heads,
+std::vector<choice> twilight(const policy::twilight& policy, index_t q_heads, index_t kv_heads,
                              const RowOf& row_of) {
   std::vector<scores> rows;
   for (index_t h = 0; h < q_heads; ++h) rows.push_back(normalised(row_of(h)));
@@ -442,8 +444,8 @@ std::vector<choice> twilight(const policy::twilight& rule, index_t q_heads, inde
         heads.push_back(reference::keep_all(static_cast<index_t>(rows[size(h)].size())));
         continue;
       }
-      heads.push_back(rule.sink_start ? reference::top_p_kernel(rows[size(h)], rule.p)
-                                      : reference::top_p(rows[size(h)], rule.p));
+      heads.push_back(policy.sink_start ? reference::top_p_kernel(rows[size(h)], policy.mass)
+                                        : reference::top_p(rows[size(h)], policy.mass));
     }
     out.push_back(reference::unite(heads));
   }
@@ -451,11 +453,11 @@ std::vector<choice> twilight(const policy::twilight& rule, index_t q_heads, inde
 }
 
 policy::twilight random_twilight(random_source& random) {
-  policy::twilight rule;
-  rule.p = random.one_of({0.0, 0.1, 0.5, 0.85, 0.95, 0.999, 1.0});
-  rule.sink_start = random.chance(0.3);
-  rule.full_layers = 2;
-  return rule;
+  policy::twilight policy;
+  policy.mass = random.one_of({0.0, 0.1, 0.5, 0.85, 0.95, 0.999, 1.0});
+  policy.sink_start = random.chance(0.3);
+  policy.full_layers = 2;
+  return policy;
 }
 
 }  // namespace
@@ -465,13 +467,13 @@ TEST_CASE("twilight of exact attention agrees with the oracle", "[oracle]") {
       [](random_source& random) {
         return drawn<policy::twilight>{random_twilight(random), 1, 0, random.between(1, 3)};
       },
-      [](const policy::twilight& rule, index_t layer, const attention_rows& rows,
+      [](const policy::twilight& policy, index_t layer, const attention_rows& rows,
          const kept_heads& kept) {
         const auto kv_heads = static_cast<index_t>(kept.size());
-        if (layer < rule.full_layers) {
+        if (layer < policy.full_layers) {
           return disagreement(kept, reference::keep_all_heads(kv_heads, rows.tokens));
         }
-        return disagreement(kept, twilight(rule, rows.q_heads, kv_heads, [&](index_t h) {
+        return disagreement(kept, twilight(policy, rows.q_heads, kv_heads, [&](index_t h) {
                               return reference::last_row(rows, h);
                             }));
       });
@@ -482,27 +484,28 @@ namespace {
 /// A model's layers in CAKE's cascade: what the caller holds, and what the oracle says of it.
 class cascade {
  public:
-  cascade(const policy::cake& rule, const problem& shape)
-      : rule_(rule),
+  cascade(const policy::cake& policy, const problem& shape)
+      : policy_(policy),
         prompts_(shape.lengths),
         sequences_(shape.sequences()),
         kv_heads_(shape.keys.kv_heads),
         capacity_(shape.keys.longest() + 150),  // of the largest cache, and more
-        preferences_(size(sequences_ * (rule.layers + index_t{1})), -1.0) {
-    for (count_t l = 0; l < rule.layers; ++l) layers_.push_back(unpruned());
+        preferences_(size(sequences_ * (policy.layers + index_t{1})), -1.0) {
+    for (count_t l = 0; l < policy.layers; ++l) layers_.push_back(unpruned());
   }
 
   /// Selects in a layer whose attention is there. Without ties: variances are not exact.
   void prefill(problem& p, random_source& random, index_t l) {
     observe_somehow(
         p, random, l,
-        [&](const auto& seen, const std::vector<attention_rows>& rows) {
-          layer& now = layers_[size(l)];
+        [&](const auto& layer, const std::vector<attention_rows>& rows) {
+          layer_state& now = layers_[size(l)];
           for (const attention_rows& of : rows) {
-            now.oracle.push_back(reference::cake_statistics(
-                of, kv_heads_, rule_.window, rule_.gamma, kind_of(rule_.pool), rule_.pool.width));
+            now.oracle.push_back(reference::cake_statistics(of, kv_heads_, policy_.window,
+                                                            policy_.gamma, kind_of(policy_.pool),
+                                                            policy_.pool.width));
           }
-          select(seen, l, l + 1);
+          select(layer, l, l + 1);
           check_preferences(l, p.q_heads());
           drop(l, l + 1);
         },
@@ -511,21 +514,21 @@ class cascade {
   /// Selects in a layer that was prefilled before.
   void shrink(index_t l, index_t finished) {
     const std::vector<position_t> lengths = lengths_of(l);
-    const refreekv::layer_info<> info{.layer = l};
+    const refreekv::layer_info<> info{.index = l};
     select(refreekv::observe(source(l, lengths), info), l, finished);
     drop(l, finished);
   }
 
  private:
-  struct layer {
+  struct layer_state {
     std::vector<float> scores;
     std::vector<reference::cake_layer> oracle;  // [sequence]
     std::vector<std::vector<position_t>> held;  // [sequence, kv_head]
     ranked_selection selected;
   };
 
-  layer unpruned() const {
-    layer out{std::vector<float>(size(sequences_ * kv_heads_ * capacity_)), {}, {}, {}};
+  layer_state unpruned() const {
+    layer_state out{std::vector<float>(size(sequences_ * kv_heads_ * capacity_)), {}, {}, {}};
     for (const position_t n : prompts_) {
       std::vector<position_t> all(size(n));
       std::iota(all.begin(), all.end(), position_t{0});
@@ -547,22 +550,22 @@ class cascade {
   }
   refreekv::cake_layers<> state(index_t l, index_t finished) {
     return {.scores = {layers_[size(l)].scores.data(), {sequences_, kv_heads_, capacity_}},
-            .preferences = {preferences_.data(), {sequences_, rule_.layers + index_t{1}}},
+            .preferences = {preferences_.data(), {sequences_, policy_.layers + index_t{1}}},
             .finished = static_cast<count_t>(finished),
             .prompts = {prompts_.data(), {sequences_}}};
   }
 
-  template <class Seen>
-  void select(const Seen& observed, index_t l, index_t finished) {
-    const auto seen = refreekv::with_layers(observed, state(l, finished));
-    const layer before = layers_[size(l)];
+  template <class Layer>
+  void select(const Layer& observed, index_t l, index_t finished) {
+    const auto layer = refreekv::with_layers(observed, state(l, finished));
+    const layer_state before = layers_[size(l)];
     const std::vector<double> preferences_before = preferences_;
-    const ranked_selection by_seven = run_ranked(rule_, divided<7>(), seen);
+    const ranked_selection by_seven = run_ranked(policy_, divided<7>(), layer);
     const std::vector<float> scores_of_seven = layers_[size(l)].scores;
     const std::vector<double> preferences_of_seven = preferences_;
     std::copy(before.scores.begin(), before.scores.end(), layers_[size(l)].scores.begin());
     std::copy(preferences_before.begin(), preferences_before.end(), preferences_.begin());
-    layers_[size(l)].selected = run_ranked(rule_, divided<1>(), seen);
+    layers_[size(l)].selected = run_ranked(policy_, divided<1>(), layer);
     REQUIRE(layers_[size(l)].selected.status == refreekv::status::ok);
     CHECK(by_seven == layers_[size(l)].selected);
     CHECK(same_bits(scores_of_seven, layers_[size(l)].scores));
@@ -570,23 +573,23 @@ class cascade {
   }
 
   double& preference(index_t s, index_t l) {
-    return preferences_[size(s * (rule_.layers + index_t{1}) + l)];
+    return preferences_[size(s * (policy_.layers + index_t{1}) + l)];
   }
   /// In float, the entropy and the variance of a row have an error of their own.
   void check_preferences(index_t l, index_t q_heads) {
     for (index_t s = 0; s < sequences_; ++s) {
       const reference::cake_layer& oracle = layers_[size(l)].oracle[size(s)];
       const double ours = preference(s, l);
-      if (index_t{prompts_[size(s)]} <= rule_.window) continue;  // of no tokens
+      if (index_t{prompts_[size(s)]} <= policy_.window) continue;  // of no tokens
       if (oracle.undecided && !(oracle.entropy > 0 && oracle.variance > 0)) {
         CHECK(!(ours > 0));  // unknown, or what it was
         continue;
       }
-      const double rows = static_cast<double>(q_heads * rule_.window);
+      const double rows = static_cast<double>(q_heads * policy_.window);
       const auto bound = [&](double sign) {
         return (1 + sign * 1e-4) * reference::cake_preference(oracle.entropy + sign * 2e-7 * rows,
                                                               oracle.variance + sign * 2e-7 * rows,
-                                                              rule_.tau1, rule_.tau2);
+                                                              policy_.tau1, policy_.tau2);
       };
       INFO("sequence " << s << " preference " << ours << ", oracle " << bound(0));
       CHECK(std::isnan(ours) == std::isnan(bound(0)));
@@ -596,22 +599,22 @@ class cascade {
 
   /// What the budgets, of the preferences that there are, leave of what is left.
   std::vector<choice> expected(index_t s, index_t l, index_t finished) {
-    const layer& now = layers_[size(l)];
-    const index_t prompt = prompts_[size(s)], most = rule_.budget.of(prompt);
+    const layer_state& now = layers_[size(l)];
+    const index_t prompt = prompts_[size(s)], most = policy_.budget.of(prompt);
     const index_t left = static_cast<index_t>(now.held[size(s * kv_heads_)].size());
     const bool is_first = l == finished - 1;
-    if (prompt <= most + rule_.window || (is_first && now.oracle[size(s)].undecided)) {
+    if (prompt <= most + policy_.window || (is_first && now.oracle[size(s)].undecided)) {
       return reference::keep_all_heads(kv_heads_, left);
     }
     std::vector<double> preferences;
     for (index_t m = 0; m < finished; ++m) preferences.push_back(preference(s, m));
-    const index_t total = std::max<index_t>(0, most - rule_.window) * rule_.layers;
-    const auto budgets = reference::cake_budgets(preferences, total, prompt - rule_.window);
+    const index_t total = std::max<index_t>(0, most - policy_.window) * policy_.layers;
+    const auto budgets = reference::cake_budgets(preferences, total, prompt - policy_.window);
     std::vector<scores> indicators;
     for (index_t h = 0; h < kv_heads_; ++h) {
       scores of_head;
       for (const position_t t : now.held[size(s * kv_heads_ + h)]) {
-        if (t >= prompt - rule_.window) break;
+        if (t >= prompt - policy_.window) break;
         of_head.push_back(now.oracle[size(s)].indicators[size(h)][size(t)]);
       }
       indicators.push_back(of_head);
@@ -620,7 +623,7 @@ class cascade {
   }
 
   void drop(index_t l, index_t finished) {
-    layer& now = layers_[size(l)];
+    layer_state& now = layers_[size(l)];
     const std::vector<position_t> lengths = lengths_of(l);
     for (index_t s = 0; s < sequences_; ++s) {
       INFO("layer " << l << " of " << finished << ", sequence " << s << " of " << prompts_[size(s)]
@@ -641,23 +644,23 @@ class cascade {
     }
   }
 
-  policy::cake rule_;
+  policy::cake policy_;
   std::vector<position_t> prompts_;
   index_t sequences_, kv_heads_, capacity_;
   std::vector<double> preferences_;  // [sequence, layer] and one more
-  std::vector<layer> layers_;
+  std::vector<layer_state> layers_;
 };
 
 policy::cake random_cake(random_source& random) {
-  policy::cake rule;
-  rule.window = random_window(random);
-  rule.budget = random_budget(random, rule.window);
-  rule.layers = static_cast<count_t>(random.between(1, 5));
-  rule.gamma = random.one_of({0.0, 1.0, 200.0});
-  rule.tau1 = random.one_of({0.4, 1.0, 1.6});
-  rule.tau2 = random.one_of({0.4, 1.0, 2.3});
-  rule.pool = random_pooling(random);
-  return rule;
+  policy::cake policy;
+  policy.window = random_window(random);
+  policy.budget = random_budget(random, policy.window);
+  policy.layers = static_cast<count_t>(random.between(1, 5));
+  policy.gamma = random.one_of({0.0, 1.0, 200.0});
+  policy.tau1 = random.one_of({0.4, 1.0, 1.6});
+  policy.tau2 = random.one_of({0.4, 1.0, 2.3});
+  policy.pool = random_pooling(random);
+  return policy;
 }
 
 }  // namespace
@@ -676,25 +679,27 @@ TEST_CASE("budgets of layers are the oracle's", "[oracle]") {
     const auto oracle = reference::cake_budgets(preferences, total, available);
     std::vector<index_t> ours;
     for (index_t l = 0; l < layers; ++l) {
-      ours.push_back(refreekv::cake_budget(preferences.data(), 1, layers, l, total, available));
+      ours.push_back(
+          refreekv::detail::cake_budget(preferences.data(), 1, layers, l, total, available));
     }
     CHECK(ours == oracle);
 
-    policy::pyramidkv rule;
-    rule.budget = static_cast<count_t>(random.between(0, 300));
-    rule.window = random_window(random);
-    rule.beta = random.one_of<count_t>({1, 2, 5, 20});
-    rule.layers = static_cast<count_t>(layers);
-    const index_t tokens = random.between(0, 900), most = rule.budget.of(tokens);
+    policy::pyramidkv policy;
+    policy.budget = static_cast<count_t>(random.between(0, 300));
+    policy.window = random_window(random);
+    policy.beta = random.one_of<count_t>({1, 2, 5, 20});
+    policy.layers = static_cast<count_t>(layers);
+    const index_t tokens = random.between(0, 900), most = policy.budget.of(tokens);
     for (index_t l = 0; l < layers; ++l) {
-      const auto budget = reference::pyramid_budget(tokens, l, layers, most, rule.window, rule.beta,
-                                                    reference::pyramid_divisor::layers_less_one);
-      const refreekv::token_quota quota = rule.quota(l, tokens);
+      const auto budget =
+          reference::pyramid_budget(tokens, l, layers, most, policy.window, policy.beta,
+                                    reference::pyramid_divisor::layers_less_one);
+      const refreekv::token_quota quota = policy.quota(l, tokens);
       if (tokens <= most) {
         CHECK(quota.ranked >= tokens);
       } else {
         CHECK(quota.ranked == budget.value());
-        CHECK(quota.recent == rule.window);
+        CHECK(quota.recent == policy.window);
       }
     }
   }
@@ -704,11 +709,11 @@ TEST_CASE("cake's cascade agrees with the oracle", "[oracle]") {
   const unsigned first = base_seed();
   for (unsigned seed = first; seed < first + problems / 2; ++seed) {  // of 3 layers in the mean
     random_source random(seed);
-    const policy::cake rule = random_cake(random);
-    problem p = random_problem(random, rule.window, rule.budget.of(60));
-    INFO("REFREEKV_SEED=" << seed << " window " << index_t{rule.window} << " " << described(p));
-    cascade model(rule, p);
-    for (index_t l = 0; l < rule.layers; ++l) {
+    const policy::cake policy = random_cake(random);
+    problem p = random_problem(random, policy.window, policy.budget.of(60));
+    INFO("REFREEKV_SEED=" << seed << " window " << index_t{policy.window} << " " << described(p));
+    cascade model(policy, p);
+    for (index_t l = 0; l < policy.layers; ++l) {
       problem of_layer = p;
       fill(of_layer, random);
       if (random.chance(0.05)) spoil(of_layer, random);
@@ -761,18 +766,19 @@ void check_codes(estimates& ours, const problem& p) {
 }
 
 /// The oracle on the keys that the library's 4 bits stand for, so that no half is counted twice.
-std::vector<choice> estimated_choice(const policy::twilight& rule, const problem& p,
+std::vector<choice> estimated_choice(const policy::twilight& policy, const problem& p,
                                      estimates& ours, index_t s, index_t page_tokens,
                                      bool& near_tie) {
   const double scale = 1 / std::sqrt(static_cast<double>(p.head_dim));
-  return twilight(rule, p.q_heads(), p.keys.kv_heads, [&](index_t h) {
+  return twilight(policy, p.q_heads(), p.keys.kv_heads, [&](index_t h) {
     const index_t kv_head = h / p.group;
     std::vector<scores> estimated;
     for (index_t t = 0; t < p.lengths[size(s)]; ++t) estimated.push_back(ours.key(s, kv_head, t));
     const scores query = query_of(p, s, h);
     const scores logits = reference::logits(query, estimated, scale);
     if (page_tokens == 0) return reference::softmax(logits);
-    const auto pages = reference::quest(query, keys_of(p, s, kv_head), page_tokens, rule.selected);
+    const auto pages =
+        reference::quest(query, keys_of(p, s, kv_head), page_tokens, policy.selector_budget);
     near_tie = near_tie || pages.margin < 1e-5;
     return reference::masked_softmax(logits, pages.tokens);
   });
@@ -785,11 +791,11 @@ void fill_estimates(estimates& to, const Keys& keys, const std::vector<position_
   for (const position_t n : lengths) half.push_back(n / 2);
   const auto sequences = static_cast<index_t>(lengths.size());
   const refreekv::lengths_view<> from(half.data(), {sequences});
-  const auto on = divided<7>();
-  REQUIRE(refreekv::quantise(on, keys, to.keys()) == refreekv::status::ok);
-  REQUIRE(refreekv::quantise(on, keys, to.keys(), from) == refreekv::status::ok);
-  REQUIRE(refreekv::bound_pages(on, keys, to.page_bounds()) == refreekv::status::ok);
-  REQUIRE(refreekv::bound_pages(on, keys, to.page_bounds(), from) == refreekv::status::ok);
+  const auto exec = divided<7>();
+  REQUIRE(refreekv::quantise(exec, keys, to.keys()) == refreekv::status::ok);
+  REQUIRE(refreekv::quantise(exec, keys, to.keys(), from) == refreekv::status::ok);
+  REQUIRE(refreekv::bound_pages(exec, keys, to.page_bounds()) == refreekv::status::ok);
+  REQUIRE(refreekv::bound_pages(exec, keys, to.page_bounds(), from) == refreekv::status::ok);
 }
 
 }  // namespace
@@ -798,17 +804,17 @@ TEST_CASE("twilight of 4-bit keys and selected pages agrees with the oracle", "[
   const unsigned first = base_seed();
   for (unsigned seed = first; seed < first + problems; ++seed) {
     random_source random(seed);
-    policy::twilight rule = random_twilight(random);
-    rule.full_layers = 0;
-    rule.selected = static_cast<count_t>(random.between(1, 60));
+    policy::twilight policy = random_twilight(random);
+    policy.full_layers = 0;
+    policy.selector_budget = static_cast<count_t>(random.between(1, 60));
     const index_t page_tokens = random.one_of<index_t>({1, 4, 16, 20});
-    problem p = random_problem(random, 1, rule.selected);
+    problem p = random_problem(random, 1, policy.selector_budget);
     p = problem(p.keys.kv_heads, p.group, p.head_dim, 1, p.lengths);  // with no other options
     fill(p, random);
     round_problem<Eigen::half>(p);
-    INFO("REFREEKV_SEED=" << seed << " p " << rule.p << " sink_start " << rule.sink_start
-                          << " selected " << index_t{rule.selected} << " pages of " << page_tokens
-                          << " " << described(p));
+    INFO("REFREEKV_SEED=" << seed << " p " << policy.mass << " sink_start " << policy.sink_start
+                          << " selected " << index_t{policy.selector_budget} << " pages of "
+                          << page_tokens << " " << described(p));
     const dense_cache<float> keys(p.keys);
     const paged_cache<Eigen::half> pages_of_keys(p.keys, 16);
     estimates ours(pages_of_keys.source(), p.lengths, page_tokens);
@@ -819,14 +825,14 @@ TEST_CASE("twilight of 4-bit keys and selected pages agrees with the oracle", "[
     }
     check_codes(ours, p);
     const auto in_4_bits = refreekv::observe(p.query_view(), ours.keys());
-    const auto check = [&](const auto& seen, index_t pages) {
-      const ranked_selection one = run_ranked(rule, divided<1>(), seen);
+    const auto check = [&](const auto& layer, index_t pages) {
+      const ranked_selection one = run_ranked(policy, divided<1>(), layer);
       REQUIRE(one.status == refreekv::status::ok);
-      CHECK(run_ranked(rule, divided<7>(), seen) == one);
+      CHECK(run_ranked(policy, divided<7>(), layer) == one);
       for (index_t s = 0; s < p.sequences(); ++s) {
         INFO("sequence " << s << " of " << p.lengths[size(s)] << " tokens, paged " << pages);
         bool near_tie = false;
-        const auto expected = estimated_choice(rule, p, ours, s, pages, near_tie);
+        const auto expected = estimated_choice(policy, p, ours, s, pages, near_tie);
         const auto kept = one.kept.begin() + s * p.keys.kv_heads;
         if (!near_tie) CHECK(disagreement({kept, kept + p.keys.kv_heads}, expected) == "");
       }
@@ -844,8 +850,8 @@ TEST_CASE("a sink that has nearly all attention does not drown the others", "[or
     p.keys.at(0, 0, t, 0) = t == 0 ? 60.0f : t < 256 ? 0.0f : 5.0f;
   }
   const dense_cache<float> cache(p.keys);
-  const policy::snapkv rule{.budget = 11, .window = 1, .pool = {.width = 1}};
+  const policy::snapkv policy{.budget = 11, .window = 1, .pool = {.width = 1}};
   const ranked_selection s =
-      run_ranked(rule, divided<1>(), refreekv::observe(p.query_view(), cache.source(), p.info()));
+      run_ranked(policy, divided<1>(), refreekv::observe(p.query_view(), cache.source(), p.info()));
   CHECK(s.at(0) == std::vector<position_t>{0, 256, 257, 258, 259, 260, 261, 262, 263, 264, 599});
 }

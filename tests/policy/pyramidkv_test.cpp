@@ -9,24 +9,24 @@ using namespace refreekv;
 namespace {
 
 policy::pyramidkv exact(count_t budget, count_t window, count_t beta, count_t layers) {
-  policy::pyramidkv rule{.budget = budget, .window = window, .beta = beta, .layers = layers};
-  rule.step = policy::pyramid_step::exact;
-  return rule;
+  policy::pyramidkv policy{.budget = budget, .window = window, .beta = beta, .layers = layers};
+  policy.step = policy::pyramid_step::exact;
+  return policy;
 }
 
 /// Tokens that stay in a layer.
-index_t kept(const policy::pyramidkv& rule, index_t layer, index_t tokens) {
-  const token_quota quota = rule.quota(layer, tokens);
+index_t kept(const policy::pyramidkv& policy, index_t layer, index_t tokens) {
+  const token_quota quota = policy.quota(layer, tokens);
   REQUIRE(quota.ranked >= 0);
   const index_t recent = std::min(tokens, quota.recent);
   return std::min(tokens - recent, quota.ranked) + recent;
 }
 
 /// A layer is between the first and the last one of the published rule, less than a token off.
-void check_line(const policy::pyramidkv& rule, index_t layer, index_t tokens) {
-  const index_t mean = rule.budget.of(tokens) - rule.window, others = tokens - rule.window;
-  const index_t first = std::min(2 * mean - mean / rule.beta, others), last = 2 * mean - first;
-  const index_t steps = index_t{rule.layers} - 1, ranked = rule.quota(layer, tokens).ranked;
+void check_line(const policy::pyramidkv& policy, index_t layer, index_t tokens) {
+  const index_t mean = policy.budget.of(tokens) - policy.window, others = tokens - policy.window;
+  const index_t first = std::min(2 * mean - mean / policy.beta, others), last = 2 * mean - first;
+  const index_t steps = index_t{policy.layers} - 1, ranked = policy.quota(layer, tokens).ranked;
   REQUIRE(ranked <= others);
   if (steps == 0) {
     REQUIRE(ranked == mean);
@@ -49,11 +49,11 @@ TEST_CASE("an exact pyramid holds layers * budget tokens, on the line", "[pyrami
     const index_t tokens =
         random.chance(0.3) ? std::max<index_t>(0, 2 * (budget - window) + random.between(0, window))
                            : random.between(0, budget * 3 + 20);
-    const auto rule = exact(static_cast<count_t>(budget), static_cast<count_t>(window),
-                            static_cast<count_t>(beta), static_cast<count_t>(layers));
+    const auto policy = exact(static_cast<count_t>(budget), static_cast<count_t>(window),
+                              static_cast<count_t>(beta), static_cast<count_t>(layers));
     CAPTURE(budget, window, beta, layers, tokens);
     index_t sum = 0;
-    for (index_t l = 0; l < layers; ++l) sum += kept(rule, l, tokens);
+    for (index_t l = 0; l < layers; ++l) sum += kept(policy, l, tokens);
     if (tokens <= budget) {
       REQUIRE(sum == layers * tokens);
       continue;
@@ -66,8 +66,8 @@ TEST_CASE("an exact pyramid holds layers * budget tokens, on the line", "[pyrami
     if (tokens < 2 * (budget - window)) continue;  // every layer has the mean
 
     for (index_t l = 0; l < layers; ++l) {
-      check_line(rule, l, tokens);
-      if (l > 0) REQUIRE(rule.quota(l, tokens).ranked <= rule.quota(l - 1, tokens).ranked + 1);
+      check_line(policy, l, tokens);
+      if (l > 0) REQUIRE(policy.quota(l, tokens).ranked <= policy.quota(l - 1, tokens).ranked + 1);
     }
     const index_t mean = budget - window;
     ++(2 * mean - mean / beta > tokens - window ? clipped : lines);
@@ -78,8 +78,8 @@ TEST_CASE("an exact pyramid holds layers * budget tokens, on the line", "[pyrami
 
 TEST_CASE("an exact pyramid has whole steps where the line has", "[pyramidkv]") {
   // 6 - 2 = 4 besides the window: 7 in the first of three layers, 1 in the last.
-  const auto rule = exact(6, 2, 4, 3);
-  for (const index_t layer : {0, 1, 2}) CHECK(rule.quota(layer, 12).ranked == 7 - 3 * layer);
+  const auto policy = exact(6, 2, 4, 3);
+  for (const index_t layer : {0, 1, 2}) CHECK(policy.quota(layer, 12).ranked == 7 - 3 * layer);
   CHECK(exact(6, 2, 4, 1).quota(0, 12).ranked == 4);
 }
 
@@ -88,11 +88,11 @@ TEST_CASE("an exact pyramid of the largest numbers does not overflow", "[pyramid
   for (const count_t budget : {max_count / 2, max_count / 3, count_t{1000}}) {
     for (const count_t layers : {max_count, max_count - 1, count_t{1} << 20}) {
       for (const count_t beta : {count_t{1}, count_t{20}, max_count}) {
-        const auto rule = exact(budget, 1, beta, layers);
+        const auto policy = exact(budget, 1, beta, layers);
         CAPTURE(budget, layers, beta);
         for (const index_t layer : {index_t{0}, index_t{1}, index_t{layers} / 3,
                                     index_t{layers} / 2, index_t{layers} - 1}) {
-          check_line(rule, layer, tokens);
+          check_line(policy, layer, tokens);
         }
       }
     }

@@ -270,9 +270,9 @@ check attention_ranked(double threshold, index_t window) {
 /// The rule by position.
 check position_ranked(double threshold) {
   return [=](const json& entry) {
-    refreekv::policy::refreekv rule;
-    rule.threshold = threshold;
-    const auto result = reference::decide(mha, 0, 2, rule);
+    refreekv::policy::refreekv policy;
+    policy.threshold = threshold;
+    const auto result = reference::decide(mha, 0, 2, policy);
     CHECK(result.cut == 4 + entry["idx"].get<index_t>());
     check_close(scores(result.losses.begin() + 4, result.losses.end()), entry["ratios"]);
   };

@@ -107,17 +107,17 @@ problem query_and_keys(const csv_line& line) {
 }
 
 /// Cuts, which do not depend on how the work is divided.
-template <class Seen>
-std::vector<position_t> cuts(const refreekv::policy::refreekv& rule, const Seen& seen) {
+template <class Layer>
+std::vector<position_t> cuts(const refreekv::policy::refreekv& policy, const Layer& layer) {
   const auto of = [](const selection& s) {
     REQUIRE(s.status == refreekv::status::ok);
     std::vector<position_t> c;
     for (const auto& kept : s.kept) c.push_back(kept.cut);
     return c;
   };
-  const std::vector<position_t> one = of(run_select(rule, divided<1>(), seen));
-  if (exhaustive) REQUIRE(of(run_select(rule, divided<2>(), seen)) == one);
-  REQUIRE(of(run_select(rule, divided<7>(), seen)) == one);
+  const std::vector<position_t> one = of(run_select(policy, divided<1>(), layer));
+  if (exhaustive) REQUIRE(of(run_select(policy, divided<2>(), layer)) == one);
+  REQUIRE(of(run_select(policy, divided<7>(), layer)) == one);
   return one;
 }
 
@@ -137,11 +137,11 @@ void check_query_and_keys(const csv_line& line, std::size_t turn, const problem&
 
   const auto check = [&](const char* layout, const auto& cache) {
     INFO(layout);
-    const auto seen = refreekv::observe(q, cache.source());
-    refreekv::policy::refreekv rule = rule_of(line);
-    CHECK(cuts(rule, seen) == std::vector{static_cast<position_t>(integer(line, "cut"))});
-    rule.scope = refreekv::cut_scope::kv_head;
-    CHECK(cuts(rule, seen) == per_head);
+    const auto layer = refreekv::observe(q, cache.source());
+    refreekv::policy::refreekv policy = rule_of(line);
+    CHECK(cuts(policy, layer) == std::vector{static_cast<position_t>(integer(line, "cut"))});
+    policy.scope = refreekv::cut_scope::kv_head;
+    CHECK(cuts(policy, layer) == per_head);
   };
   if (exhaustive) {
     for_each_layout<T>(p.keys, check);
@@ -158,13 +158,14 @@ TEST_CASE("attention rows give the golden cuts", "[golden]") {
     INFO(line.at("where"));
     const std::vector<float> rows = attention_rows(line);
     const refreekv::view a(rows.data(), {1, 1, integer(line, "heads"), integer(line, "tokens")});
-    const auto seen = refreekv::observe_rows(a, 1);
-    refreekv::policy::refreekv rule = rule_of(line);
-    CHECK(cuts(rule, seen) == std::vector{static_cast<position_t>(integer(line, "cut"))});
-    CHECK(run_select(rule, divided<1>(), seen).at(0).loss ==
+    const auto layer = refreekv::observe_rows(a, 1);
+    refreekv::policy::refreekv policy = rule_of(line);
+    CHECK(cuts(policy, layer) == std::vector{static_cast<position_t>(integer(line, "cut"))});
+    CHECK(run_select(policy, divided<1>(), layer).at(0).loss ==
           Approx(std::stod(line.at("loss_at_cut"))).margin(1e-6));
-    rule.norm = refreekv::norm_scope::full_row;
-    CHECK(cuts(rule, seen) == std::vector{static_cast<position_t>(integer(line, "cut_full_row"))});
+    policy.norm = refreekv::norm_scope::full_row;
+    CHECK(cuts(policy, layer) ==
+          std::vector{static_cast<position_t>(integer(line, "cut_full_row"))});
   }
   WARN(lines.size() << " lines of attention rows in " << golden_folder());
 }

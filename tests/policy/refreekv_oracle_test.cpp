@@ -18,12 +18,12 @@ TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]
     random_source random(seed);
     problem p = random_problem(random);
     round_problem<TestType>(p);
-    const refreekv::policy::refreekv rule = random_rule(random, p.window);
-    INFO("REFREEKV_SEED=" << seed << " threshold " << rule.threshold << " sinks " << rule.sinks
-                          << " window " << rule.window << " of " << p.window << " frobenius "
-                          << (rule.average == refreekv::row_average::frobenius) << " full row "
-                          << (rule.norm == refreekv::norm_scope::full_row) << " dim " << p.head_dim
-                          << " group " << p.group << " soft cap " << p.soft_cap
+    const refreekv::policy::refreekv policy = random_rule(random, p.window);
+    INFO("REFREEKV_SEED=" << seed << " threshold " << policy.threshold << " sinks " << policy.sinks
+                          << " window " << policy.window << " of " << p.window << " frobenius "
+                          << (policy.average == refreekv::row_average::frobenius) << " full row "
+                          << (policy.norm == refreekv::norm_scope::full_row) << " dim "
+                          << p.head_dim << " group " << p.group << " soft cap " << p.soft_cap
                           << " sliding window " << p.sliding_window << " alibi "
                           << p.alibi_slopes.size() << " sinks " << p.sink_logits.size()
                           << " row counts " << p.row_counts.size() << " row ends "
@@ -32,18 +32,18 @@ TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]
     for (const float q : p.queries) queries.push_back(to_element<TestType>(q));
     const refreekv::view q(queries.data(), {p.sequences(), p.window, p.q_heads(), p.head_dim});
     const auto check = [&](const auto& cache) {
-      const auto seen = refreekv::observe(q, cache.source(), p.info());
-      const selection one = run_select(rule, divided<1>(), seen);
+      const auto layer = refreekv::observe(q, cache.source(), p.info());
+      const selection one = run_select(policy, divided<1>(), layer);
       REQUIRE(one.status == refreekv::status::ok);
-      const selection seven = run_select(rule, divided<7>(), seen);
+      const selection seven = run_select(policy, divided<7>(), layer);
       const index_t heads_of_cut = p.q_heads() / std::max<index_t>(one.groups, 1);
       for (index_t s = 0; s < p.sequences(); ++s) {
         const auto rows = reference::attend(p, s);
         for (index_t g = 0; g < one.groups; ++g) {
           const auto expected =
-              reference::decide(rows, g * heads_of_cut, (g + 1) * heads_of_cut, rule);
+              reference::decide(rows, g * heads_of_cut, (g + 1) * heads_of_cut, policy);
           INFO("sequence " << s << " group " << g << " tokens " << rows.tokens);
-          CHECK(reference::disagreement(one.at(s, g), expected, rule.threshold) == "");
+          CHECK(reference::disagreement(one.at(s, g), expected, policy.threshold) == "");
           CHECK(seven.at(s, g) == one.at(s, g));
         }
       }
@@ -74,11 +74,11 @@ TEST_CASE("keys with a large common component keep their digits", "[oracle]") {
     for (index_t h = 0; h < 4; ++h) p.query(0, 0, h, 0) = 40;
     for (index_t t = 0; t < p.lengths[0]; ++t) p.keys.at(0, 0, t, 0) = 50;
     const dense_cache<float> keys(p.keys);
-    const refreekv::policy::refreekv rule;
-    const selection s =
-        run_select(rule, divided<1>(), refreekv::observe(p.query_view(), keys.source(), p.info()));
-    CHECK(reference::disagreement(s.at(0), reference::decide(reference::attend(p, 0), 0, 4, rule),
-                                  rule.threshold) == "");
+    const refreekv::policy::refreekv policy;
+    const selection s = run_select(policy, divided<1>(),
+                                   refreekv::observe(p.query_view(), keys.source(), p.info()));
+    CHECK(reference::disagreement(s.at(0), reference::decide(reference::attend(p, 0), 0, 4, policy),
+                                  policy.threshold) == "");
   }
 }
 
@@ -90,12 +90,12 @@ TEST_CASE("decisions are right under soft caps of any size", "[oracle]") {
   const dense_cache<float> keys(p.keys);
   for (const float cap : {0.0f, 1e-3f, 50.0f, 1e8f, 1e12f, 1e16f, 1e18f, 3e38f}) {
     p.soft_cap = cap;
-    const refreekv::policy::refreekv rule{.threshold = 0.1};
-    const selection s =
-        run_select(rule, divided<1>(), refreekv::observe(p.query_view(), keys.source(), p.info()));
+    const refreekv::policy::refreekv policy{.threshold = 0.1};
+    const selection s = run_select(policy, divided<1>(),
+                                   refreekv::observe(p.query_view(), keys.source(), p.info()));
     CAPTURE(cap, s.at(0).cut);
-    CHECK(reference::disagreement(s.at(0), reference::decide(reference::attend(p, 0), 0, 4, rule),
-                                  rule.threshold) == "");
+    CHECK(reference::disagreement(s.at(0), reference::decide(reference::attend(p, 0), 0, 4, policy),
+                                  policy.threshold) == "");
   }
 }
 
@@ -104,7 +104,7 @@ TEST_CASE("ready rows agree with the oracle on random problems", "[oracle]") {
   for (unsigned seed = first; seed < first + affordable(300); ++seed) {
     random_source random(seed);
     problem p = random_problem(random);
-    const refreekv::policy::refreekv rule = random_rule(random, p.window);
+    const refreekv::policy::refreekv policy = random_rule(random, p.window);
     INFO("REFREEKV_SEED=" << seed);
     const index_t tokens = p.keys.longest() + 2;
     std::vector<float> values(size(p.sequences() * p.window * p.q_heads() * tokens),
@@ -124,17 +124,17 @@ TEST_CASE("ready rows agree with the oracle on random problems", "[oracle]") {
         }
       }
     }
-    const auto seen = refreekv::observe_rows(refreekv::view<const float, 4>(a), p.keys.kv_heads,
-                                             {p.lengths.data(), {p.sequences()}}, p.info());
-    const selection s = run_select(rule, divided<1>(), seen);
+    const auto layer = refreekv::observe_rows(refreekv::view<const float, 4>(a), p.keys.kv_heads,
+                                              {p.lengths.data(), {p.sequences()}}, p.info());
+    const selection s = run_select(policy, divided<1>(), layer);
     REQUIRE(s.status == refreekv::status::ok);
     const index_t heads_of_cut = p.q_heads() / std::max<index_t>(s.groups, 1);
     for (index_t i = 0; i < p.sequences(); ++i) {
       for (index_t g = 0; g < s.groups; ++g) {
         const auto expected =
-            reference::decide(rows[size(i)], g * heads_of_cut, (g + 1) * heads_of_cut, rule);
+            reference::decide(rows[size(i)], g * heads_of_cut, (g + 1) * heads_of_cut, policy);
         INFO("sequence " << i << " group " << g << " tokens " << rows[size(i)].tokens);
-        CHECK(reference::disagreement(s.at(i, g), expected, rule.threshold) == "");
+        CHECK(reference::disagreement(s.at(i, g), expected, policy.threshold) == "");
       }
     }
   }

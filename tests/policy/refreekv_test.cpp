@@ -26,15 +26,15 @@ std::vector<position_t> positions(const kept_range& kept) {
 }  // namespace
 
 TEST_CASE("the defaults are the paper's", "[refreekv]") {
-  const policy::refreekv rule;
-  CHECK(rule.threshold == 0.01);
-  CHECK(rule.sinks == 4);
-  CHECK(rule.window == 1);
-  CHECK(rule.average == row_average::mean);
-  CHECK(rule.norm == norm_scope::candidates);
-  CHECK(rule.scope == cut_scope::layer);
-  CHECK(rule.full_layers == 2);
-  CHECK(rule.invalid() == nullptr);
+  const policy::refreekv policy;
+  CHECK(policy.threshold == 0.01);
+  CHECK(policy.sinks == 4);
+  CHECK(policy.window == 1);
+  CHECK(policy.average == row_average::mean);
+  CHECK(policy.norm == norm_scope::candidates);
+  CHECK(policy.scope == cut_scope::layer);
+  CHECK(policy.full_layers == 2);
+  CHECK(policy.invalid() == nullptr);
 }
 
 TEST_CASE("the position-ranked toy data of the released code comes out", "[refreekv][golden]") {
@@ -51,9 +51,9 @@ TEST_CASE("the position-ranked toy data of the released code comes out", "[refre
   for (const char* threshold : {"0.01", "0.05", "0.2"}) {
     const std::string name = std::string("refreekv_position_T") + threshold;
     INFO(name);
-    const policy::refreekv rule{.threshold = std::stod(threshold), .full_layers = 0};
+    const policy::refreekv policy{.threshold = std::stod(threshold), .full_layers = 0};
     const selection s =
-        run_select(rule, divided<1>(), observe_rows(view(rows.data(), {1, 1, 2, 12}), 2));
+        run_select(policy, divided<1>(), observe_rows(view(rows.data(), {1, 1, 2, 12}), 2));
     REQUIRE(s.status == status::ok);
     CHECK(positions(s.at(0)) == golden.at(name).at("kept").get<std::vector<position_t>>());
   }
@@ -67,17 +67,17 @@ TEST_CASE("a larger threshold never keeps more, and a full row never keeps more 
     problem p(2, 2, 16, 2, {static_cast<position_t>(random.between(5, 600))});
     fill(p, random);
     const dense_cache<float> keys(p.keys);
-    const auto seen = observe(p.query_view(), keys.source(), p.info());
+    const auto layer = observe(p.query_view(), keys.source(), p.info());
     for (const count_t window : {1u, 2u}) {
       position_t last = 0;
       for (const double threshold : {0.0, 0.001, 0.01, 0.1, 0.5, 1.0}) {
-        policy::refreekv rule{.threshold = threshold, .window = window};
-        const kept_range kept = run_select(rule, divided<1>(), seen).at(0);
+        policy::refreekv policy{.threshold = threshold, .window = window};
+        const kept_range kept = run_select(policy, divided<1>(), layer).at(0);
         CHECK(kept.cut >= last);
         last = kept.cut;
         // The sinks' energy only adds to what a cut cannot lose.
-        rule.norm = norm_scope::full_row;
-        CHECK(run_select(rule, divided<1>(), seen).at(0).cut >= kept.cut);
+        policy.norm = norm_scope::full_row;
+        CHECK(run_select(policy, divided<1>(), layer).at(0).cut >= kept.cut);
       }
       CHECK(last == p.lengths[0] - 1);
     }
@@ -89,13 +89,13 @@ TEST_CASE("a window wider than the sequence is the sequence", "[refreekv]") {
   problem p(1, 2, 16, 40, {40, 25});
   fill(p, random);
   const dense_cache<float> keys(p.keys);
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
+  const auto layer = observe(p.query_view(), keys.source(), p.info());
   for (const row_average average : {row_average::mean, row_average::frobenius}) {
     const policy::refreekv all{.threshold = 0.2, .window = 40, .average = average};
     const policy::refreekv more{.threshold = 0.2, .window = 5000, .average = average};
     for (index_t s = 0; s < 2; ++s) {
-      CHECK(run_select(all, divided<1>(), seen).at(s).cut ==
-            run_select(more, divided<1>(), seen).at(s).cut);
+      CHECK(run_select(all, divided<1>(), layer).at(s).cut ==
+            run_select(more, divided<1>(), layer).at(s).cut);
     }
   }
 }

@@ -13,9 +13,9 @@ using positions = std::vector<position_t>;
 ranked_selection kept_by(const std::vector<float>& attention, index_t heads, token_budget budget,
                          double head_floor) {
   const auto tokens = static_cast<index_t>(attention.size()) / heads;
-  const auto seen = observe_rows(view(attention.data(), {1, 1, heads, tokens}), heads);
-  const policy::snapkv rule{budget, 1, {pool_kind::max, 1}, head_floor};
-  ranked_selection kept = run_ranked(rule, divided<2>(), seen);
+  const auto layer = observe_rows(view(attention.data(), {1, 1, heads, tokens}), heads);
+  const policy::snapkv policy{budget, 1, {pool_kind::max, 1}, head_floor};
+  ranked_selection kept = run_ranked(policy, divided<2>(), layer);
   REQUIRE(kept.status == status::ok);
   return kept;
 }
@@ -73,7 +73,7 @@ TEST_CASE("a KV head that has all it could keep is looked at, too", "[snapkv]") 
     const float was =
         std::exchange(attention[size(spoilt)], std::numeric_limits<float>::quiet_NaN());
     const ranked_selection kept = kept_by(attention, 2, 4, 0);
-    for (const kept_count& head : kept.counts) CHECK(head == kept_count{6, 6, true});
+    for (const kept_tokens& head : kept.counts) CHECK(head == kept_tokens{6, 6, true});
     attention[size(spoilt)] = was;
   }
 }
@@ -83,12 +83,12 @@ TEST_CASE("one KV head has nobody to share with", "[snapkv]") {
   problem p(1, 3, 8, 4, {300, 5, 0, 77, 4, 1});
   fill(p, random);
   const dense_cache<float> keys(p.keys);
-  const auto seen = observe(p.query_view(), keys.source(), p.info());
+  const auto layer = observe(p.query_view(), keys.source(), p.info());
   const policy::snapkv alone{.budget = 40, .window = 4};
-  const ranked_selection expected = run_ranked(alone, divided<1>(), seen);
+  const ranked_selection expected = run_ranked(alone, divided<1>(), layer);
   for (const double head_floor : {0.0, 0.1, 0.2, 0.7}) {
-    policy::snapkv rule = alone;
-    rule.head_floor = head_floor;
-    CHECK(run_ranked(rule, divided<1>(), seen) == expected);
+    policy::snapkv policy = alone;
+    policy.head_floor = head_floor;
+    CHECK(run_ranked(policy, divided<1>(), layer) == expected);
   }
 }

@@ -12,8 +12,8 @@ using namespace refreekv;
 
 namespace {
 
-std::vector<position_t> kept(const policy::streaming_llm& rule, index_t tokens) {
-  const kept_range range = rule(tokens);
+std::vector<position_t> kept(const policy::streaming_llm& policy, index_t tokens) {
+  const kept_range range = policy(tokens);
   std::vector<position_t> out(static_cast<std::size_t>(range.length()));
   index_t offsets[2];
   write_positions(&range, 1, out.data(), offsets);
@@ -45,8 +45,8 @@ TEST_CASE("the toy data of the released code comes out", "[streaming_llm][golden
   };
   expect("call_4_5", kept({.sinks = 4, .budget = 9}, 12));
   expect("call_fits", kept({.sinks = 4, .budget = 9}, 9));
-  expect("evict_for_space_3", kept({.sinks = 4, .budget = 9, .room = 3}, 12));
-  expect("evict_for_space_9", kept({.sinks = 4, .budget = 9, .room = 9}, 12));
+  expect("evict_for_space_3", kept({.sinks = 4, .budget = 9, .incoming = 3}, 12));
+  expect("evict_for_space_9", kept({.sinks = 4, .budget = 9, .incoming = 9}, 12));
   // kvpress keeps int(n * (1 - ratio)) tokens: a budget like any other.
   expect("kvpress_0_5", kept({.sinks = 4, .budget = 6}, 12));
   expect("kvpress_0_3", kept({.sinks = 4, .budget = 8}, 12));
@@ -58,8 +58,8 @@ TEST_CASE("every length, budget and room follows the published rule", "[streamin
       for (count_t room = 0; room <= 12; ++room) {
         for (index_t tokens = 0; tokens <= 20; ++tokens) {
           CAPTURE(sinks, recent, room, tokens);
-          const policy::streaming_llm rule{sinks, sinks + recent, room};
-          REQUIRE(kept(rule, tokens) == published(tokens, sinks, recent, room));
+          const policy::streaming_llm policy{sinks, sinks + recent, room};
+          REQUIRE(kept(policy, tokens) == published(tokens, sinks, recent, room));
         }
       }
     }
@@ -67,10 +67,10 @@ TEST_CASE("every length, budget and room follows the published rule", "[streamin
 }
 
 TEST_CASE("decoding keeps the length at the budget", "[streaming_llm]") {
-  const policy::streaming_llm rule{.sinks = 4, .budget = 24};
+  const policy::streaming_llm policy{.sinks = 4, .budget = 24};
   index_t length = 0;
   for (int step = 0; step < 100; ++step) {
-    length = rule(length + 1).length();
+    length = policy(length + 1).length();
     CHECK(length == std::min(step + 1, 24));
   }
 }
@@ -78,8 +78,8 @@ TEST_CASE("decoding keeps the length at the budget", "[streaming_llm]") {
 TEST_CASE("select needs neither queries nor a workspace", "[streaming_llm]") {
   const plain_rows rows(2, 4, {30, 3, 0});
   const dense_cache<float> cache(rows);
-  const policy::streaming_llm rule{.sinks = 4, .budget = 14};
-  const selection s = run_select(rule, divided<1>(), observe(cache.source()));
+  const policy::streaming_llm policy{.sinks = 4, .budget = 14};
+  const selection s = run_select(policy, divided<1>(), observe(cache.source()));
   REQUIRE(s.status == status::ok);
   CHECK(s.at(0).cut == 20);
   CHECK(s.at(1).dropped() == 0);

@@ -12,9 +12,9 @@ TEST_CASE("all query heads of the layer have one vote on each token", "[tova]") 
                                      0.50f, 0.30f, 0.05f, 0.05f, 0.10f,  //
                                      0.00f, 0.10f, 0.00f, 0.80f, 0.10f,  //
                                      0.10f, 0.00f, 0.00f, 0.80f, 0.10f};
-  const auto seen = observe_rows(view(attention.data(), {1, 1, 4, 5}), 2);
+  const auto layer = observe_rows(view(attention.data(), {1, 1, 4, 5}), 2);
   const auto kept_by = [&](token_budget budget) {
-    const ranked_selection kept = run_ranked(policy::tova{budget}, divided<2>(), seen);
+    const ranked_selection kept = run_ranked(policy::tova{budget}, divided<2>(), layer);
     REQUIRE(kept.status == status::ok);
     CHECK(kept.at(0, 0) == kept.at(0, 1));
     return kept.at(0);
@@ -33,10 +33,10 @@ TEST_CASE("ranks with a part of the heads each keep what one rank keeps", "[tova
   random_source random(base_seed());
   problem p(2, 3, 16, 3, {300, 5, 0, 77});
   fill(p, random);
-  const policy::tova rule{.budget = 40};
+  const policy::tova policy{.budget = 40};
   const dense_cache<float> keys(p.keys);
   const ranked_selection one =
-      run_ranked(rule, divided<1>(), observe(p.query_view(), keys.source(), p.info()));
+      run_ranked(policy, divided<1>(), observe(p.query_view(), keys.source(), p.info()));
   REQUIRE(one.status == status::ok);
 
   rank_group group(ranks);
@@ -44,14 +44,14 @@ TEST_CASE("ranks with a part of the heads each keep what one rank keeps", "[tova
   run_ranks(ranks, [&](index_t rank) {
     const problem part = heads_of(p, rank, rank + 1);
     const dense_cache<float> own(part.keys);
-    const auto seen = observe(part.query_view(), own.source(), part.info());
-    std::vector<std::byte> scratch(workspace_size(rule, divided<1>(), seen));
-    guarded_positions kept(seen.sequences(), 1, seen.capacity());
-    if (select(rule, divided<1>(), seen, kept.kept(), scratch, head_link{&group, rank}) !=
+    const auto layer = observe(part.query_view(), own.source(), part.info());
+    std::vector<std::byte> scratch(workspace_size(policy, divided<1>(), layer));
+    guarded_positions kept(layer.sequences(), 1, layer.capacity());
+    if (select(policy, divided<1>(), layer, kept.kept(), scratch, head_link{&group, rank}) !=
         status::ok) {
       return;  // assertions are not for threads
     }
-    for (index_t s = 0; s < seen.sequences(); ++s) {
+    for (index_t s = 0; s < layer.sequences(); ++s) {
       got[size(rank)].push_back(positions_of(kept.kept(), s, 0));
     }
   });

@@ -64,7 +64,7 @@ std::vector<int> direct(const at::Tensor& queries, const at::Tensor& keys, const
       .full_layers = static_cast<count_t>(o.full_layers)};
   const auto seen =
       observe(plain<float>(q), dense(plain<T>(k)),
-              {.layer = o.layer, .attention = {.scale = static_cast<float>(o.scale)}});
+              {.index = o.layer, .attention = {.scale = static_cast<float>(o.scale)}});
   const cpu_backend on;
   const index_t groups = groups_of(rule, seen);
   std::vector<kept_range> kept(static_cast<std::size_t>(keys.size(0) * groups));
@@ -166,8 +166,8 @@ TEST_CASE("what is wrong is said in the library's words") {
   refused("sinks must be >= 0", {.sinks = -1});
   refused("sinks must be >= 0", {.sinks = (int64_t{1} << 32) + 4});
   refused("full_layers must be >= 0", {.full_layers = -2});
-  refused("layer is not set", {.layer = -1});
-  refused("layer must be >= 0", {.layer = -2});
+  refused("index is not set", {.layer = -1});
+  refused("index must be >= 0", {.layer = -2});
   refused("scale must be finite", {.scale = -1});
   refused("average must be mean or frobenius, not median", {.average = "median"});
   refused("norm must be candidates or full_row, not l1", {.norm = "l1"});

@@ -63,7 +63,7 @@ TEST_CASE("policies that keep single tokens leave them in order") {
                                         pyramidkv{.budget = 60, .window = 8, .layers = layers},
                                         tova{.budget = 60},
                                         attention_ranked{.threshold = 0.2},
-                                        twilight{.p = 0.5}};
+                                        twilight{.mass = 0.5}};
   for (const pruning_rule& rule : rules) {
     CAPTURE(rule.index());
     CHECK(why_invalid(rule) == nullptr);

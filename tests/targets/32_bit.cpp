@@ -25,28 +25,29 @@ constexpr index_t sequences = 2, kv_heads = 2, heads = 6, window = 3, head_dim =
 constexpr index_t layers = 10;
 
 /// Selects in exactly as many bytes as are asked for, between others.
-template <class Rule, class Backend, class Seen>
-void check_workspace(const char* name, const Rule& rule, const Backend& on, const Seen& seen) {
-  const std::size_t bytes = workspace_size(rule, on, seen), margin = 4096;
+template <class Policy, class Backend, class Layer>
+void check_workspace(const char* name, const Policy& policy, const Backend& exec,
+                     const Layer& layer) {
+  const std::size_t bytes = workspace_size(policy, exec, layer), margin = 4096;
   check(bytes > 0 && bytes < 16 << 20, "asks for another workspace", name);
   std::vector<std::byte> memory(bytes + 2 * margin, std::byte{0xA5});
   const workspace<> scratch{memory.data() + margin, bytes},
       small{memory.data() + margin, bytes - 1};
   std::vector<position_t> positions(sequences * kv_heads * tokens);
-  std::vector<kept_count> counts(sequences * kv_heads);
+  std::vector<kept_tokens> counts(sequences * kv_heads);
   std::vector<kept_range> ranges(sequences);
   const auto kept = [&] {
-    if constexpr (std::same_as<decision_of<Rule, host_memory>, kept_ranges<>>) {
+    if constexpr (std::same_as<decision_of<Policy, host_memory>, kept_ranges<>>) {
       return kept_ranges<>{ranges.data(), {sequences, 1}};
     } else {
       return kept_positions<>{{positions.data(), {sequences, kv_heads, tokens}},
                               {counts.data(), {sequences, kv_heads}}};
     }
   }();
-  check(select(rule, on, seen, kept, small) == status::small_workspace, "takes less", name);
-  check(select(rule, on, seen, kept, scratch) == status::ok, "does not select", name);
+  check(select(policy, exec, layer, kept, small) == status::small_workspace, "takes less", name);
+  check(select(policy, exec, layer, kept, scratch) == status::ok, "does not select", name);
   index_t dropped = 0;
-  for (const kept_count& k : counts) dropped += k.dropped();
+  for (const kept_tokens& k : counts) dropped += k.dropped();
   for (const kept_range& k : ranges) dropped += k.dropped();
   check(dropped > 0, "drops nothing", name);
   for (std::size_t i = 0; i < margin; ++i) {
@@ -56,7 +57,7 @@ void check_workspace(const char* name, const Rule& rule, const Backend& on, cons
 }
 
 template <class Backend>
-void check_policies(const Backend& on) {
+void check_policies(const Backend& exec) {
   std::vector<float> keys(sequences * kv_heads * tokens * head_dim);
   std::vector<float> queries(sequences * window * heads * head_dim);
   unsigned state = 1;
@@ -66,28 +67,28 @@ void check_policies(const Backend& on) {
       v = static_cast<float>(state >> 16) / 16384 - 2;
     }
   }
-  const auto seen =
+  const auto layer =
       observe(view(queries.data(), {sequences, window, heads, head_dim}),
-              dense(view(keys.data(), {sequences, kv_heads, tokens, head_dim})), {.layer = 7});
+              dense(view(keys.data(), {sequences, kv_heads, tokens, head_dim})), {.index = 7});
   std::vector<float> scores(sequences * kv_heads * tokens);
   std::vector<double> preferences(sequences * layers);
   const cake_layers<> carried{{scores.data(), {sequences, kv_heads, tokens}},
                               {preferences.data(), {sequences, layers}},
                               layers};
-  check_workspace("refreekv", policy::refreekv{.threshold = 0.1, .window = 3}, on, seen);
-  check_workspace("h2o", policy::h2o{.budget = 60, .window = 3}, on, seen);
-  check_workspace("snapkv", policy::snapkv{.budget = 60, .window = 3}, on, seen);
-  check_workspace("pyramidkv", policy::pyramidkv{.budget = 60, .window = 3}, on, seen);
-  check_workspace("cake", policy::cake{.budget = 60, .window = 3, .layers = layers}, on,
-                  with_layers(seen, carried));
-  check_workspace("tova", policy::tova{.budget = 60}, on, seen);
-  check_workspace("attention_ranked", policy::attention_ranked{.threshold = 0.1, .window = 3}, on,
-                  seen);
-  check_workspace("twilight", policy::twilight{.p = 0.5}, on, seen);
+  check_workspace("refreekv", policy::refreekv{.threshold = 0.1, .window = 3}, exec, layer);
+  check_workspace("h2o", policy::h2o{.budget = 60, .window = 3}, exec, layer);
+  check_workspace("snapkv", policy::snapkv{.budget = 60, .window = 3}, exec, layer);
+  check_workspace("pyramidkv", policy::pyramidkv{.budget = 60, .window = 3}, exec, layer);
+  check_workspace("cake", policy::cake{.budget = 60, .window = 3, .layers = layers}, exec,
+                  with_layers(layer, carried));
+  check_workspace("tova", policy::tova{.budget = 60}, exec, layer);
+  check_workspace("attention_ranked", policy::attention_ranked{.threshold = 0.1, .window = 3}, exec,
+                  layer);
+  check_workspace("twilight", policy::twilight{.mass = 0.5}, exec, layer);
   std::vector<float> values(keys);
   check_workspace(
-      "faithful", policy::faithful{.tolerance = 0.5, .stand_ins = false}, on,
-      with_values(seen, dense(view(values.data(), {sequences, kv_heads, tokens, head_dim}))));
+      "faithful", policy::faithful{.tolerance = 0.5, .stand_ins = false}, exec,
+      with_values(layer, dense(view(values.data(), {sequences, kv_heads, tokens, head_dim}))));
 }
 
 /// No memory holds it, though each product modulo 2^32 is small.
@@ -95,22 +96,22 @@ void check_saturation() {
   for (const index_t extent :
        {index_t{1} << 30, index_t{1} << 32, (index_t{1} << 32) + 1, index_t{1} << 62}) {
     arena count;
-    (void)count.take<float>(extent);
+    (void)count.array<float>(extent);
     check(count.bytes() == largest, "an extent wraps");
-    (void)count.take<char>(1);
+    (void)count.array<char>(1);
     check(count.bytes() == largest, "a sum wraps");
   }
   arena none;
-  (void)none.take<float>(index_t{1} << 62, 0);
+  (void)none.array<float>(index_t{1} << 62, 0);
   check(none.bytes() == 0, "nothing needs something");
 
   float element = 0;
   const index_t many = max_count;
   const dense keys(view<float, 4>(&element, {1, 4, many, 128}, {0, 0, 0, 0}));
   const view<float, 4> row(&element, {1, 1, 4, 128}, {0, 0, 0, 0});
-  const auto seen = observe(row, keys, {.layer = 7});
-  check(workspace_size(policy::h2o{}, cpu_backend{}, seen) == largest, "counts wrap");
-  check(workspace_size(policy::twilight{}, cpu_backend{}, seen) == largest, "counts wrap");
+  const auto layer = observe(row, keys, {.index = 7});
+  check(workspace_size(policy::h2o{}, cpu_backend{}, layer) == largest, "counts wrap");
+  check(workspace_size(policy::twilight{}, cpu_backend{}, layer) == largest, "counts wrap");
 }
 
 }  // namespace

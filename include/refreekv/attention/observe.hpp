@@ -5,13 +5,13 @@
 #include <cmath>
 #include <limits>
 
-#include "refreekv/attention/observation.hpp"
+#include "refreekv/attention/layer.hpp"
 
 namespace refreekv::inline v0 {
 
 /// Keys and the last queries: attention is recomputed from them, no attention matrix is needed.
 template <class Query, key_source Keys>
-struct query_observation {
+struct query_layer {
   using memory = typename Keys::memory;
 
   /// [sequence, window, q_head, head_dim], rotated as the keys are; the last row is the query of
@@ -77,7 +77,7 @@ struct query_observation {
 
 /// Attention that the engine already has, after the softmax.
 template <class Row, class Memory = host_memory>
-struct row_observation {
+struct row_layer {
   using memory = Memory;
 
   /// [sequence, window, q_head, token]; the last row is that of the sequence's last token. Entries
@@ -118,7 +118,7 @@ struct row_observation {
 
 /// A cache alone, for policies that look at positions only.
 template <key_source Keys>
-struct cache_observation {
+struct key_layer {
   using memory = typename Keys::memory;
 
   Keys keys;
@@ -151,7 +151,7 @@ template <class Query, key_source Keys>
                                      const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
   detail::check_source<Keys>();
-  return query_observation<std::remove_const_t<Query>, Keys>{queries, keys, info};
+  return query_layer<std::remove_const_t<Query>, Keys>{queries, keys, info};
 }
 
 /// No attention.
@@ -159,7 +159,7 @@ template <key_source Keys>
 [[nodiscard]] constexpr auto observe(const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
   detail::check_source<Keys>();
-  return cache_observation<Keys>{keys, info};
+  return key_layer<Keys>{keys, info};
 }
 
 /// rows: [sequence, window, q_head, token], softmax already applied; lengths: [sequence].
@@ -167,7 +167,7 @@ template <class Row, class Memory>
 [[nodiscard]] constexpr auto observe_rows(view<Row, 4, Memory> rows, index_t kv_heads,
                                           lengths_view<Memory> lengths = {},
                                           layer_info<Memory> info = {}) noexcept {
-  return row_observation<std::remove_const_t<Row>, Memory>{rows, kv_heads, lengths, info};
+  return row_layer<std::remove_const_t<Row>, Memory>{rows, kv_heads, lengths, info};
 }
 
 }  // namespace refreekv::inline v0

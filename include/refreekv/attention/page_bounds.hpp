@@ -3,7 +3,7 @@
 // chooses.
 #pragma once
 
-#include "refreekv/attention/observation.hpp"
+#include "refreekv/attention/layer.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -16,15 +16,15 @@ struct page_bounds {
 };
 
 /// An observation of queries with the bounds of its keys' pages.
-template <observation Seen>
-  requires requires(const Seen& seen) { seen.queries; }
-struct paged_observation : Seen {
-  using observed = Seen;
+template <model_layer Layer>
+  requires requires(const Layer& layer) { layer.queries; }
+struct bounded_layer : Layer {
+  using plain_type = Layer;
 
-  page_bounds<typename Seen::memory> pages;
+  page_bounds<typename Layer::memory> pages;
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (const char* why = Seen::invalid()) return why;
+    if (const char* why = Layer::invalid()) return why;
     const auto& b = pages.bounds;
     if (pages.page_tokens < 1 || pages.page_tokens > max_count) return "page_tokens must be >= 1";
     if (b.malformed() || b.extent(0) != this->sequences() || b.extent(1) != this->kv_heads() ||
@@ -36,10 +36,10 @@ struct paged_observation : Seen {
   }
 };
 
-template <observation Seen>
-[[nodiscard]] constexpr auto with_pages(const Seen& seen,
-                                        const page_bounds<typename Seen::memory>& pages) noexcept {
-  return paged_observation<Seen>{{seen}, pages};
+template <model_layer Layer>
+[[nodiscard]] constexpr auto with_pages(const Layer& layer,
+                                        const page_bounds<typename Layer::memory>& pages) noexcept {
+  return bounded_layer<Layer>{{layer}, pages};
 }
 
 }  // namespace refreekv::inline v0

@@ -50,9 +50,9 @@ struct query_window {
       hull.end = position + rows;
     } else {
       for (index_t r = first + 1; r < rows; ++r) {
-        const token_range seen = visible(r);
-        hull.begin = seen.begin < hull.begin ? seen.begin : hull.begin;
-        hull.end = seen.end > hull.end ? seen.end : hull.end;
+        const token_range range = visible(r);
+        hull.begin = range.begin < hull.begin ? range.begin : hull.begin;
+        hull.end = range.end > hull.end ? range.end : hull.end;
       }
     }
     return hull;
@@ -77,8 +77,8 @@ struct query_window {
     if (ends != nullptr) {
       index_t seeing = 0;
       for (index_t r = first_there; r < rows; ++r) {
-        const token_range seen = visible(r);
-        seeing += seen.begin <= token && token < seen.end ? 1 : 0;
+        const token_range range = visible(r);
+        seeing += range.begin <= token && token < range.end ? 1 : 0;
       }
       return seeing;
     }

@@ -4,7 +4,7 @@
 
 #include <concepts>
 
-#include "refreekv/attention/observation.hpp"
+#include "refreekv/attention/layer.hpp"
 #include "refreekv/core/status.hpp"
 
 namespace refreekv::inline v0 {
@@ -13,7 +13,7 @@ namespace refreekv::inline v0 {
 /// the same order, with the same count on every rank. Host backends call it with host memory and
 /// expect the sums on return; device backends expect them in stream order.
 template <class R>
-concept reduction = requires(const R& reduce, double* sums, index_t count) {
+concept head_reduction = requires(const R& reduce, double* sums, index_t count) {
   { reduce(sums, count) } -> std::same_as<status>;
 };
 
@@ -22,7 +22,7 @@ concept reduction = requires(const R& reduce, double* sums, index_t count) {
 /// as a reduction is. The words are the bits of floats and doubles: copy them as MPI, NCCL or
 /// memcpy do.
 template <class E>
-concept exchange = requires(const E& e, std::uint32_t* words, index_t count) {
+concept token_exchange = requires(const E& e, std::uint32_t* words, index_t count) {
   { e(words, count) } -> std::same_as<status>;
 };
 
@@ -31,11 +31,12 @@ concept exchange = requires(const E& e, std::uint32_t* words, index_t count) {
 /// take doubles (as a lambda of `auto*` would). Then the reductions have to give the same bits on
 /// all ranks with the same heads, as they do if each adds ranks up in the same order. A rank that
 /// is refused calls neither: ranks agree on why_invalid and their workspaces before.
-template <class J, class Seen>
-concept joins = (sharded<Seen> && exchange<J>) || (!sharded<Seen> && reduction<J>);
+template <class J, class Layer>
+concept collective =
+    (sharded_layer<Layer> && token_exchange<J>) || (!sharded_layer<Layer> && head_reduction<J>);
 
 /// One rank.
-struct no_reduction {
+struct single_rank {
   constexpr status operator()(double*, index_t) const noexcept { return status::ok; }
 };
 

@@ -86,10 +86,14 @@ struct importance_rule {
   }
 };
 
+namespace detail {
+
 /// Whether the sum of so many directions has one: what is left where they cancel is rounding.
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool has_direction(double length,
                                                                 index_t tokens) noexcept {
   return !(length <= 1e-12 * static_cast<double>(tokens));
 }
+
+}  // namespace detail
 
 }  // namespace refreekv::inline v0

@@ -8,12 +8,14 @@
 
 namespace refreekv::inline v0 {
 
+namespace detail {
+
 /// cap * tanh(x / cap), given 1 / cap and exp(2 x / cap); NaN stays NaN. In double: a cap of 50
 /// would turn float tanh's last digit into 3e-6 of a logit. tanh is 1 - 2 / (exp + 1), which
 /// cancels where x is small beside the cap: there the first two terms of its series are right
 /// to 1.4e-13.
-[[nodiscard]] REFREEKV_HOST_DEVICE inline float softly_capped(float x, double cap, double inverse,
-                                                              double exponential) noexcept {
+[[nodiscard]] REFREEKV_HOST_DEVICE inline float soft_capped(float x, double cap, double inverse,
+                                                            double exponential) noexcept {
   const auto wide = static_cast<double>(x);
   const double y = wide * inverse, square = y * y;
   // Both, without a branch: compilers vectorise this.
@@ -29,5 +31,7 @@ namespace refreekv::inline v0 {
   const double part = logit / cap;
   return cap * std::atanh(part > 0.9 ? 0.9 : part < -0.9 ? -0.9 : part);
 }
+
+}  // namespace detail
 
 }  // namespace refreekv::inline v0

@@ -100,20 +100,22 @@ struct norm_scan_buffers {
   float* chunk_masses;  ///< [sequence, group, chunk_tokens]: attention dropped by a cut there
 
   template <class Observation>
-  [[nodiscard]] static norm_scan_buffers take(arena& from, const norm_scan& scan,
-                                              const Observation& seen) noexcept {
-    const index_t chunks = chunking{seen.capacity(), scan.sinks}.count();
-    const index_t sequences = seen.sequences();
-    const index_t q_heads = seen.q_heads();
-    const index_t groups = scan.groups(seen.kv_heads());
+  [[nodiscard]] static norm_scan_buffers carve(arena& from, const norm_scan& scan,
+                                               const Observation& layer) noexcept {
+    const index_t chunks = chunking{layer.capacity(), scan.sinks}.count();
+    const index_t sequences = layer.sequences();
+    const index_t q_heads = layer.q_heads();
+    const index_t groups = scan.groups(layer.kv_heads());
     return {chunks,
-            from.take<chunk_statistics>(sequences, q_heads, scan.window, chunks),
-            from.take<row_normaliser>(sequences, q_heads, scan.window),
-            from.take<double>(sequences, groups, chunks),
-            from.take<double>(sequences, groups, chunk_tokens),
-            from.take<float>(sequences, groups, chunk_tokens)};
+            from.array<chunk_statistics>(sequences, q_heads, scan.window, chunks),
+            from.array<row_normaliser>(sequences, q_heads, scan.window),
+            from.array<double>(sequences, groups, chunks),
+            from.array<double>(sequences, groups, chunk_tokens),
+            from.array<float>(sequences, groups, chunk_tokens)};
   }
 };
+
+namespace detail {
 
 /// What is kept of a sequence that is cut at the token `last` of its chunk `crossing`. baseline:
 /// norm(sinks); norm and mass: of the curves inside the chunk, at that token.
@@ -145,5 +147,7 @@ struct norm_scan_buffers {
   const index_t last = scan.last_allowed(chunk_norms, range.end - range.begin, baseline);
   return cut_at(scan, tokens, crossing, last, baseline, chunk_norms[last], chunk_masses[last]);
 }
+
+}  // namespace detail
 
 }  // namespace refreekv::inline v0

@@ -24,6 +24,8 @@ struct pooling {
   }
 };
 
+namespace detail {
+
 /// The pooled score of token t, of scores [count] with a stride. NaN stays. O(width).
 [[nodiscard]] REFREEKV_HOST_DEVICE inline float pooled_score(const pooling& pool, index_t count,
                                                              const float* scores, index_t stride,
@@ -43,6 +45,8 @@ struct pooling {
   }
   return most;
 }
+
+}  // namespace detail
 
 /// What a sequence keeps: its last `recent` tokens, and of those before them the `ranked` with the
 /// highest scores, the earlier ones among equals. All where there are no more than that.
@@ -77,12 +81,16 @@ struct token_quota {
 template <class Memory = host_memory>
 using quotas_view = view<const token_quota, 2, Memory>;
 
+namespace detail {
+
 /// Each keeps what its sequence's quota says; quotas [sequence].
-template <class Seen>
-[[nodiscard]] constexpr quotas_view<typename Seen::memory> quotas_by_sequence(
-    const token_quota* quotas, const Seen& seen) noexcept {
-  return {quotas, {seen.sequences(), seen.kv_heads()}, {1, 0}};
+template <class Layer>
+[[nodiscard]] constexpr quotas_view<typename Layer::memory> quotas_by_sequence(
+    const token_quota* quotas, const Layer& layer) noexcept {
+  return {quotas, {layer.sequences(), layer.kv_heads()}, {1, 0}};
 }
+
+}  // namespace detail
 
 /// Scores of each sequence's heads: [sequence, head, token].
 template <class Memory = host_memory>

@@ -20,14 +20,14 @@ namespace refreekv::inline v0::detail {
 /// Slots of one (sequence, kv_head) that a compaction writes; empty where nothing moves.
 [[nodiscard]] constexpr token_range written_slots(const view<const kept_range, 2>& kept,
                                                   index_t sequence, index_t kv_head,
-                                                  compaction how) noexcept {
-  const token_move move = move_of(kept(sequence, kept.extent(1) == 1 ? 0 : kv_head), how);
+                                                  compaction mode) noexcept {
+  const token_move move = move_of(kept(sequence, kept.extent(1) == 1 ? 0 : kv_head), mode);
   return {move.target, move.target + move.tokens};
 }
 [[nodiscard]] constexpr token_range written_slots(const kept_positions<>& kept, index_t sequence,
-                                                  index_t kv_head, compaction how) noexcept {
-  const kept_count& k = kept.counts(sequence, kv_head);
-  const index_t first = first_slot(k, how);
+                                                  index_t kv_head, compaction mode) noexcept {
+  const kept_tokens& k = kept.counts(sequence, kv_head);
+  const index_t first = first_slot(k, mode);
   const auto stays = [&](index_t i) { return kept.positions(sequence, kv_head, i) == first + i; };
   index_t begin = 0, end = k.count;
   while (begin < end && stays(begin)) ++begin;
@@ -37,12 +37,12 @@ namespace refreekv::inline v0::detail {
 
 [[nodiscard]] constexpr token_range written_slots(const kept_with_stand_ins<>& kept,
                                                   index_t sequence, index_t kv_head,
-                                                  compaction how) noexcept {
+                                                  compaction mode) noexcept {
   const kept_positions<>& positions = kept;
-  const token_range moved = written_slots(positions, sequence, kv_head, how);
-  const kept_count& k = kept.counts(sequence, kv_head);
+  const token_range moved = written_slots(positions, sequence, kv_head, mode);
+  const kept_tokens& k = kept.counts(sequence, kv_head);
   const index_t count = kept.length(sequence, kv_head) - k.count;
-  const index_t first = first_stand_in(k, count, how);
+  const index_t first = first_stand_in(k, count, mode);
   if (count == 0) return moved;
   if (moved.begin == moved.end) return {first, first + count};
   return {(std::min)(moved.begin, first), (std::max)(moved.end, first + count)};
@@ -206,10 +206,10 @@ template <kv_source Source, class Written>
 /// Null, or that compacting the source would write memory twice.
 template <kv_source Source, class Kept>
 [[nodiscard]] constexpr const char* moves_twice(const Source& source, const Kept& kept,
-                                                compaction how) noexcept {
+                                                compaction mode) noexcept {
   if constexpr (std::same_as<typename Source::memory, host_memory>) {
     return written_twice(source,
-                         [&](index_t s, index_t h) { return written_slots(kept, s, h, how); });
+                         [&](index_t s, index_t h) { return written_slots(kept, s, h, mode); });
   } else if constexpr (requires { source.repeats_heads(); }) {
     if (source.repeats_heads()) return heads_share_rows;
   }
@@ -218,10 +218,10 @@ template <kv_source Source, class Kept>
 
 /// Null, or in what compacting the sources would write memory twice.
 template <class Kept, kv_source... Sources>
-[[nodiscard]] constexpr const char* aliased(const Kept& kept, compaction how,
+[[nodiscard]] constexpr const char* aliased(const Kept& kept, compaction mode,
                                             const Sources&... sources) noexcept {
   const char* why = share_memory(sources...);
-  (void)(why == nullptr && ((why = moves_twice(sources, kept, how), why == nullptr) && ...));
+  (void)(why == nullptr && ((why = moves_twice(sources, kept, mode), why == nullptr) && ...));
   return why;
 }
 

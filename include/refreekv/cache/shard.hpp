@@ -89,8 +89,8 @@ class shard {
   }
   /// How many of the sequence's tokens before that one are here: in `source`, the token's own
   /// number. O(parts)
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t own_before(index_t sequence,
-                                                                  index_t token) const noexcept {
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t local_before(index_t sequence,
+                                                                    index_t token) const noexcept {
     index_t before = 0;
     for (index_t p = 0; p < parts_.extent(1); ++p) {
       const token_range& part = parts_(sequence, p);
@@ -101,10 +101,10 @@ class shard {
   }
   /// What a decision about the whole sequence leaves here: `kept` for `source`. A part keeps order,
   /// so it is a range, too. The next token's position is still that of `all`.
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range own_range(
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range local_range(
       index_t sequence, const kept_range& all) const noexcept {
-    return {static_cast<position_t>(own_before(sequence, all.sinks)),
-            static_cast<position_t>(own_before(sequence, all.cut)),
+    return {static_cast<position_t>(local_before(sequence, all.sinks)),
+            static_cast<position_t>(local_before(sequence, all.cut)),
             static_cast<position_t>(source_.tokens(sequence)),
             all.loss,
             all.dropped_mass,
@@ -116,7 +116,7 @@ class shard {
       index_t sequence, index_t kv_head, index_t token) const noexcept
     requires row_source<Source>
   {
-    auto run = source_.run_at(sequence, kv_head, own_before(sequence, token));
+    auto run = source_.run_at(sequence, kv_head, local_before(sequence, token));
     for (index_t p = 0; p < parts_.extent(1); ++p) {
       const token_range& part = parts_(sequence, p);
       const bool is_here = part.begin <= token && token < part.end;
@@ -126,8 +126,8 @@ class shard {
   }
 
   /// How many chunks of the sequence are here. O(parts)
-  [[nodiscard]] constexpr index_t own_chunks(index_t sequence,
-                                             const chunking& chunks) const noexcept {
+  [[nodiscard]] constexpr index_t local_chunks(index_t sequence,
+                                               const chunking& chunks) const noexcept {
     index_t count = 0;
     for (index_t p = 0; p < parts_.extent(1); ++p) {
       const auto [first, last] = chunks_of(parts_(sequence, p), chunks);
@@ -136,8 +136,8 @@ class shard {
     return count;
   }
   /// The i-th of them. O(parts)
-  [[nodiscard]] constexpr index_t own_chunk(index_t sequence, const chunking& chunks,
-                                            index_t i) const noexcept {
+  [[nodiscard]] constexpr index_t local_chunk(index_t sequence, const chunking& chunks,
+                                              index_t i) const noexcept {
     for (index_t p = 0;; ++p) {
       const auto [first, last] = chunks_of(parts_(sequence, p), chunks);
       if (i < last - first) return first + i;
@@ -163,7 +163,7 @@ class shard {
           }
           end = part.end;
         }
-        if (own_before(s, tokens(s)) != source_.tokens(s)) {
+        if (local_before(s, tokens(s)) != source_.tokens(s)) {
           return "a shard's parts and its source differ in tokens";
         }
       }

@@ -48,7 +48,7 @@ class arena {
   /// An array of the product of `extents` elements, uninitialised; null while counting. What no
   /// memory can hold counts as the largest size there is. Requires extents >= 0.
   template <class T, class... Extents>
-  [[nodiscard]] T* take(Extents... extents) noexcept {
+  [[nodiscard]] T* array(Extents... extents) noexcept {
     static_assert(alignof(T) <= alignment && std::is_trivially_destructible_v<T>);
     std::size_t bytes = sizeof(T);
     ((bytes = product(bytes, static_cast<std::uint64_t>(extents))), ...);

@@ -82,20 +82,20 @@ void attend(const head_queries<Product>& queries, const query_window& window, to
   const index_t rows = queries.heads * window.rows;
   fill_logits(queries, window, tokens, keys, tile);
   for (index_t i = 0; i < rows; ++i) {
-    tile.statistics[i].unit = unit_of(tile.values + i * tile_stride, keys.count());
+    tile.statistics[i].exponent = exponent_of(tile.values + i * tile_stride, keys.count());
   }
   for (index_t i = 0; i < rows; ++i) {
     tile.statistics[i] =
-        exponentiate(tile.values + i * tile_stride, keys.count(), tile.statistics[i].unit);
+        exponentiate(tile.values + i * tile_stride, keys.count(), tile.statistics[i].exponent);
   }
 }
 
-/// The same for ready rows: values are attention / 2^unit.
+/// The same for ready rows: values are attention / 2^exponent.
 template <class Row>
-void attend(const row_observation<Row>& seen, const query_window& window, const key_block& block,
+void attend(const row_layer<Row>& layer, const query_window& window, const key_block& block,
             const tile_scratch& tile) noexcept {
-  const index_t heads = seen.q_heads() / seen.kv_heads();
-  const index_t stride = seen.rows.stride(3);
+  const index_t heads = layer.q_heads() / layer.kv_heads();
+  const index_t stride = layer.rows.stride(3);
   const auto [begin, end] = block.tokens;
   for (index_t i = 0; i < heads * window.rows; ++i) {
     const index_t row = i % window.rows;
@@ -104,8 +104,8 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
     x.setZero();
     float peak = 0;
     if (row >= window.first_row()) {
-      const Row* attention = seen.rows.at(block.sequence, seen.window() - window.rows + row,
-                                          block.kv_head * heads + i / window.rows);
+      const Row* attention = layer.rows.at(block.sequence, layer.window() - window.rows + row,
+                                           block.kv_head * heads + i / window.rows);
       const token_range visible = window.visible(row);
       for (index_t t = (std::max)(begin, visible.begin); t < (std::min)(end, visible.end); ++t) {
         float& value = x(static_cast<Eigen::Index>(t - begin));
@@ -116,15 +116,15 @@ void attend(const row_observation<Row>& seen, const query_window& window, const 
     chunk_statistics& s = tile.statistics[i];
     s = {0, 0, 0};
     if (peak > 0 && std::isfinite(peak)) {
-      s.unit = static_cast<float>(std::ilogb(peak));
-      x = (x.template cast<double>() / refreekv::power_of_two(s.unit)).template cast<float>();
+      s.exponent = static_cast<float>(std::ilogb(peak));
+      x = (x.template cast<double>() / detail::power_of_two(s.exponent)).template cast<float>();
     }
     if (begin < end) {
       s.sum = x.sum();
       s.sum_squares = x.square().sum();
     }
     // Not where there is NaN: it has no peak.
-    if (s.sum <= 0 && s.sum >= 0) s.unit = -std::numeric_limits<float>::infinity();
+    if (s.sum <= 0 && s.sum >= 0) s.exponent = -std::numeric_limits<float>::infinity();
   }
 }
 

@@ -90,7 +90,7 @@ void move_rows(const Source& source, index_t sequence, index_t kv_head, token_mo
 /// together as two runs hold. run(token), position(i): of the i-th kept row.
 template <class Run, class Position>
 void gather_across(const Run& run, const Position& position, index_t count, index_t target,
-                   index_t head_dim, compaction how) noexcept {
+                   index_t head_dim, compaction mode) noexcept {
   const auto copy = [&](const auto& to, const auto& from, index_t first, index_t end) {
     if (end - first == 1) return copy_rows(to, from, 1, head_dim);
     for (index_t d = 0; d < head_dim; ++d) {
@@ -99,7 +99,7 @@ void gather_across(const Run& run, const Position& position, index_t count, inde
       const auto copy_one = [&](index_t i) {
         row[i - first] = from_row[position(i) - position(first)];
       };
-      if (how == compaction::suffix_down) {
+      if (mode == compaction::suffix_down) {
         for (index_t i = first; i < end; ++i) copy_one(i);
       } else {
         for (index_t i = end - 1; i >= first; --i) copy_one(i);
@@ -107,7 +107,7 @@ void gather_across(const Run& run, const Position& position, index_t count, inde
     }
   };
   const auto stays = [&](index_t i) { return position(i) == target + i; };
-  if (how == compaction::suffix_down) {
+  if (mode == compaction::suffix_down) {
     for (index_t i = 0, end; i < count; i = end) {
       end = i + 1;
       if (stays(i)) continue;
@@ -131,15 +131,15 @@ void gather_across(const Run& run, const Position& position, index_t count, inde
 /// Gathers the kept rows of one (sequence, kv_head) within its cache.
 template <kv_source Source>
 void gather_rows(const Source& source, index_t sequence, index_t kv_head,
-                 const kept_positions<>& kept, compaction how) noexcept {
-  const kept_count& k = kept.counts(sequence, kv_head);
-  const index_t first = first_slot(k, how), head_dim = source.head_dim();
+                 const kept_positions<>& kept, compaction mode) noexcept {
+  const kept_tokens& k = kept.counts(sequence, kv_head);
+  const index_t first = first_slot(k, mode), head_dim = source.head_dim();
   const auto run = [&](index_t token) { return source.run_at(sequence, kv_head, token); };
   const auto position = [&](index_t i) { return index_t{kept.positions(sequence, kv_head, i)}; };
   if (k.count > 0 && lies_across(run(position(0)))) {
-    return gather_across(run, position, k.count, first, head_dim, how);
+    return gather_across(run, position, k.count, first, head_dim, mode);
   }
-  const bool down = how == compaction::suffix_down;
+  const bool down = mode == compaction::suffix_down;
   for (index_t n = 0; n < k.count; ++n) {
     const index_t i = down ? n : k.count - 1 - n;  // never over a row that is still to move
     const index_t from = position(i), to = first + i;

@@ -101,8 +101,8 @@ class thread_pool {
   }
 
   void serve(int w) noexcept {
-    for (unsigned seen = 0;; ++seen) {
-      round_.wait(seen, std::memory_order_acquire);
+    for (unsigned last = 0;; ++last) {
+      round_.wait(last, std::memory_order_acquire);
       if (job_ == nullptr) return;
       job_(work_, w);
       if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
@@ -120,16 +120,16 @@ class thread_pool {
 
 /// How many workers have a part of so many items, and are numbered from 0 by for_each_range.
 template <class Executor>
-[[nodiscard]] index_t workers_for(const Executor& on, index_t items) noexcept {
-  return std::clamp<index_t>(items, 1, on.workers());
+[[nodiscard]] index_t workers_for(const Executor& threads, index_t items) noexcept {
+  return std::clamp<index_t>(items, 1, threads.workers());
 }
 
 /// Calls f(worker, begin, end) with a part of [0, items) for each worker that has one. Those are
 /// numbered without gaps: what they work in need not be there for more.
 template <class Executor, class F>
-void for_each_range(const Executor& on, index_t items, const F& f) noexcept {
-  const index_t workers = on.workers();
-  on.run([&](int w) {
+void for_each_range(const Executor& threads, index_t items, const F& f) noexcept {
+  const index_t workers = threads.workers();
+  threads.run([&](int w) {
     const index_t begin = items * w / workers, end = items * (w + 1) / workers;
     if (begin < end) f(items < workers ? static_cast<int>(begin) : w, begin, end);
   });
@@ -139,12 +139,12 @@ void for_each_range(const Executor& on, index_t items, const F& f) noexcept {
 /// take longer to wake up than a thread takes to touch some ten thousand elements: `elements`, of
 /// all items together and roughly, says whether they are asked.
 template <class Executor, class F>
-void for_each_item(const Executor& on, index_t items, index_t elements, const F& f) noexcept {
+void for_each_item(const Executor& threads, index_t items, index_t elements, const F& f) noexcept {
   const auto all = [&](int w, index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i) f(w, i);
   };
   if (items > 1 && elements >= index_t{1} << 16) {
-    for_each_range(on, items, all);
+    for_each_range(threads, items, all);
   } else {
     all(0, 0, items);
   }

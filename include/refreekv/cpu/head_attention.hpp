@@ -36,62 +36,61 @@ struct attention_scratch {
     double* sums;                  ///< [2, q_head of the KV head, capacity]
   };
 
-  template <class Seen>
-  static parts take_parts(arena& from, index_t rows, const Seen& seen) noexcept {
-    const index_t heads = seen.q_heads() / seen.kv_heads();
-    const index_t chunks = chunking{seen.capacity(), 0}.count();
+  template <class Layer>
+  static parts carve_parts(arena& from, index_t rows, const Layer& layer) noexcept {
+    const index_t heads = layer.q_heads() / layer.kv_heads();
+    const index_t chunks = chunking{layer.capacity(), 0}.count();
     parts p{};
-    if constexpr (has_queries<Seen>) {
-      using product = product_of<typename readable<Seen>::type>;
-      const index_t dim = seen.head_dim();
-      p.packed = from.take<typename product::packed>(heads, rows, packed_dim<product>(dim));
-      p.tile.gathered = from.take<std::byte>(tile_tokens, dim, index_t{sizeof(float)});
-      if constexpr (has_packed_keys<Seen>) p.unpacked = from.take<float>(chunk_tokens, dim);
+    if constexpr (has_queries<Layer>) {
+      using product = product_of<typename readable<Layer>::type>;
+      const index_t dim = layer.head_dim();
+      p.packed = from.array<typename product::packed>(heads, rows, packed_dim<product>(dim));
+      p.tile.gathered = from.array<std::byte>(tile_tokens, dim, index_t{sizeof(float)});
+      if constexpr (has_packed_keys<Layer>) p.unpacked = from.array<float>(chunk_tokens, dim);
     }
-    p.tile.values = from.take<float>(heads, rows, tile_stride);
-    p.tile.statistics = from.take<chunk_statistics>(heads, rows);
-    p.statistics = from.take<chunk_statistics>(heads, rows, chunks);
-    p.normalisers = from.take<row_normaliser>(heads, rows);
-    p.sums = from.take<double>(2, heads, seen.capacity());
+    p.tile.values = from.array<float>(heads, rows, tile_stride);
+    p.tile.statistics = from.array<chunk_statistics>(heads, rows);
+    p.statistics = from.array<chunk_statistics>(heads, rows, chunks);
+    p.normalisers = from.array<row_normaliser>(heads, rows);
+    p.sums = from.array<double>(2, heads, layer.capacity());
     return p;
   }
 
-  template <class Seen>
-  static attention_scratch take(arena& from, index_t workers, index_t window,
-                                const Seen& seen) noexcept {
-    const index_t heads = seen.q_heads() / seen.kv_heads();
+  template <class Layer>
+  static attention_scratch carve(arena& from, index_t workers, index_t window,
+                                 const Layer& layer) noexcept {
+    const index_t heads = layer.q_heads() / layer.kv_heads();
     const index_t most = heads < block_rows ? block_rows / heads : 1;
     attention_scratch s{nullptr, 0, (std::min)(window, most), nullptr};
     arena count;
-    (void)take_parts(count, s.rows, seen);
+    (void)carve_parts(count, s.rows, layer);
     s.worker_bytes = whole_lines(count.bytes());
-    s.memory = from.take<std::byte>(workers, s.worker_bytes);
-    s.totals = from.take<double>(seen.sequences(), seen.kv_heads(), 2);
+    s.memory = from.array<std::byte>(workers, s.worker_bytes);
+    s.totals = from.array<double>(layer.sequences(), layer.kv_heads(), 2);
     return s;
   }
 
-  template <class Seen>
-  [[nodiscard]] parts of(index_t worker, const Seen& seen) const noexcept {
+  template <class Layer>
+  [[nodiscard]] parts of(index_t worker, const Layer& layer) const noexcept {
     arena carve(memory + worker * worker_bytes);
-    return take_parts(carve, rows, seen);
+    return carve_parts(carve, rows, layer);
   }
 };
 
 /// A part of an observation's rows.
 template <class Query, class Keys>
-[[nodiscard]] auto only_rows(const query_observation<Query, Keys>& seen, index_t first,
+[[nodiscard]] auto only_rows(const query_layer<Query, Keys>& layer, index_t first,
                              index_t rows) noexcept {
-  const auto& q = seen.queries;
-  query_observation<Query, Keys> part = seen;
+  const auto& q = layer.queries;
+  query_layer<Query, Keys> part = layer;
   part.queries = view<const Query, 4>(q.at(0, first), {q.extent(0), rows, q.extent(2), q.extent(3)},
                                       {q.stride(0), q.stride(1), q.stride(2), q.stride(3)});
   return part;
 }
 template <class Row>
-[[nodiscard]] auto only_rows(const row_observation<Row>& seen, index_t first,
-                             index_t rows) noexcept {
-  const auto& a = seen.rows;
-  row_observation<Row> part = seen;
+[[nodiscard]] auto only_rows(const row_layer<Row>& layer, index_t first, index_t rows) noexcept {
+  const auto& a = layer.rows;
+  row_layer<Row> part = layer;
   part.rows = view<const Row, 4>(a.at(0, first), {a.extent(0), rows, a.extent(2), a.extent(3)},
                                  {a.stride(0), a.stride(1), a.stride(2), a.stride(3)});
   return part;
@@ -105,21 +104,21 @@ enum class leaves {
 };
 
 /// Fills a tile with what there is to know of a block of tokens.
-template <class Seen>
-void attend_block(const Seen& seen, const query_window& window, const key_block& block,
+template <class Layer>
+void attend_block(const Layer& layer, const query_window& window, const key_block& block,
                   const attention_scratch::parts& work, leaves what) noexcept {
-  if constexpr (has_packed_keys<Seen>) {
-    unpack(seen.keys, block.sequence, block.kv_head, block.tokens, work.unpacked);
-    const typename readable<Seen>::type unpacked{
-        seen.queries,
-        {work.unpacked, block.tokens.begin, block.tokens.end, seen.head_dim(), seen.sequences(),
-         seen.kv_heads()},
-        seen.info};
+  if constexpr (has_packed_keys<Layer>) {
+    unpack(layer.keys, block.sequence, block.kv_head, block.tokens, work.unpacked);
+    const typename readable<Layer>::type unpacked{
+        layer.queries,
+        {work.unpacked, block.tokens.begin, block.tokens.end, layer.head_dim(), layer.sequences(),
+         layer.kv_heads()},
+        layer.info};
     attend_block(unpacked, window, block, work, what);
-  } else if constexpr (has_queries<Seen>) {
-    const block_addresses keys(seen.keys, block, block);
+  } else if constexpr (has_queries<Layer>) {
+    const block_addresses keys(layer.keys, block, block);
     const auto queries = queries_of(
-        seen, block.kv_head, static_cast<const typename product_of<Seen>::packed*>(work.packed));
+        layer, block.kv_head, static_cast<const typename product_of<Layer>::packed*>(work.packed));
     if (what == leaves::logits) {
       fill_logits(queries, window, block.tokens, keys, work.tile);
     } else if (what == leaves::values ||
@@ -127,7 +126,7 @@ void attend_block(const Seen& seen, const query_window& window, const key_block&
       attend(queries, window, block.tokens, keys, work.tile);
     }
   } else {
-    attend(seen, window, block, work.tile);
+    attend(layer, window, block, work.tile);
   }
 }
 
@@ -144,11 +143,11 @@ inline void normalise_logits(float* logits, index_t count, const row_normaliser&
 }
 
 /// The same of values, relative to the largest in their block.
-inline void normalise_values(float* values, index_t count, float unit,
+inline void normalise_values(float* values, index_t count, float exponent,
                              const row_normaliser& row) noexcept {
-  const auto attention = static_cast<float>(attention_at(unit, row));
+  const auto attention = static_cast<float>(detail::weight_of(exponent, row));
   Eigen::Map<Eigen::ArrayXf> x(values, static_cast<Eigen::Index>(count));
-  if (unit <= -std::numeric_limits<float>::infinity()) {
+  if (exponent <= -std::numeric_limits<float>::infinity()) {
     x.setConstant(attention);  // 0, or NaN where the row has no normaliser
   } else {
     x *= attention;
@@ -169,16 +168,16 @@ template <class Row>
 /// of one sequence: values [q_head of the KV head, rows] with tile_stride between rows are the
 /// attention to the tokens. Tokens that no row of a block sees are left out. The keys are read
 /// twice for each block of rows. Returns how many rows were left out.
-template <class Seen, class F>
-index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, index_t window,
+template <class Layer, class F>
+index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head, index_t window,
                            bad_rows bad, const attention_scratch& scratch,
                            const attention_scratch::parts& work, const F& f) noexcept {
-  const index_t heads = seen.q_heads() / seen.kv_heads();
-  const query_window all = window_of(seen, sequence, window);
+  const index_t heads = layer.q_heads() / layer.kv_heads();
+  const query_window all = window_of(layer, sequence, window);
   index_t left_out = 0;
   for (index_t begin = all.first_row(); begin < window; begin += scratch.rows) {
     const index_t rows = (std::min)(scratch.rows, window - begin);
-    const Seen part = only_rows(seen, seen.window() - window + begin, rows);
+    const Layer part = only_rows(layer, layer.window() - window + begin, rows);
     const query_window block_window = all.part(begin, rows);
     const token_range hull = block_window.hull();
     const chunking chunks{hull.end, 0};
@@ -187,12 +186,12 @@ index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, 
         if (chunks[c].end > hull.begin) g(c, key_block{sequence, kv_head, chunks[c]});
       }
     };
-    if constexpr (has_queries<Seen>) {
-      using product = product_of<typename readable<Seen>::type>;
+    if constexpr (has_queries<Layer>) {
+      using product = product_of<typename readable<Layer>::type>;
       for (index_t h = 0; h < heads; ++h) {
         for (index_t r = 0; r < rows; ++r) {
           pack<product>(part.queries.at(sequence, r, kv_head * heads + h), part.queries.stride(3),
-                        seen.head_dim(), h * rows + r, heads * rows,
+                        layer.head_dim(), h * rows + r, heads * rows,
                         static_cast<typename product::packed*>(work.packed));
         }
       }
@@ -205,12 +204,12 @@ index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, 
           work.statistics[i * chunks.count() + c] = work.tile.statistics[i];
         }
       });
-      const auto& sinks = seen.info.attention.sink_logits;
+      const auto& sinks = layer.info.attention.sink_logits;
       for (index_t i = 0; i < heads * rows; ++i) {
         work.normalisers[i] =
-            normalise(work.statistics + i * chunks.count(), chunks.count(),
-                      sinks.data() != nullptr ? sinks(kv_head * heads + i / rows)
-                                              : -std::numeric_limits<float>::infinity());
+            detail::normalise(work.statistics + i * chunks.count(), chunks.count(),
+                              sinks.data() != nullptr ? sinks(kv_head * heads + i / rows)
+                                                      : -std::numeric_limits<float>::infinity());
       }
     } else {
       for (index_t i = 0; i < heads * rows; ++i) {
@@ -229,9 +228,10 @@ index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, 
     }
     // Logits without digits after the point are exact relative to their peak only.
     const bool from_logits =
-        has_queries<Seen> &&
-        std::none_of(work.normalisers, work.normalisers + heads * rows,
-                     [](const row_normaliser& n) { return std::abs(n.unit) >= unit_limit; });
+        has_queries<Layer> && std::none_of(work.normalisers, work.normalisers + heads * rows,
+                                           [](const row_normaliser& n) {
+                                             return std::abs(n.exponent) >= exponent_limit;
+                                           });
     for_each_block([&](index_t, const key_block& block) {
       attend_block(part, block_window, block, work, from_logits ? leaves::logits : leaves::values);
       const auto [first, last] = block.tokens;
@@ -247,7 +247,7 @@ index_t for_each_attention(const Seen& seen, index_t sequence, index_t kv_head, 
         } else if (from_logits) {
           normalise_logits(values + from, to - from, work.normalisers[i]);
         } else {
-          normalise_values(values + from, to - from, work.tile.statistics[i].unit,
+          normalise_values(values + from, to - from, work.tile.statistics[i].exponent,
                            work.normalisers[i]);
         }
       }

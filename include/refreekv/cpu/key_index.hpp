@@ -49,10 +49,10 @@ void find_centre(const Keys& keys, index_t sequence, index_t kv_head, float* cen
 }
 
 template <class Executor, kv_source Keys>
-void quantise(const Executor& on, const Keys& keys, const lengths_view<>& from,
+void quantise(const Executor& threads, const Keys& keys, const lengths_view<>& from,
               const int4_keys<>& to) noexcept {
   const index_t dims = keys.head_dim();
-  for_each_head(on, keys, keys.head_dim(), [&](int, index_t s, index_t h) {
+  for_each_head(threads, keys, keys.head_dim(), [&](int, index_t s, index_t h) {
     const index_t first = from.data() == nullptr ? 0 : index_t{from(s)};
     float* centre = to.centres.at(s, h);
     if (centre != nullptr && first == 0) find_centre(keys, s, h, centre);
@@ -85,9 +85,9 @@ void quantise(const Executor& on, const Keys& keys, const lengths_view<>& from,
 }
 
 template <class Executor, kv_source Keys>
-void bound_pages(const Executor& on, const Keys& keys, const lengths_view<>& from,
+void bound_pages(const Executor& threads, const Keys& keys, const lengths_view<>& from,
                  const page_bounds<>& to) noexcept {
-  for_each_head(on, keys, keys.head_dim(), [&](int, index_t s, index_t h) {
+  for_each_head(threads, keys, keys.head_dim(), [&](int, index_t s, index_t h) {
     const index_t first = from.data() == nullptr ? 0 : index_t{from(s)};
     const index_t start = first / to.page_tokens * to.page_tokens;
     for_each_key(keys, s, h, start, [&](index_t t, const auto& key) {
@@ -103,25 +103,25 @@ void bound_pages(const Executor& on, const Keys& keys, const lengths_view<>& fro
   });
 }
 
-template <class Executor, class Seen>
-void select_pages(const Executor& on, const page_bounds<>& pages, index_t tokens_kept,
-                  const Seen& seen, const scores_view<>& scores,
+template <class Executor, class Layer>
+void select_pages(const Executor& threads, const page_bounds<>& pages, index_t tokens_kept,
+                  const Layer& layer, const scores_view<>& scores,
                   const selection_scratch& scratch) noexcept {
-  const index_t group = seen.q_heads() / seen.kv_heads();
-  for_each_head(on, seen, group, [&](int worker, index_t s, index_t h) {
-    const index_t tokens = seen.tokens(s), size = pages.page_tokens;
+  const index_t group = layer.q_heads() / layer.kv_heads();
+  for_each_head(threads, layer, group, [&](int worker, index_t s, index_t h) {
+    const index_t tokens = layer.tokens(s), size = pages.page_tokens;
     const index_t wanted =
         std::max<index_t>(1, tokens_kept / size) + (tokens_kept % size != 0 ? 1 : 0);
     // Pages that the last row does not see have no score and take no place.
-    const token_range visible = window_of(seen, s, 1).hull();
+    const token_range visible = window_of(layer, s, 1).hull();
     const index_t first = visible.begin / size, count = (visible.end + size - 1) / size;
     if (wanted >= count - first) return;
     for (index_t g = 0; g < group; ++g) {
       const index_t q_head = h * group + g;
       const auto page_score = [&](index_t page) {
         float score = 0;
-        for (index_t d = 0; d < seen.head_dim(); ++d) {
-          const float q = widen(seen.queries(s, seen.window() - 1, q_head, d));
+        for (index_t d = 0; d < layer.head_dim(); ++d) {
+          const float q = widen(layer.queries(s, layer.window() - 1, q_head, d));
           const float low = q * pages.bounds(s, h, page, 0, d);
           const float high = q * pages.bounds(s, h, page, 1, d);
           score += low > high ? low : high;

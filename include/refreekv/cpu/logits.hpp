@@ -98,10 +98,10 @@ block_addresses(const Keys&, index_t, index_t, const position_t*,
                 index_t) -> block_addresses<key_of<Keys>>;
 
 /// How the queries and keys of an observation are multiplied.
-template <class Seen>
+template <class Layer>
 struct product_of_observation;
 template <class Query, class Keys>
-struct product_of_observation<query_observation<Query, Keys>> {
+struct product_of_observation<query_layer<Query, Keys>> {
   static_assert(
       row_source<Keys>,
       "on the CPU keys are rows of float, half or bfloat16: 8-bit scaled_keys are read by "
@@ -110,8 +110,8 @@ struct product_of_observation<query_observation<Query, Keys>> {
                 "keys are float, half or bfloat16 (Eigen's types, f16_bits or bf16_bits)");
   using type = product<Query, key_of<Keys>>;
 };
-template <class Seen>
-using product_of = typename product_of_observation<Seen>::type;
+template <class Layer>
+using product_of = typename product_of_observation<Layer>::type;
 
 /// The packed queries of one KV head, and how they attend.
 template <class Product>
@@ -125,11 +125,11 @@ struct head_queries {
 
 template <class Query, class Keys>
 [[nodiscard]] auto queries_of(
-    const query_observation<Query, Keys>& seen, index_t kv_head,
-    const typename product_of<query_observation<Query, Keys>>::packed* packed) noexcept {
-  const index_t heads = seen.q_heads() / seen.kv_heads();
-  return head_queries<product_of<query_observation<Query, Keys>>>{
-      packed, kv_head * heads, heads, seen.head_dim(), seen.scale(), seen.info.attention};
+    const query_layer<Query, Keys>& layer, index_t kv_head,
+    const typename product_of<query_layer<Query, Keys>>::packed* packed) noexcept {
+  const index_t heads = layer.q_heads() / layer.kv_heads();
+  return head_queries<product_of<query_layer<Query, Keys>>>{
+      packed, kv_head * heads, heads, layer.head_dim(), layer.scale(), layer.info.attention};
 }
 
 /// values [row, stride] = scale * queries [row, packed_dim] . keys [block]. gathered:
@@ -183,14 +183,14 @@ void store_logits(const block_addresses<Key>& keys, const typename Product::pack
 /// Packs the last `window` queries of one query head, into packed [q_head of the KV head, window,
 /// packed_dim].
 template <class Query, class Keys>
-void pack_queries(const query_observation<Query, Keys>& seen, index_t sequence, index_t q_head,
+void pack_queries(const query_layer<Query, Keys>& layer, index_t sequence, index_t q_head,
                   index_t window,
-                  typename product_of<query_observation<Query, Keys>>::packed* packed) noexcept {
-  const index_t heads = seen.q_heads() / seen.kv_heads();
+                  typename product_of<query_layer<Query, Keys>>::packed* packed) noexcept {
+  const index_t heads = layer.q_heads() / layer.kv_heads();
   for (index_t r = 0; r < window; ++r) {
-    pack<product_of<query_observation<Query, Keys>>>(
-        seen.queries.at(sequence, seen.window() - window + r, q_head), seen.queries.stride(3),
-        seen.head_dim(), q_head % heads * window + r, heads * window, packed);
+    pack<product_of<query_layer<Query, Keys>>>(
+        layer.queries.at(sequence, layer.window() - window + r, q_head), layer.queries.stride(3),
+        layer.head_dim(), q_head % heads * window + r, heads * window, packed);
   }
 }
 
@@ -200,7 +200,8 @@ inline void cap_softly(float* logits, index_t count, double cap) noexcept {
   double e[static_cast<std::size_t>(chunk_tokens)];
   Eigen::Map<Eigen::ArrayXd>(e, size) =
       (Eigen::Map<const Eigen::ArrayXf>(logits, size).cast<double>() * (2 / cap)).exp();
-  for (index_t t = 0; t < count; ++t) logits[t] = softly_capped(logits[t], cap, 1 / cap, e[t]);
+  for (index_t t = 0; t < count; ++t)
+    logits[t] = detail::soft_capped(logits[t], cap, 1 / cap, e[t]);
 }
 
 /// Turns scaled q.k of one row into logits, -inf where the row does not see the token.

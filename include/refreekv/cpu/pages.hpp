@@ -7,22 +7,22 @@
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/simd/target.hpp"
 #include "refreekv/decision/kept_positions.hpp"
-#include "refreekv/decision/page_batch.hpp"
+#include "refreekv/decision/page_lists.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Calls f(sequence, group) for each row of a mask.
 template <class Executor, class T, class F>
-void for_each_row(const Executor& on, const view<T, 3>& mask, const F& f) noexcept {
+void for_each_row(const Executor& threads, const view<T, 3>& mask, const F& f) noexcept {
   const index_t groups = mask.extent(1), rows = mask.extent(0) * groups;
-  for_each_item(on, rows, rows * mask.extent(2),
+  for_each_item(threads, rows, rows * mask.extent(2),
                 [&](int, index_t i) { f(i / groups, i % groups); });
 }
 
 template <class Executor, class T>
-void write_masks(const Executor& on, const view<const kept_range, 2>& kept, const view<T, 3>& mask,
-                 T keep, T drop) noexcept {
-  for_each_row(on, mask, [&](index_t s, index_t g) {
+void write_masks(const Executor& threads, const view<const kept_range, 2>& kept,
+                 const view<T, 3>& mask, T keep, T drop) noexcept {
+  for_each_row(threads, mask, [&](index_t s, index_t g) {
     const kept_range& k = kept(s, g);
     T* row = mask.at(s, g);
     write_mask(k, row, keep, drop);
@@ -31,9 +31,9 @@ void write_masks(const Executor& on, const view<const kept_range, 2>& kept, cons
 }
 
 template <class Executor, class T>
-void write_masks(const Executor& on, const kept_positions<>& kept, const view<T, 3>& mask, T keep,
-                 T drop) noexcept {
-  for_each_row(on, mask, [&](index_t s, index_t h) {
+void write_masks(const Executor& threads, const kept_positions<>& kept, const view<T, 3>& mask,
+                 T keep, T drop) noexcept {
+  for_each_row(threads, mask, [&](index_t s, index_t h) {
     T* row = mask.at(s, h);
     std::fill_n(row, mask.extent(2), drop);
     for (index_t i = 0; i < kept.counts(s, h).count; ++i) row[kept.positions(s, h, i)] = keep;
@@ -47,17 +47,17 @@ inline void plan_pages(const view<const kept_range, 2>& kept, index_t page_token
     const page_plan plan =
         refreekv::plan_pages(k, page_tokens, refreekv::detail::shared_by(shared, s));
     to.plans(s) = plan;
-    to.moves(s, 0) = refreekv::detail::sink_moves(k, plan);
-    to.remaining(s, 0) = kept_slots(k, plan, page_tokens);
+    to.compact_ranges(s, 0) = refreekv::detail::sink_moves(k, plan);
+    to.mask_ranges(s, 0) = kept_slots(k, plan, page_tokens);
   }
 }
 
 template <class Executor, class Index>
-void release_pages(const Executor& on, const view<const page_plan, 1>& plans,
+void release_pages(const Executor& threads, const view<const page_plan, 1>& plans,
                    const shared_pages_view<>& shared, const page_lists<Index>& table,
                    const page_lists<Index>& freed) noexcept {
   const index_t sequences = plans.extent(0);
-  for_each_item(on, sequences, sequences * table.ids.extent(1), [&](int, index_t s) {
+  for_each_item(threads, sequences, sequences * table.ids.extent(1), [&](int, index_t s) {
     const page_plan& plan = plans(s);
     freed.counts(s) = static_cast<position_t>(remove_pages(plan, table.ids.at(s), table.counts(s),
                                                            freed.ids.at(s),

@@ -6,13 +6,14 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-template <class Executor, class Seen>
-void rank_tokens(const Executor& on, index_t recent, const Seen& seen, const scores_view<>& scores,
-                 const scores_view<>& weights, position_t* order, double* norms) noexcept {
-  const index_t kv_heads = seen.kv_heads(), group = seen.q_heads() / kv_heads;
-  const index_t capacity = seen.capacity();
-  const auto candidates = [&](index_t s) { return std::max<index_t>(0, seen.tokens(s) - recent); };
-  for_each_head(on, seen, 16, [&](int, index_t s, index_t h) {
+template <class Executor, class Layer>
+void rank_tokens(const Executor& threads, index_t recent, const Layer& layer,
+                 const scores_view<>& scores, const scores_view<>& weights, position_t* order,
+                 double* norms) noexcept {
+  const index_t kv_heads = layer.kv_heads(), group = layer.q_heads() / kv_heads;
+  const index_t capacity = layer.capacity();
+  const auto candidates = [&](index_t s) { return std::max<index_t>(0, layer.tokens(s) - recent); };
+  for_each_head(threads, layer, 16, [&](int, index_t s, index_t h) {
     position_t* row = order + (s * kv_heads + h) * capacity;
     const float* score = scores.at(s, h);
     const index_t stride = scores.stride(2);
@@ -27,12 +28,12 @@ void rank_tokens(const Executor& on, index_t recent, const Seen& seen, const sco
       return x < y || (!(y < x) && a > b);
     });
   });
-  for_each_item(on, seen.sequences(), seen.sequences() * seen.q_heads() * capacity,
+  for_each_item(threads, layer.sequences(), layer.sequences() * layer.q_heads() * capacity,
                 [&](int, index_t s) {
                   double* norm = norms + s * capacity;
                   std::fill_n(norm, capacity, 0.0);
                   if (candidates(s) == 0) return;
-                  for (index_t h = 0; h < seen.q_heads(); ++h) {
+                  for (index_t h = 0; h < layer.q_heads(); ++h) {
                     const position_t* row = order + (s * kv_heads + h / group) * capacity;
                     if (row[0] < 0) {
                       norm[0] = std::numeric_limits<double>::quiet_NaN();
@@ -48,11 +49,11 @@ void rank_tokens(const Executor& on, index_t recent, const Seen& seen, const sco
                 });
 }
 
-template <class Executor, class Seen>
-void stop_ranked(const Executor& on, double threshold, index_t recent, const Seen& seen,
+template <class Executor, class Layer>
+void stop_ranked(const Executor& threads, double threshold, index_t recent, const Layer& layer,
                  const double* norms, position_t* order, const kept_positions<>& kept) noexcept {
-  for_each_head(on, seen, 16, [&](int, index_t s, index_t h) {
-    const index_t tokens = seen.tokens(s), capacity = seen.capacity();
+  for_each_head(threads, layer, 16, [&](int, index_t s, index_t h) {
+    const index_t tokens = layer.tokens(s), capacity = layer.capacity();
     const index_t candidates = std::max<index_t>(0, tokens - recent);
     const double* norm = norms + s * capacity;
     if (candidates == 0) return keep_all(kept, s, h, tokens);
@@ -60,11 +61,11 @@ void stop_ranked(const Executor& on, double threshold, index_t recent, const See
     norm_scan scan{};
     scan.threshold = threshold;
     const index_t cut = scan.last_allowed(norm, candidates, norm[0]);
-    position_t* row = order + (s * seen.kv_heads() + h) * capacity;
+    position_t* row = order + (s * layer.kv_heads() + h) * capacity;
     std::sort(row + cut, row + candidates);
     position_writer writer(kept, s, h);
-    for (index_t i = cut; i < candidates; ++i) writer.take(row[i]);
-    writer.take_range(candidates, tokens);
+    for (index_t i = cut; i < candidates; ++i) writer.append(row[i]);
+    writer.append_range(candidates, tokens);
     writer.finish(tokens);
   });
 }

@@ -8,8 +8,8 @@
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Whether an observation has keys and queries, not ready rows.
-template <class Seen>
-concept has_queries = requires(const Seen& seen) { seen.queries; };
+template <class Layer>
+concept has_queries = requires(const Layer& layer) { layer.queries; };
 
 /// A packed query for each row, and for each worker a KV head's tile: 1100 bytes for each query
 /// head and row, and four keys.
@@ -19,25 +19,25 @@ struct scan_scratch {
   // What each worker has of them; no two share a line of the cache.
   index_t rows, statistics_of, gathered_of;
 
-  template <class Seen>
-  static scan_scratch take(arena& from, index_t workers, const norm_scan& scan,
-                           const Seen& seen) noexcept {
+  template <class Layer>
+  static scan_scratch carve(arena& from, index_t workers, const norm_scan& scan,
+                            const Layer& layer) noexcept {
     constexpr index_t line = arena::alignment;
     const auto whole_lines = [](index_t n) { return (n + line - 1) / line * line; };
     scan_scratch s{};
-    s.rows = seen.q_heads() / seen.kv_heads() * scan.window;  // of a KV head
-    s.statistics_of = (s.rows + 15) / 16 * 16;                // 12 bytes each
-    if constexpr (has_queries<Seen>) {
-      using product = product_of<Seen>;
-      const index_t dim = seen.head_dim();
-      s.queries = from.take<typename product::packed>(seen.sequences(), seen.q_heads(), scan.window,
-                                                      packed_dim<product>(dim));
-      using key = typename decltype(seen.keys)::element_type;
+    s.rows = layer.q_heads() / layer.kv_heads() * scan.window;  // of a KV head
+    s.statistics_of = (s.rows + 15) / 16 * 16;                  // 12 bytes each
+    if constexpr (has_queries<Layer>) {
+      using product = product_of<Layer>;
+      const index_t dim = layer.head_dim();
+      s.queries = from.array<typename product::packed>(layer.sequences(), layer.q_heads(),
+                                                       scan.window, packed_dim<product>(dim));
+      using key = typename decltype(layer.keys)::element_type;
       s.gathered_of = whole_lines(tile_tokens * dim * index_t{sizeof(key)});
     }
-    s.tiles.values = from.take<float>(workers, s.rows, tile_stride);
-    s.tiles.statistics = from.take<chunk_statistics>(workers, s.statistics_of);
-    s.tiles.gathered = from.take<std::byte>(workers, s.gathered_of);
+    s.tiles.values = from.array<float>(workers, s.rows, tile_stride);
+    s.tiles.statistics = from.array<chunk_statistics>(workers, s.statistics_of);
+    s.tiles.gathered = from.array<std::byte>(workers, s.gathered_of);
     return s;
   }
 

@@ -13,20 +13,20 @@ struct chunk_index {
   index_t kv_head;
 };
 
-template <class Seen>
+template <class Layer>
 class scanner {
  public:
-  scanner(const norm_scan& scan, const Seen& seen, const norm_scan_buffers& buffers,
+  scanner(const norm_scan& scan, const Layer& layer, const norm_scan_buffers& buffers,
           const scan_scratch& scratch) noexcept
       : scan_(scan),
-        seen_(seen),
+        seen_(layer),
         buffers_(buffers),
         scratch_(scratch),
-        heads_(seen.q_heads() / seen.kv_heads()) {}
+        heads_(layer.q_heads() / layer.kv_heads()) {}
 
   /// Packs the queries of one query head.
   void pack(index_t sequence, index_t q_head) const noexcept
-    requires has_queries<Seen>
+    requires has_queries<Layer>
   {
     pack_queries(seen_, sequence, q_head, scan_.window, packed(sequence, q_head / heads_));
   }
@@ -41,9 +41,9 @@ class scanner {
   void normalise_rows(index_t sequence, index_t q_head) const noexcept {
     const head_view h = head(sequence, q_head);
     for (index_t r = h.first_row; r < scan_.window; ++r) {
-      if constexpr (has_queries<Seen>) {
+      if constexpr (has_queries<Layer>) {
         const auto& sinks = seen_.info.attention.sink_logits;
-        h.rows[r] = normalise(
+        h.rows[r] = detail::normalise(
             h.statistics + r * buffers_.chunks, chunks_of(sequence).count(),
             sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
       } else {
@@ -96,10 +96,10 @@ class scanner {
         const chunk_statistics* row = h.statistics + r * buffers_.chunks;
         double mass = 0;
         for (index_t c = scan_.first_chunk(); c < at.chunk; ++c) {
-          mass += attention_at(row[c].unit, h.rows[r]) * static_cast<double>(row[c].sum);
+          mass += detail::weight_of(row[c].exponent, h.rows[r]) * static_cast<double>(row[c].sum);
         }
         const index_t i = g * scan_.window + r;
-        const double attention = attention_at(tile.statistics[i].unit, h.rows[r]);
+        const double attention = detail::weight_of(tile.statistics[i].exponent, h.rows[r]);
         for (index_t t = 0; t < tokens; ++t) {
           sums[t] = mass;
           mass += attention * static_cast<double>(tile.values[i * tile_stride + t]);
@@ -110,7 +110,7 @@ class scanner {
       for (index_t c = chunks.count() - 1; c > at.chunk; --c) suffix += energy(h, c);
       const auto energies = token_energies(tile, h, at, g);
       for (Eigen::Index t = tokens - 1; t >= 0; --t) {
-        suffix += energies.unit * static_cast<double>(energies.tokens[t]);
+        suffix += energies.scale * static_cast<double>(energies.tokens[t]);
         sums[t] = suffix;
       }
       norm += sum.sqrt();
@@ -128,9 +128,9 @@ class scanner {
     row_normaliser* rows;          ///< [window]
     index_t first_row;             ///< of the window that exists
   };
-  /// Energies of a chunk's tokens, in units of `unit`.
+  /// Energies of a chunk's tokens, times `scale`.
   struct energy_view {
-    double unit;
+    double scale;
     Eigen::Map<Eigen::ArrayXf> tokens;
   };
 
@@ -149,8 +149,8 @@ class scanner {
   /// The packed queries of a KV head.
   [[nodiscard]] auto* packed(index_t sequence, index_t kv_head) const noexcept {
     const index_t row = (sequence * seen_.kv_heads() + kv_head) * heads_ * scan_.window;
-    return static_cast<typename product_of<Seen>::packed*>(scratch_.queries) +
-           row * packed_dim<product_of<Seen>>(seen_.head_dim());
+    return static_cast<typename product_of<Layer>::packed*>(scratch_.queries) +
+           row * packed_dim<product_of<Layer>>(seen_.head_dim());
   }
 
   [[nodiscard]] key_block block_of(const chunk_index& at) const noexcept {
@@ -174,7 +174,7 @@ class scanner {
     const tile_scratch tile = scratch_.of(worker);
     const query_window window = window_of(at.sequence);
     const key_block block = block_of(at);
-    if constexpr (has_queries<Seen>) {
+    if constexpr (has_queries<Layer>) {
       const block_addresses keys(seen_.keys, block, block_of(next));
       const auto queries = queries_of(seen_, at.kv_head, packed(at.sequence, at.kv_head));
       if (what == leaves::values || !summarise(queries, window, block.tokens, keys, tile)) {
@@ -209,7 +209,7 @@ class scanner {
     double energy = 0;
     for (index_t r = first; r < scan_.window; ++r) {
       const chunk_statistics& row = s[r * buffers_.chunks];
-      const double attention = attention_at(row.unit, h.rows[r]);
+      const double attention = detail::weight_of(row.exponent, h.rows[r]);
       energy += attention * exactly(attention * static_cast<double>(row.sum_squares));
     }
     return energy;
@@ -221,7 +221,7 @@ class scanner {
                                          index_t stride) const noexcept {
     double largest = 0;
     for (index_t r = h.first_row; r < scan_.window; ++r) {
-      const double attention = attention_at(statistics[r * stride].unit, h.rows[r]);
+      const double attention = detail::weight_of(statistics[r * stride].exponent, h.rows[r]);
       if (!(attention <= largest)) largest = attention;
       if (std::isnan(largest)) break;
     }
@@ -243,7 +243,8 @@ class scanner {
     if (largest <= 0 || window.first_row() > 0) energies.setZero();
     if (largest <= 0) return {0, energies};
     for (index_t r = window.first_row(); r < window.rows; ++r) {
-      const auto weight = static_cast<float>(attention_at(statistics[r].unit, h.rows[r]) / largest);
+      const auto weight =
+          static_cast<float>(detail::weight_of(statistics[r].exponent, h.rows[r]) / largest);
       auto values = values_of(r);
       values *= weight;
       if (scan_.average == row_average::frobenius) values = values.square();
@@ -263,7 +264,7 @@ class scanner {
   }
 
   const norm_scan& scan_;
-  const Seen& seen_;
+  const Layer& seen_;
   const norm_scan_buffers& buffers_;
   const scan_scratch& scratch_;
   index_t heads_;  // query heads of a KV head

@@ -9,48 +9,49 @@
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Calls f(worker, sequence, kv_head) for all there are; `work` is what a token costs, in elements.
-template <class Executor, class Seen, class F>
-void for_each_head(const Executor& on, const Seen& seen, index_t work, const F& f) noexcept {
-  const index_t kv_heads = seen.kv_heads(), items = seen.sequences() * kv_heads;
-  const double elements =
-      static_cast<double>(items) * static_cast<double>(seen.capacity()) * static_cast<double>(work);
-  for_each_item(on, items, static_cast<index_t>((std::min)(elements, 1e18)),
+template <class Executor, class Layer, class F>
+void for_each_head(const Executor& threads, const Layer& layer, index_t work, const F& f) noexcept {
+  const index_t kv_heads = layer.kv_heads(), items = layer.sequences() * kv_heads;
+  const double elements = static_cast<double>(items) * static_cast<double>(layer.capacity()) *
+                          static_cast<double>(work);
+  for_each_item(threads, items, static_cast<index_t>((std::min)(elements, 1e18)),
                 [&](int worker, index_t i) { f(worker, i / kv_heads, i % kv_heads); });
 }
 
 /// The workers that for_each_head has a head for, at most.
-template <class Executor, class Seen>
-[[nodiscard]] index_t head_workers(const Executor& on, const Seen& seen) noexcept {
-  return workers_for(on, seen.sequences() * seen.kv_heads());
+template <class Executor, class Layer>
+[[nodiscard]] index_t head_workers(const Executor& threads, const Layer& layer) noexcept {
+  return workers_for(threads, layer.sequences() * layer.kv_heads());
 }
 
 /// What the attention of a token costs: two products with the rows of a KV head, or a look at them.
-template <class Seen>
-[[nodiscard]] index_t attention_work(const Seen& seen, index_t rows) noexcept {
-  const index_t group = seen.q_heads() / seen.kv_heads();
-  if constexpr (has_queries<Seen>) {
-    return (std::min)(rows, seen.capacity()) * group * seen.head_dim() / 8;
+template <class Layer>
+[[nodiscard]] index_t attention_work(const Layer& layer, index_t rows) noexcept {
+  const index_t group = layer.q_heads() / layer.kv_heads();
+  if constexpr (has_queries<Layer>) {
+    return (std::min)(rows, layer.capacity()) * group * layer.head_dim() / 8;
   } else {
-    return (std::min)(rows, seen.capacity()) * group;
+    return (std::min)(rows, layer.capacity()) * group;
   }
 }
 
-template <class Executor, class Seen>
-void attention_sums(const Executor& on, const score_rows& what, const Seen& seen,
-                    const scores_view<>& scores, const view<kept_count, 2>& counts,
+template <class Executor, class Layer>
+void attention_sums(const Executor& threads, const score_rows& what, const Layer& layer,
+                    const scores_view<>& scores, const view<kept_tokens, 2>& counts,
                     const attention_scratch& scratch) noexcept {
-  const index_t group = seen.q_heads() / seen.kv_heads();
-  const index_t heads = scores.extent(1) / seen.kv_heads();  // scores of a KV head
+  const index_t group = layer.q_heads() / layer.kv_heads();
+  const index_t heads = scores.extent(1) / layer.kv_heads();  // scores of a KV head
   for_each_head(
-      on, seen, attention_work(seen, what.rows), [&](int worker, index_t s, index_t kv_head) {
-        const auto work = scratch.of(worker, seen);
-        const index_t tokens = seen.tokens(s), capacity = seen.capacity();
+      threads, layer, attention_work(layer, what.rows),
+      [&](int worker, index_t s, index_t kv_head) {
+        const auto work = scratch.of(worker, layer);
+        const index_t tokens = layer.tokens(s), capacity = layer.capacity();
         for (index_t h = 0; h < heads; ++h) {
           std::fill_n(work.sums + h * capacity, tokens, 0.0);
         }
-        const query_window window = window_of(seen, s, what.rows);
+        const query_window window = window_of(layer, s, what.rows);
         const index_t left_out = for_each_attention(
-            seen, s, kv_head, what.rows, what.carried ? bad_rows::left_out : bad_rows::stay,
+            layer, s, kv_head, what.rows, what.carried ? bad_rows::left_out : bad_rows::stay,
             scratch, work, [&](index_t rows, token_range range, const float* values) {
               const auto count = static_cast<Eigen::Index>(range.end - range.begin);
               for (index_t g = 0; g < group; ++g) {
@@ -78,17 +79,17 @@ void attention_sums(const Executor& on, const score_rows& what, const Seen& seen
       });
 }
 
-template <class Executor, class Seen>
-void attention_spread(const Executor& on, index_t window, index_t recent, double gain,
-                      const Seen& seen, const scores_view<>& scores,
-                      const view<kept_count, 2>& counts, double* totals,
+template <class Executor, class Layer>
+void attention_spread(const Executor& threads, index_t window, index_t recent, double gain,
+                      const Layer& layer, const scores_view<>& scores,
+                      const view<kept_tokens, 2>& counts, double* totals,
                       const attention_scratch& scratch) noexcept {
-  const index_t group = seen.q_heads() / seen.kv_heads();
+  const index_t group = layer.q_heads() / layer.kv_heads();
   for_each_head(
-      on, seen, attention_work(seen, window), [&](int worker, index_t s, index_t kv_head) {
-        const auto work = scratch.of(worker, seen);
-        const index_t tokens = seen.tokens(s), capacity = seen.capacity();
-        const query_window there = window_of(seen, s, window);
+      threads, layer, attention_work(layer, window), [&](int worker, index_t s, index_t kv_head) {
+        const auto work = scratch.of(worker, layer);
+        const index_t tokens = layer.tokens(s), capacity = layer.capacity();
+        const query_window there = window_of(layer, s, window);
         const index_t scored = std::max<index_t>(0, tokens - recent);
         double* squares = work.sums + group * capacity;
         for (index_t g = 0; g < group; ++g) {
@@ -97,7 +98,7 @@ void attention_spread(const Executor& on, index_t window, index_t recent, double
         }
         double entropy = 0, variance = 0;
         const index_t left_out = for_each_attention(
-            seen, s, kv_head, window, bad_rows::left_out, scratch, work,
+            layer, s, kv_head, window, bad_rows::left_out, scratch, work,
             [&](index_t rows, token_range range, const float* values) {
               const auto count =
                   static_cast<Eigen::Index>((std::min)(range.end, scored) - range.begin);
@@ -124,26 +125,26 @@ void attention_spread(const Executor& on, index_t window, index_t recent, double
           }
           scores(s, kv_head, t) = static_cast<float>(score / static_cast<double>(group));
         }
-        double* own = scratch.totals + 2 * (s * seen.kv_heads() + kv_head);
+        double* own = scratch.totals + 2 * (s * layer.kv_heads() + kv_head);
         own[0] = entropy < 0 ? 0 : entropy;  // of ready rows that exceed 1, say
         own[1] = variance;
       });
-  for (index_t s = 0; s < seen.sequences(); ++s) {
+  for (index_t s = 0; s < layer.sequences(); ++s) {
     totals[2 * s] = totals[2 * s + 1] = 0;
-    for (index_t i = s * seen.kv_heads(); i < (s + 1) * seen.kv_heads(); ++i) {
+    for (index_t i = s * layer.kv_heads(); i < (s + 1) * layer.kv_heads(); ++i) {
       totals[2 * s] += scratch.totals[2 * i];
       totals[2 * s + 1] += scratch.totals[2 * i + 1];
     }
   }
 }
 
-template <class Executor, class Seen>
-void pool(const Executor& on, const pooling& how, const token_quota* quotas, const Seen& seen,
-          const scores_view<>& scores, const scores_view<>& pooled) noexcept {
-  for_each_head(on, seen, index_t{how.width}, [&](int, index_t s, index_t h) {
-    const index_t count = std::max<index_t>(0, seen.tokens(s) - quotas[s].recent);
+template <class Executor, class Layer>
+void pool(const Executor& threads, const pooling& mode, const token_quota* quotas,
+          const Layer& layer, const scores_view<>& scores, const scores_view<>& pooled) noexcept {
+  for_each_head(threads, layer, index_t{mode.width}, [&](int, index_t s, index_t h) {
+    const index_t count = std::max<index_t>(0, layer.tokens(s) - quotas[s].recent);
     for (index_t t = 0; t < count; ++t) {
-      pooled(s, h, t) = pooled_score(how, count, scores.at(s, h), scores.stride(2), t);
+      pooled(s, h, t) = detail::pooled_score(mode, count, scores.at(s, h), scores.stride(2), t);
     }
   });
 }

@@ -15,13 +15,13 @@ struct selection_scratch {
   std::uint8_t* marks;  ///< [worker, capacity]
   index_t capacity;     ///< whole lines of the cache
 
-  template <class Seen>
-  static selection_scratch take(arena& from, index_t workers, const Seen& seen) noexcept {
+  template <class Layer>
+  static selection_scratch carve(arena& from, index_t workers, const Layer& layer) noexcept {
     selection_scratch s{};
     constexpr index_t line = arena::alignment;
-    s.capacity = (seen.capacity() + line - 1) / line * line;
-    s.values = from.take<float>(workers, 2, s.capacity);
-    s.marks = from.take<std::uint8_t>(workers, s.capacity);
+    s.capacity = (layer.capacity() + line - 1) / line * line;
+    s.values = from.array<float>(workers, 2, s.capacity);
+    s.marks = from.array<std::uint8_t>(workers, s.capacity);
     return s;
   }
 
@@ -40,11 +40,11 @@ class position_writer {
       : to_(kept.positions.at(sequence, head)),
         stride_(kept.positions.stride(2)),
         kept_(kept.counts(sequence, head)) {}
-  void take(index_t position) noexcept {
+  void append(index_t position) noexcept {
     to_[stride_ * count_++] = static_cast<position_t>(position);
   }
-  void take_range(index_t begin, index_t end) noexcept {
-    for (index_t t = begin; t < end; ++t) take(t);
+  void append_range(index_t begin, index_t end) noexcept {
+    for (index_t t = begin; t < end; ++t) append(t);
   }
   void finish(index_t tokens, bool undecided = false) noexcept {
     kept_ = {static_cast<position_t>(count_), static_cast<position_t>(tokens), undecided};
@@ -53,14 +53,14 @@ class position_writer {
  private:
   position_t* to_;
   index_t stride_;
-  kept_count& kept_;
+  kept_tokens& kept_;
   index_t count_ = 0;
 };
 
 inline void keep_all(const kept_positions<>& kept, index_t sequence, index_t head, index_t tokens,
                      bool undecided = false) noexcept {
   position_writer writer(kept, sequence, head);
-  writer.take_range(0, tokens);
+  writer.append_range(0, tokens);
   writer.finish(tokens, undecided);
 }
 
@@ -145,17 +145,18 @@ inline bool any_nan(const float* values, index_t stride, index_t count) noexcept
 }
 
 /// scratch [sequence, kv_head, capacity]: the scores of all heads, which are reordered.
-template <class Executor, class Seen>
-void share_quotas(const Executor& on, double floor, const token_quota* quotas, const Seen& seen,
-                  const scores_view<>& scores, token_quota* shared, float* scratch) noexcept {
-  const index_t heads = seen.kv_heads(), elements = seen.sequences() * heads * seen.capacity();
-  for_each_item(on, seen.sequences(), elements * 4, [&](int, index_t s) {
+template <class Executor, class Layer>
+void share_quotas(const Executor& threads, double floor, const token_quota* quotas,
+                  const Layer& layer, const scores_view<>& scores, token_quota* shared,
+                  float* scratch) noexcept {
+  const index_t heads = layer.kv_heads(), elements = layer.sequences() * heads * layer.capacity();
+  for_each_item(threads, layer.sequences(), elements * 4, [&](int, index_t s) {
     const token_quota quota = quotas[s];
     token_quota* own = std::fill_n(shared + s * heads, heads, quota) - heads;
-    const index_t candidates = std::max<index_t>(0, seen.tokens(s) - quota.recent);
+    const index_t candidates = std::max<index_t>(0, layer.tokens(s) - quota.recent);
     if (quota.ranked >= candidates) return;
     const index_t stride = scores.stride(2);
-    float* values = scratch + s * heads * seen.capacity();
+    float* values = scratch + s * heads * layer.capacity();
     for (index_t h = 0; h < heads; ++h) {
       const float* row = scores.at(s, h);
       float* copy = values + h * candidates;
@@ -172,12 +173,12 @@ void share_quotas(const Executor& on, double floor, const token_quota* quotas, c
   });
 }
 
-template <class Executor, class Seen>
-void top_tokens(const Executor& on, const quotas_view<>& quotas, const Seen& seen,
+template <class Executor, class Layer>
+void top_tokens(const Executor& threads, const quotas_view<>& quotas, const Layer& layer,
                 const scores_view<>& scores, const kept_positions<>& kept,
                 const selection_scratch& scratch) noexcept {
-  for_each_head(on, seen, 4, [&](int worker, index_t s, index_t h) {
-    const index_t tokens = seen.tokens(s);
+  for_each_head(threads, layer, 4, [&](int worker, index_t s, index_t h) {
+    const index_t tokens = layer.tokens(s);
     const auto [ranked, recent] = quotas(s, h);
     const index_t candidates = std::max<index_t>(0, tokens - recent);
     bool& undecided = kept.counts(s, h).undecided;
@@ -195,27 +196,27 @@ void top_tokens(const Executor& on, const quotas_view<>& quotas, const Seen& see
     }
     position_writer writer(kept, s, h);
     for (index_t t = 0; t < candidates; ++t) {
-      if (limit.takes(row[t * stride])) writer.take(t);
+      if (limit.takes(row[t * stride])) writer.append(t);
     }
-    writer.take_range(candidates, tokens);
+    writer.append_range(candidates, tokens);
     writer.finish(tokens);
   });
-  for (index_t s = 0; s < seen.sequences(); ++s) {
+  for (index_t s = 0; s < layer.sequences(); ++s) {
     bool undecided = false;
-    for (index_t h = 0; h < seen.kv_heads(); ++h) undecided |= kept.counts(s, h).undecided;
-    for (index_t h = 0; h < seen.kv_heads() && undecided; ++h) {
-      keep_all(kept, s, h, seen.tokens(s), true);
+    for (index_t h = 0; h < layer.kv_heads(); ++h) undecided |= kept.counts(s, h).undecided;
+    for (index_t h = 0; h < layer.kv_heads() && undecided; ++h) {
+      keep_all(kept, s, h, layer.tokens(s), true);
     }
   }
 }
 
-template <class Executor, class Seen>
-void top_mass(const Executor& on, double share, bool sink_start, const Seen& seen,
+template <class Executor, class Layer>
+void top_mass(const Executor& threads, double share, bool sink_start, const Layer& layer,
               const scores_view<>& scores, const kept_positions<>& kept,
               const selection_scratch& scratch) noexcept {
-  const index_t group = seen.q_heads() / seen.kv_heads();
-  for_each_head(on, seen, 8 * group, [&](int worker, index_t s, index_t h) {
-    const index_t tokens = seen.tokens(s);
+  const index_t group = layer.q_heads() / layer.kv_heads();
+  for_each_head(threads, layer, 8 * group, [&](int worker, index_t s, index_t h) {
+    const index_t tokens = layer.tokens(s);
     float* values = scratch.values_of(worker);
     std::uint8_t* marks = scratch.marks_of(worker);
     std::fill_n(marks, tokens, std::uint8_t{0});
@@ -238,7 +239,7 @@ void top_mass(const Executor& on, double share, bool sink_start, const Seen& see
     }
     position_writer writer(kept, s, h);
     for (index_t t = 0; t < tokens; ++t) {
-      if (marks[t] != 0) writer.take(t);
+      if (marks[t] != 0) writer.append(t);
     }
     writer.finish(tokens);
   });

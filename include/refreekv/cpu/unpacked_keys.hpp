@@ -44,17 +44,17 @@ inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, t
 }
 
 /// Whether an observation's keys have to be unpacked.
-template <class Seen>
-concept has_packed_keys = has_queries<Seen> && requires(const Seen& seen) { seen.keys.codes; };
+template <class Layer>
+concept has_packed_keys = has_queries<Layer> && requires(const Layer& layer) { layer.keys.codes; };
 
 /// What an observation's rows are multiplied with.
-template <class Seen>
+template <class Layer>
 struct readable {
-  using type = Seen;
+  using type = Layer;
 };
 template <class Query>
-struct readable<query_observation<Query, int4_keys<>>> {
-  using type = query_observation<Query, unpacked_keys>;
+struct readable<query_layer<Query, int4_keys<>>> {
+  using type = query_layer<Query, unpacked_keys>;
 };
 
 }  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

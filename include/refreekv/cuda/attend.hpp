@@ -8,61 +8,61 @@
 namespace refreekv::inline v0::cuda_detail {
 
 /// Registers of a thread that a row of its tile takes: those of its part of a query.
-template <class Seen>
+template <class Layer>
 inline constexpr int row_registers = 8;
 template <class Query, class Keys>
-inline constexpr int row_registers<query_observation<Query, Keys>> = key_reader<Keys>::width;
+inline constexpr int row_registers<query_layer<Query, Keys>> = key_reader<Keys>::width;
 
 /// The most rows of a tile that registers have room for, and those in a body that goes on working
 /// with values.
-template <class Seen>
-inline constexpr int most_rows = row_registers<Seen> > 8 ? 4 : 8;
-template <class Seen>
-inline constexpr int few_rows = most_rows<Seen> / 2;
+template <class Layer>
+inline constexpr int most_rows = row_registers<Layer> > 8 ? 4 : 8;
+template <class Layer>
+inline constexpr int few_rows = most_rows<Layer> / 2;
 
 /// Whether a tile's values are left for others to read.
 enum class leaves { statistics, values };
 
-/// exp(x) / 2^unit, for a whole unit up to 2^21. NaN stays NaN.
-[[nodiscard]] REFREEKV_DEVICE float exponential(float x, float unit) noexcept {
+/// exp(x) / 2^exponent, for a whole unit up to 2^21. NaN stays NaN.
+[[nodiscard]] REFREEKV_DEVICE float exponential(float x, float exponent) noexcept {
   // ln 2 in two parts: a multiple of the first by a whole number up to 2^14 is exact.
-  const float r = x - unit * 0.693359375f;
-  return std::exp(r + unit * 2.12194440e-4f);
+  const float r = x - exponent * 0.693359375f;
+  return std::exp(r + exponent * 2.12194440e-4f);
 }
 
 /// Logits become values; one warp, which owns the row.
 template <leaves Leaves, thread_block Block, class Query, class Keys>
 [[nodiscard]] REFREEKV_DEVICE chunk_statistics to_values(Block& block,
-                                                         const query_observation<Query, Keys>&,
+                                                         const query_layer<Query, Keys>&,
                                                          float* row, int count) noexcept {
   constexpr float log2e = std::numbers::log2e_v<float>;
   float peak = -infinity, sum = 0, sum_squares = 0;
   for (int t = lane_of(block); t < count; t += warp_threads) peak = larger{}(peak, row[t]);
   peak = block.warp_reduce(peak, larger{});
-  const float unit = std::rint(peak * log2e);
+  const float exponent = std::rint(peak * log2e);
   // Logits without digits after the point are exact relative to their peak.
-  const bool exact = std::fabs(unit) < 0x1p21f;
+  const bool exact = std::fabs(exponent) < 0x1p21f;
   const float origin = exact || peak == -infinity ? 0 : peak;
   for (int t = lane_of(block); t < count; t += warp_threads) {
-    const float value = exponential(row[t] - origin, exact ? unit : 0);
+    const float value = exponential(row[t] - origin, exact ? exponent : 0);
     sum += value;
     sum_squares += value * value;
     if constexpr (Leaves == leaves::values) row[t] = value;
   }
-  return {unit, block.warp_reduce(sum, plus{}), block.warp_reduce(sum_squares, plus{})};
+  return {exponent, block.warp_reduce(sum, plus{}), block.warp_reduce(sum_squares, plus{})};
 }
 
-/// The same for ready rows: values are attention / 2^unit.
+/// The same for ready rows: values are attention / 2^exponent.
 template <leaves Leaves, thread_block Block, class Row, class Memory>
 [[nodiscard]] REFREEKV_DEVICE chunk_statistics to_values(Block& block,
-                                                         const row_observation<Row, Memory>&,
-                                                         float* row, int count) noexcept {
+                                                         const row_layer<Row, Memory>&, float* row,
+                                                         int count) noexcept {
   float peak = 0, sum = 0, sum_squares = 0;
   for (int t = lane_of(block); t < count; t += warp_threads) peak = larger{}(peak, row[t]);
   peak = block.warp_reduce(peak, larger{});
   const bool scaled = peak > 0 && peak < infinity;
-  const float unit = scaled ? std::rint(std::log2(peak)) : 0;
-  const double scale = scaled ? power_of_two(-unit) : 1;
+  const float exponent = scaled ? std::rint(std::log2(peak)) : 0;
+  const double scale = scaled ? detail::power_of_two(-exponent) : 1;
   for (int t = lane_of(block); t < count; t += warp_threads) {
     const auto value = static_cast<float>(double{row[t]} * scale);
     sum += value;
@@ -71,17 +71,17 @@ template <leaves Leaves, thread_block Block, class Row, class Memory>
   }
   sum = block.warp_reduce(sum, plus{});
   // Not where there is NaN: it has no peak.
-  return {sum == 0 ? -infinity : unit, sum, block.warp_reduce(sum_squares, plus{})};
+  return {sum == 0 ? -infinity : exponent, sum, block.warp_reduce(sum_squares, plus{})};
 }
 
 /// Fills a tile with its rows' values, if they are asked for, and their statistics. Requires a
 /// token. The block's threads are in step afterwards. O(rows of the tile * tokens * head_dim)
-template <leaves Leaves, int Lanes, int Rows, thread_block Block, class Seen>
-REFREEKV_DEVICE void attend(Block& block, tile<Seen, Rows>& s, const Seen& seen, index_t rows,
+template <leaves Leaves, int Lanes, int Rows, thread_block Block, class Layer>
+REFREEKV_DEVICE void attend(Block& block, tile<Layer, Rows>& s, const Layer& layer, index_t rows,
                             const tile_place& at) noexcept {
-  fill<Lanes>(block, s, seen, rows, at);
+  fill<Lanes>(block, s, layer, rows, at);
   for (int i = warp_of(block); i < Rows; i += block_warps) {
-    const chunk_statistics own = to_values<Leaves>(block, seen, s.values[i], at.size());
+    const chunk_statistics own = to_values<Leaves>(block, layer, s.values[i], at.size());
     if (lane_of(block) == 0) s.statistics[i] = own;
   }
   block.sync();
@@ -90,10 +90,10 @@ REFREEKV_DEVICE void attend(Block& block, tile<Seen, Rows>& s, const Seen& seen,
 /// Sets a tile's units to f(i), which a warp each finds. The block's threads are in step
 /// afterwards.
 template <int Rows, thread_block Block, class F>
-REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noexcept {
+REFREEKV_DEVICE void set_weights(Block& block, tile_rows<Rows>& s, const F& f) noexcept {
   for (int i = warp_of(block); i < Rows; i += block_warps) {
-    const float unit = f(i);
-    if (lane_of(block) == 0) s.units[i] = unit;
+    const float exponent = f(i);
+    if (lane_of(block) == 0) s.weights[i] = exponent;
   }
   block.sync();
 }
@@ -107,11 +107,11 @@ REFREEKV_DEVICE void set_units(Block& block, tile_rows<Rows>& s, const F& f) noe
 
 /// Calls f(chunk, tokens) for the chunks of a sequence that are a part's turn. The length is read
 /// again for each: a register more would be one too many.
-template <class Seen, class F>
-REFREEKV_DEVICE void for_each_chunk(const Seen& seen, index_t sequence, index_t sinks, index_t part,
-                                    index_t parts, const F& f) noexcept {
+template <class Layer, class F>
+REFREEKV_DEVICE void for_each_chunk(const Layer& layer, index_t sequence, index_t sinks,
+                                    index_t part, index_t parts, const F& f) noexcept {
   for (index_t chunk = part;; chunk += parts) {
-    const chunking there{seen.tokens(sequence), sinks};
+    const chunking there{layer.tokens(sequence), sinks};
     if (chunk >= there.count()) return;
     f(chunk, there[chunk]);
   }
@@ -125,17 +125,17 @@ template <int Rows>
 
 /// Leaves statistics [sequence, q_head, rows, chunk] of some rows of the window; of a shard zeros
 /// wherever it has no chunk.
-template <class Seen, int Rows, int Lanes>
+template <class Layer, int Rows, int Lanes>
 struct statistics_body {
   struct shared {
-    cuda_detail::tile<Seen, Rows> tile;
+    cuda_detail::tile<Layer, Rows> tile;
   };
   /// As many as there are registers for, without a spill of queries.
-  static constexpr int resident_blocks = Rows * row_registers<Seen> <= 8    ? 4
-                                         : Rows * row_registers<Seen> <= 32 ? 3
-                                                                            : 2;
+  static constexpr int resident_blocks = Rows * row_registers<Layer> <= 8    ? 4
+                                         : Rows * row_registers<Layer> <= 32 ? 3
+                                                                             : 2;
 
-  Seen seen;
+  Layer layer;
   index_t window;     ///< rows of it
   index_t row, rows;  ///< [row, row + rows) of them are read
   index_t sinks;      ///< which have chunks of their own
@@ -146,8 +146,8 @@ struct statistics_body {
   /// item: [sequence, part, kv_head, tile], so that tiles of one chunk find its keys in the cache.
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = seen.kv_heads();
-    const int group = narrow(seen.q_heads() / kv_heads), rows_of_head = narrow(rows);
+    const index_t kv_heads = layer.kv_heads();
+    const int group = narrow(layer.q_heads() / kv_heads), rows_of_head = narrow(rows);
     const index_t tiles = row_tiles<Rows>(group * rows);
     const int tile = narrow(item % tiles);
     item /= tiles;
@@ -155,9 +155,9 @@ struct statistics_body {
     const int sequence = narrow(item / kv_heads / cut.parts);
     for (int chunk = part;; chunk += narrow(cut.parts)) {
       // As for_each_chunk, but a shard leaves zeros for all others, too.
-      const chunking there{seen.tokens(sequence), sinks};
+      const chunking there{layer.tokens(sequence), sinks};
       const bool is_there = chunk < there.count();
-      if (!is_there && (!sharded<Seen> || chunk >= chunks)) return;
+      if (!is_there && (!sharded_layer<Layer> || chunk >= chunks)) return;
       const tile_place at{sequence,
                           kv_head,
                           {kv_head * group, group, narrow(row), rows_of_head},
@@ -175,16 +175,16 @@ struct statistics_body {
       const int i = block.rank(), of = at.first + i;
       if (i >= Rows || of >= at.span.count()) return;
       const index_t to =
-          (at.sequence * seen.q_heads() + at.span.q_head_of(of)) * rows + at.span.row_of(of) - row;
+          (at.sequence * layer.q_heads() + at.span.q_head_of(of)) * rows + at.span.row_of(of) - row;
       statistics[to * chunks + chunk] = statistics_of(i);
     };
-    if (!is_there || !has_chunk_at(seen, at.sequence, at.tokens.begin)) {
+    if (!is_there || !detail::has_chunk_at(layer, at.sequence, at.tokens.begin)) {
       return leave([](int) { return chunk_statistics{}; });
     }
-    if (sees_nothing(window_of(seen, at.sequence, window), at.span, at.tokens)) {
+    if (sees_nothing(window_of(layer, at.sequence, window), at.span, at.tokens)) {
       return leave([](int) { return chunk_statistics{-infinity, 0, 0}; });
     }
-    attend<leaves::statistics, Lanes>(block, s.tile, seen, window, at);
+    attend<leaves::statistics, Lanes>(block, s.tile, layer, window, at);
     leave([&](int i) { return s.tile.statistics[i]; });
   }
 };
@@ -192,10 +192,10 @@ struct statistics_body {
 /// Joins statistics [sequence, q_head, rows, chunk] to normalisers [sequence, q_head, window] of
 /// rows [row, row + rows) of the window. Ready rows are normalised, but for those that are
 /// `checked` and have NaN or Inf. A warp a row.
-template <class Seen>
+template <class Layer>
 struct normalise_body {
   struct shared {};
-  Seen seen;
+  Layer layer;
   index_t window;
   index_t row, rows;
   index_t sinks;
@@ -205,19 +205,19 @@ struct normalise_body {
   row_normaliser* normalisers;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return (seen.sequences() * seen.q_heads() * rows + block_warps - 1) / block_warps;
+    return (layer.sequences() * layer.q_heads() * rows + block_warps - 1) / block_warps;
   }
 
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const index_t i = item * block_warps + warp_of(block);
     const index_t head = i / rows, r = i % rows;
-    if (head >= seen.sequences() * seen.q_heads()) return;
-    const query_window rows_seen = window_of(seen, head / seen.q_heads(), window);
+    if (head >= layer.sequences() * layer.q_heads()) return;
+    const query_window rows_seen = window_of(layer, head / layer.q_heads(), window);
     if (row + r < rows_seen.first_row()) return;
     row_normaliser& to = normalisers[head * window + row + r];
     const row_normaliser found =
-        normaliser(block, rows_seen.tokens, head % seen.q_heads(), statistics + i * chunks);
+        normaliser(block, rows_seen.tokens, head % layer.q_heads(), statistics + i * chunks);
     if (lane_of(block) == 0) to = found;
   }
 
@@ -226,20 +226,20 @@ struct normalise_body {
   REFREEKV_DEVICE row_normaliser normaliser(Block& block, index_t tokens, index_t q_head,
                                             const chunk_statistics* of) const noexcept {
     const index_t count = chunking{tokens, sinks}.count();
-    if constexpr (requires { seen.queries; }) {
-      const auto& logits = seen.info.attention.sink_logits;
+    if constexpr (requires { layer.queries; }) {
+      const auto& logits = layer.info.attention.sink_logits;
       const double sink = (logits.data() != nullptr ? double{logits(q_head)} : -double{infinity}) /
                           std::numbers::ln2;
-      auto unit = static_cast<float>(std::rint(sink));
+      auto exponent = static_cast<float>(std::rint(sink));
       for (index_t c = lane_of(block); c < count; c += warp_threads) {
-        unit = larger{}(unit, of[c].unit);
+        exponent = larger{}(exponent, of[c].exponent);
       }
-      unit = block.warp_reduce(unit, larger{});
+      exponent = block.warp_reduce(exponent, larger{});
       double sum = 0;
       for (index_t c = lane_of(block); c < count; c += warp_threads) {
-        sum += double{of[c].sum} * power_of_two(of[c].unit - unit);
+        sum += double{of[c].sum} * detail::power_of_two(of[c].exponent - exponent);
       }
-      return {unit, block.warp_reduce(sum, plus{}) + std::exp2(sink - double{unit})};
+      return {exponent, block.warp_reduce(sum, plus{}) + std::exp2(sink - double{exponent})};
     } else {
       float sum = 0;
       for (index_t c = lane_of(block); checked && c < count; c += warp_threads) sum += of[c].sum;
@@ -261,34 +261,34 @@ inline constexpr int any_lanes = 16;
 
 /// Calls f with how many lanes share a key, as a constant: no more than it has vectors, if 8 do.
 template <class Query, class Keys, class F>
-[[nodiscard]] status with_lanes(const query_observation<Query, Keys>& seen, const F& f) noexcept {
-  if (seen.head_dim() <= 8 * key_reader<Keys>::width) {
+[[nodiscard]] status with_lanes(const query_layer<Query, Keys>& layer, const F& f) noexcept {
+  if (layer.head_dim() <= 8 * key_reader<Keys>::width) {
     return f(std::integral_constant<int, 8>{});
   }
   return f(std::integral_constant<int, any_lanes>{});
 }
 template <class Row, class Memory, class F>
-[[nodiscard]] status with_lanes(const row_observation<Row, Memory>&, const F& f) noexcept {
+[[nodiscard]] status with_lanes(const row_layer<Row, Memory>&, const F& f) noexcept {
   return f(std::integral_constant<int, any_lanes>{});
 }
 
 /// Runs a statistics_body of as many rows and lanes as suit the observation.
-template <class Backend, class Seen>
-[[nodiscard]] status read_chunks(const Backend& on, const Seen& seen, index_t window, index_t row,
-                                 index_t rows, index_t sinks, index_t chunks,
+template <class Backend, class Layer>
+[[nodiscard]] status read_chunks(const Backend& exec, const Layer& layer, index_t window,
+                                 index_t row, index_t rows, index_t sinks, index_t chunks,
                                  chunk_statistics* statistics) noexcept {
-  const index_t wanted = seen.q_heads() / seen.kv_heads() * rows;
+  const index_t wanted = layer.q_heads() / layer.kv_heads() * rows;
   const auto run = [&](auto tile) {
-    return with_lanes(seen, [&](auto lanes) {
+    return with_lanes(layer, [&](auto lanes) {
       const row_parts cut = row_parts::of_chunks(
-          seen.sequences() * seen.kv_heads() * row_tiles<tile()>(wanted), chunks);
-      const statistics_body<Seen, tile(), lanes()> body{scaled(seen), window, row, rows,
-                                                        sinks,        chunks, cut, statistics};
-      return run_blocks(on, cut.items(), body);
+          layer.sequences() * layer.kv_heads() * row_tiles<tile()>(wanted), chunks);
+      const statistics_body<Layer, tile(), lanes()> body{scaled(layer), window, row, rows,
+                                                         sinks,         chunks, cut, statistics};
+      return run_blocks(exec, cut.items(), body);
     });
   };
-  return wanted <= few_rows<Seen> ? with_tile<few_rows<Seen>>(wanted, run)
-                                  : with_tile<most_rows<Seen>>(wanted, run);
+  return wanted <= few_rows<Layer> ? with_tile<few_rows<Layer>>(wanted, run)
+                                   : with_tile<most_rows<Layer>>(wanted, run);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

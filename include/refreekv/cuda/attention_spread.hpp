@@ -8,28 +8,28 @@ namespace refreekv::inline v0::cuda_detail {
 
 /// Mean attention and a multiple of its variance, a thread a token, and what they add to the
 /// sequence's totals.
-template <class Seen, int Rows>
+template <class Layer, int Rows>
 struct attention_spread_body {
   struct shared {
-    cuda_detail::tile<Seen, Rows> tile;
+    cuda_detail::tile<Layer, Rows> tile;
     warp_values<double> sums;
   };
-  static constexpr int resident_blocks = row_registers<Seen> > 8 ? 1 : 2;  // without a spill
+  static constexpr int resident_blocks = row_registers<Layer> > 8 ? 1 : 2;  // without a spill
 
-  Seen seen;
+  Layer layer;
   index_t window;
   index_t recent;
   double gain;
-  scores_view<typename Seen::memory> scores;  ///< [sequence, kv_head, token]
-  row_parts cut;                              ///< of the chunks of a KV head
+  scores_view<typename Layer::memory> scores;  ///< [sequence, kv_head, token]
+  row_parts cut;                               ///< of the chunks of a KV head
   attention_scratch scratch;
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
     const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
-    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
       spread(block, s, sequence, kv_head, chunk, tokens);
     });
   }
@@ -38,15 +38,15 @@ struct attention_spread_body {
   template <thread_block Block>
   REFREEKV_DEVICE void spread(Block& block, shared& s, index_t sequence, index_t kv_head,
                               index_t chunk, token_range range) const noexcept {
-    const index_t kv_heads = seen.kv_heads();
-    const query_window rows = window_of(seen, sequence, window);
+    const index_t kv_heads = layer.kv_heads();
+    const query_window rows = window_of(layer, sequence, window);
     const index_t before_recent = rows.tokens > recent ? rows.tokens - recent : 0;
     const index_t scored = range.end < before_recent ? range.end : before_recent;
     double entropy = 0, variance = 0;
     if (range.begin < scored) {
       const index_t token = range.begin + block.rank();
-      const index_t group = seen.q_heads() / kv_heads;
-      const index_t first_head = sequence * seen.q_heads() + kv_head * group;
+      const index_t group = layer.q_heads() / kv_heads;
+      const index_t first_head = sequence * layer.q_heads() + kv_head * group;
       double n = 0;
       for (index_t r = rows.first_row(); r < window; ++r) {
         n += scratch.normalisers[first_head * window + r].exists() ? 1 : 0;
@@ -57,8 +57,8 @@ struct attention_spread_body {
         const tile_place at{
             narrow(sequence), narrow(kv_head), {narrow(h), 1, 0, narrow(window)}, 0, range};
         double sum = 0, squares = 0;
-        for_each_attention(block, s.tile, seen, window, at, bad_rows::left_out,
-                           scratch.normalisers + (sequence * seen.q_heads() + h) * window,
+        for_each_attention(block, s.tile, layer, window, at, bad_rows::left_out,
+                           scratch.normalisers + (sequence * layer.q_heads() + h) * window,
                            [&](float attention) {
                              if (token >= scored) return;
                              const double a = attention;
@@ -88,12 +88,12 @@ struct attention_spread_body {
 };
 
 /// Sums totals [sequence, kv_head, chunk, 2] to [sequence, 2]. A thread a KV head.
-template <class Seen>
+template <class Layer>
 struct totals_body {
   struct shared {
     warp_values<double> sums;
   };
-  Seen seen;
+  Layer layer;
   index_t chunks;  ///< of the longest sequence
   const double* parts;
   double* totals;
@@ -101,12 +101,12 @@ struct totals_body {
   /// item: sequence
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t count = chunking{seen.tokens(item), 0}.count();
+    const index_t count = chunking{layer.tokens(item), 0}.count();
     double entropy = 0, variance = 0;
-    for (index_t h = block.rank(); h < seen.kv_heads(); h += block_threads) {
+    for (index_t h = block.rank(); h < layer.kv_heads(); h += block_threads) {
       double of_head = 0;
       for (index_t c = 0; c < count; ++c) {
-        const double* part = parts + 2 * ((item * seen.kv_heads() + h) * chunks + c);
+        const double* part = parts + 2 * ((item * layer.kv_heads() + h) * chunks + c);
         of_head += part[0];
         variance += part[1];
       }
@@ -121,28 +121,28 @@ struct totals_body {
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status attention_spread(const Backend& on, index_t rows, index_t recent, double gain,
-                                      const Seen& seen,
-                                      const scores_view<typename Seen::memory>& scores,
-                                      const view<kept_count, 2, typename Seen::memory>& counts,
+template <class Backend, class Layer>
+[[nodiscard]] status attention_spread(const Backend& exec, index_t rows, index_t recent,
+                                      double gain, const Layer& layer,
+                                      const scores_view<typename Layer::memory>& scores,
+                                      const view<kept_tokens, 2, typename Layer::memory>& counts,
                                       double* totals, const attention_scratch& scratch) noexcept {
   const index_t window = rows < scratch.window ? rows : scratch.window;
-  status s = normalise_rows(on, window, bad_rows::left_out, seen, scratch);
+  status s = normalise_rows(exec, window, bad_rows::left_out, layer, scratch);
   if (s == status::ok) {
-    const leave_out_body<Seen> body{seen, window, true, scratch.normalisers, counts};
-    s = run_blocks(on, body.items(), body);
+    const leave_out_body<Layer> body{layer, window, true, scratch.normalisers, counts};
+    s = run_blocks(exec, body.items(), body);
   }
   if (s != status::ok) return s;
-  const row_parts cut = row_parts::of_chunks(seen.sequences() * seen.kv_heads(), scratch.chunks);
-  s = with_tile<few_rows<Seen>>(window, [&](auto tile) {
-    const attention_spread_body<Seen, tile()> body{scaled(seen), window, recent, gain,
-                                                   scores,       cut,    scratch};
-    return run_blocks(on, cut.items(), body);
+  const row_parts cut = row_parts::of_chunks(layer.sequences() * layer.kv_heads(), scratch.chunks);
+  s = with_tile<few_rows<Layer>>(window, [&](auto tile) {
+    const attention_spread_body<Layer, tile()> body{scaled(layer), window, recent, gain,
+                                                    scores,        cut,    scratch};
+    return run_blocks(exec, cut.items(), body);
   });
   if (s != status::ok) return s;
-  const totals_body<Seen> body{seen, scratch.chunks, scratch.totals, totals};
-  return run_blocks(on, seen.sequences(), body);
+  const totals_body<Layer> body{layer, scratch.chunks, scratch.totals, totals};
+  return run_blocks(exec, layer.sequences(), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

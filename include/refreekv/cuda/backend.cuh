@@ -32,13 +32,13 @@ namespace cuda_detail {
 
 /// Starts run_body, and does not wait for it.
 template <kernel_body Body>
-[[nodiscard]] REFREEKV_HIDDEN status run_blocks(const cuda_backend& on, index_t items,
+[[nodiscard]] REFREEKV_HIDDEN status run_blocks(const cuda_backend& exec, index_t items,
                                                 const Body& body) noexcept {
   if (items == 0) return status::ok;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(items < max_count ? items : index_t{max_count}));
   config.blockDim = dim3(block_threads);
-  config.stream = on.stream;
+  config.stream = exec.stream;
   return cudaLaunchKernelEx(&config, run_body<Body>, body, items) == cudaSuccess
              ? status::ok
              : status::device_error;
@@ -50,14 +50,15 @@ template <kernel_body Body>
 }
 /// A template, so that only who ranks tokens compiles CUB's kernels.
 template <class Key>
-[[nodiscard]] REFREEKV_HIDDEN status sort_segments(const cuda_backend& on,
+[[nodiscard]] REFREEKV_HIDDEN status sort_segments(const cuda_backend& exec,
                                                    const key_segments& segments, Key*& keys,
                                                    Key*& spare, const index_t* lengths,
                                                    std::byte* temporary,
                                                    std::size_t bytes) noexcept {
   // CUB takes any error that waits to be read for one of its own, after its first launch.
   if (cudaPeekAtLastError() != cudaSuccess) return status::device_error;
-  return sort_on_stream(on.stream, segments, keys, spare, lengths, temporary, bytes) == cudaSuccess
+  return sort_on_stream(exec.stream, segments, keys, spare, lengths, temporary, bytes) ==
+                 cudaSuccess
              ? status::ok
              : status::device_error;
 }

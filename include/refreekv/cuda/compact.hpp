@@ -36,10 +36,10 @@ struct position_moves {
   const position_t* positions;
   index_t stride;
   index_t first_slot;
-  compaction how;
+  compaction mode;
 
   [[nodiscard]] REFREEKV_DEVICE bool ascending() const noexcept {
-    return how == compaction::suffix_down;
+    return mode == compaction::suffix_down;
   }
   [[nodiscard]] REFREEKV_DEVICE index_t source(index_t i) const noexcept {
     return positions[i * stride];
@@ -50,17 +50,17 @@ struct position_moves {
 template <class Memory>
 [[nodiscard]] REFREEKV_DEVICE position_moves moves_of(const kept_positions<Memory>& kept,
                                                       index_t sequence, index_t kv_head,
-                                                      compaction how) noexcept {
-  const kept_count k = kept.counts(sequence, kv_head);
+                                                      compaction mode) noexcept {
+  const kept_tokens k = kept.counts(sequence, kv_head);
   return {k.dropped() == 0 ? 0 : k.count, kept.positions.at(sequence, kv_head),
-          kept.positions.stride(2), first_slot(k, how), how};
+          kept.positions.stride(2), first_slot(k, mode), mode};
 }
 template <class Range, class Memory>
 [[nodiscard]] REFREEKV_DEVICE range_moves moves_of(const view<Range, 2, Memory>& kept,
                                                    index_t sequence, index_t kv_head,
-                                                   compaction how) noexcept {
+                                                   compaction mode) noexcept {
   const index_t group = kept.extent(1) == 1 ? 0 : kv_head;
-  const token_move move = move_of(kept(sequence, group), how);
+  const token_move move = move_of(kept(sequence, group), mode);
   return {move.tokens, move};
 }
 
@@ -102,7 +102,7 @@ struct compact_body {
 
   Source source;
   Kept kept;
-  compaction how;
+  compaction mode;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE index_t slices() const noexcept {
     return (source.head_dim() + slice_elements - 1) / slice_elements;
@@ -112,7 +112,7 @@ struct compact_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t head = item / slices(), column = item % slices() * slice_elements;
     const index_t sequence = head / source.kv_heads(), kv_head = head % source.kv_heads();
-    const auto moves = moves_of(kept, sequence, kv_head, how);
+    const auto moves = moves_of(kept, sequence, kv_head, mode);
     const auto find_tile = [&](row* tile, index_t first) {
       tile[block.rank()] = find(moves, first + block.rank(), sequence, kv_head, column);
     };
@@ -202,13 +202,13 @@ struct compact_body {
 
 /// Both forms of the primitive, see ops. Kept is a view of kept_range, or kept_positions.
 template <class Backend, kv_source Source, class Kept>
-[[nodiscard]] status compact(const Backend& on, const Source& source, const Kept& kept,
-                             compaction how) noexcept {
+[[nodiscard]] status compact(const Backend& exec, const Source& source, const Kept& kept,
+                             compaction mode) noexcept {
   using element_type = typename Source::element_type;
   static_assert(std::is_trivially_copyable_v<element_type> && !std::is_const_v<element_type>,
                 "compaction needs a cache that can be written");
-  const compact_body<Source, Kept> body{source, kept, how};
-  return run_blocks(on, source.sequences() * source.kv_heads() * body.slices(), body);
+  const compact_body<Source, Kept> body{source, kept, mode};
+  return run_blocks(exec, source.sequences() * source.kv_heads() * body.slices(), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

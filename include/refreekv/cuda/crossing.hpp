@@ -18,40 +18,41 @@ template <thread_block Block>
 }
 
 /// Leaves what each KV head adds to the curves inside its group's crossing chunk.
-template <class Seen, int Rows>
+template <class Layer, int Rows>
 struct crossing_body {
   struct shared {
-    cuda_detail::tile<Seen, Rows> tile;
+    cuda_detail::tile<Layer, Rows> tile;
     warp_values<index_t> last;
     warp_values<double> sums;
   };
   norm_scan scan;
-  Seen seen;
+  Layer layer;
   norm_scan_buffers buffers;
   scan_scratch scratch;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), kv_head = item % seen.kv_heads();
-    const index_t groups = scan.groups(seen.kv_heads());
+    const index_t sequence = item / layer.kv_heads(), kv_head = item % layer.kv_heads();
+    const index_t groups = scan.groups(layer.kv_heads());
     const index_t group = groups == 1 ? 0 : kv_head;
     const double* norms = buffers.norms + (sequence * groups + group) * buffers.chunks;
     const int t = block.rank();
-    const query_window window = window_of(seen, sequence, scan.window);
+    const query_window window = window_of(layer, sequence, scan.window);
     double norm = 0;
     float mass = 0;
     if (scan.decides(window.tokens, norms)) {
       const chunking chunks{window.tokens, scan.sinks};
       const index_t chunk = crossing(block, s.last, scan, norms, chunks.count());
-      tile_place at = kv_head_place(seen, scan, sequence, kv_head, chunks[chunk]);
-      if (!has_chunk_at(seen, sequence, at.tokens.begin)) at.span.heads = 0;  // for another rank
+      tile_place at = kv_head_place(layer, scan, sequence, kv_head, chunks[chunk]);
+      if (!detail::has_chunk_at(layer, sequence, at.tokens.begin))
+        at.span.heads = 0;  // for another rank
       for_each_energy(
-          block, s.tile, seen, scan, buffers, chunk, at,
+          block, s.tile, layer, scan, buffers, chunk, at,
           [&](const scanned_head& head, float energy) {
             const double after = energy_after(block, head, chunk, chunks.count());
             const double largest = head.largest_attention(block, chunk);
@@ -93,21 +94,21 @@ struct crossing_body {
 
   /// A row's values become the attention to all candidates before each of their tokens.
   template <thread_block Block>
-  REFREEKV_DEVICE void masses_before(Block& block, cuda_detail::tile<Seen, Rows>& s, int i,
+  REFREEKV_DEVICE void masses_before(Block& block, cuda_detail::tile<Layer, Rows>& s, int i,
                                      const tile_place& at, index_t chunk) const noexcept {
     const int of = at.first + i;
     const index_t row = at.span.row_of(of);
     const scanned_head head =
-        scanned_head::of(scan, seen, buffers, at.sequence, at.span.q_head_of(of));
+        scanned_head::of(scan, layer, buffers, at.sequence, at.span.q_head_of(of));
     float* values = s.values[i];
     double before = 0;
     REFREEKV_NO_UNROLL
     for (index_t c = scan.first_chunk() + lane_of(block); c < chunk; c += warp_threads) {
       const chunk_statistics& there = head.statistics_of(row, c);
-      before += attention_at(there.unit, head.rows[row]) * double{there.sum};
+      before += detail::weight_of(there.exponent, head.rows[row]) * double{there.sum};
     }
     before = block.warp_reduce(before, plus{});
-    const double attention = attention_at(s.statistics[i].unit, head.rows[row]);
+    const double attention = detail::weight_of(s.statistics[i].exponent, head.rows[row]);
     REFREEKV_NO_UNROLL
     for (int base = 0; base < at.size(); base += warp_threads) {
       const int t = base + lane_of(block);
@@ -120,22 +121,22 @@ struct crossing_body {
 };
 
 /// Sums the KV heads of each group: chunk_norms and chunk_masses [sequence, group, chunk_tokens].
-template <class Seen>
+template <class Layer>
 struct join_heads_body {
   struct shared {};
   norm_scan scan;
-  Seen seen;
+  Layer layer;
   norm_scan_buffers buffers;
   scan_scratch scratch;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * scan.groups(seen.kv_heads());
+    return layer.sequences() * scan.groups(layer.kv_heads());
   }
 
   /// item: [sequence, group]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t heads = seen.kv_heads() / scan.groups(seen.kv_heads());
+    const index_t heads = layer.kv_heads() / scan.groups(layer.kv_heads());
     double norm = 0;
     float mass = 0;
     for (index_t h = item * heads; h < (item + 1) * heads; ++h) {
@@ -148,22 +149,22 @@ struct join_heads_body {
 };
 
 /// Writes kept [sequence, group]: `stop`, by a whole block.
-template <class Seen>
+template <class Layer>
 struct find_cuts_body {
   struct shared {
     warp_values<index_t> last;
   };
   norm_scan scan;
-  Seen seen;
+  Layer layer;
   norm_scan_buffers buffers;
-  kept_ranges<typename Seen::memory> kept;
+  kept_ranges<typename Layer::memory> kept;
 
   [[nodiscard]] constexpr index_t items() const noexcept { return kept.extent(0) * kept.extent(1); }
 
   /// item: [sequence, group]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t groups = kept.extent(1), tokens = seen.tokens(item / groups);
+    const index_t groups = kept.extent(1), tokens = layer.tokens(item / groups);
     const double* norms = buffers.norms + item * buffers.chunks;
     const double* chunk_norms = buffers.chunk_norms + item * chunk_tokens;
     kept_range found = position_ranking(tokens, scan.sinks).undecided();
@@ -174,32 +175,32 @@ struct find_cuts_body {
       const token_range range = chunks[chunk];
       const index_t last =
           last_allowed(block, s.last, scan, chunk_norms, range.end - range.begin, baseline);
-      found = cut_at(scan, tokens, chunk, last, baseline, chunk_norms[last],
-                     buffers.chunk_masses[item * chunk_tokens + last]);
+      found = detail::cut_at(scan, tokens, chunk, last, baseline, chunk_norms[last],
+                             buffers.chunk_masses[item * chunk_tokens + last]);
     }
     if (block.rank() == 0) kept(item / groups, item % groups) = found;
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status crossing_curve(const Backend& on, const norm_scan& scan, const Seen& seen,
+template <class Backend, class Layer>
+[[nodiscard]] status crossing_curve(const Backend& exec, const norm_scan& scan, const Layer& layer,
                                     const norm_scan_buffers& buffers,
                                     const scan_scratch& scratch) noexcept {
-  const status s = with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
-    const crossing_body<Seen, rows()> body{scan, scaled(seen), buffers, scratch};
-    return run_blocks(on, body.items(), body);
+  const status s = with_tile<few_rows<Layer>>(rows_of_kv_head(scan, layer), [&](auto rows) {
+    const crossing_body<Layer, rows()> body{scan, scaled(layer), buffers, scratch};
+    return run_blocks(exec, body.items(), body);
   });
   if (s != status::ok) return s;
-  const join_heads_body<Seen> body{scan, seen, buffers, scratch};
-  return run_blocks(on, body.items(), body);
+  const join_heads_body<Layer> body{scan, layer, buffers, scratch};
+  return run_blocks(exec, body.items(), body);
 }
 
-template <class Backend, class Seen>
-[[nodiscard]] status find_cuts(const Backend& on, const norm_scan& scan, const Seen& seen,
+template <class Backend, class Layer>
+[[nodiscard]] status find_cuts(const Backend& exec, const norm_scan& scan, const Layer& layer,
                                const norm_scan_buffers& buffers,
-                               const kept_ranges<typename Seen::memory>& kept) noexcept {
-  const find_cuts_body<Seen> body{scan, seen, buffers, kept};
-  return run_blocks(on, body.items(), body);
+                               const kept_ranges<typename Layer::memory>& kept) noexcept {
+  const find_cuts_body<Layer> body{scan, layer, buffers, kept};
+  return run_blocks(exec, body.items(), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -31,16 +31,16 @@ struct grid_descent {
   index_t joined;               ///< neighbouring rows that share a limit: those of 1, of 2, ...
 
   /// scores: [sequence, head, capacity]
-  [[nodiscard]] static grid_descent take(arena& from, const scores_view<Memory>& scores,
-                                         const row_cut& cut, index_t joined = 1) noexcept {
+  [[nodiscard]] static grid_descent carve(arena& from, const scores_view<Memory>& scores,
+                                          const row_cut& cut, index_t joined = 1) noexcept {
     const index_t count = scores.extent(0) * scores.extent(1);
     grid_descent d{};
-    d.rows = {scores, cut, from.take<row_tokens>(count), from.take<value_limit>(count, cut.parts),
-              from.take<position_t>(count, cut.parts)};
-    d.states = from.take<descent_state<Bins>>(count, cut.parts);
-    d.weights = from.take<weight>(2, count, cut.parts, digits::bins);
+    d.rows = {scores, cut, from.array<row_tokens>(count), from.array<value_limit>(count, cut.parts),
+              from.array<position_t>(count, cut.parts)};
+    d.states = from.array<descent_state<Bins>>(count, cut.parts);
+    d.weights = from.array<weight>(2, count, cut.parts, digits::bins);
     if constexpr (std::is_same_v<Bins, mass_bins>) {
-      d.sums = from.take<double>(count, tiles_of(scores.extent(2)));
+      d.sums = from.array<double>(count, tiles_of(scores.extent(2)));
     }
     d.joined = joined;
     return d;
@@ -167,27 +167,27 @@ struct part_limits_body {
 
 /// Finds the limits of rows that a launch has weighed by the first digit.
 template <class Backend, class Bins, class Memory>
-[[nodiscard]] status find_on_grid(const Backend& on, const grid_descent<Bins, Memory>& descent,
+[[nodiscard]] status find_on_grid(const Backend& exec, const grid_descent<Bins, Memory>& descent,
                                   const grid_keep<Memory>& keep) noexcept {
   const index_t items = descent.rows.items();
   status s = status::ok;
   for (int digit = 1; s == status::ok && digit < descent_digits<Bins>::count; ++digit) {
-    s = run_blocks(on, items, weigh_parts_body<Bins, Memory>{descent, digit});
+    s = run_blocks(exec, items, weigh_parts_body<Bins, Memory>{descent, digit});
   }
   if (s != status::ok) return s;
-  return run_blocks(on, items, part_limits_body<Bins, Memory>{descent, keep});
+  return run_blocks(exec, items, part_limits_body<Bins, Memory>{descent, keep});
 }
 
 /// Keeps what each group of rows takes, once a launch has weighed them by the first digit.
 template <class Backend, class Bins, class Memory>
-[[nodiscard]] status keep_on_grid(const Backend& on, const grid_descent<Bins, Memory>& descent,
+[[nodiscard]] status keep_on_grid(const Backend& exec, const grid_descent<Bins, Memory>& descent,
                                   index_t group, const kept_positions<Memory>& kept) noexcept {
   const grid_keep<Memory> keep{descent.rows, group, kept};
-  status s = find_on_grid(on, descent, keep);
+  status s = find_on_grid(exec, descent, keep);
   if (s == status::ok && group > 1) {
-    s = run_blocks(on, keep.items(), count_kept_body<Memory>{keep});
+    s = run_blocks(exec, keep.items(), count_kept_body<Memory>{keep});
   }
-  return s == status::ok ? run_blocks(on, keep.items(), write_kept_body<Memory>{keep}) : s;
+  return s == status::ok ? run_blocks(exec, keep.items(), write_kept_body<Memory>{keep}) : s;
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

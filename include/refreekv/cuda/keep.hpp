@@ -61,49 +61,49 @@ REFREEKV_DEVICE void keep_tokens(const Block& block, const kept_positions<Memory
   }
 }
 
-template <class Seen>
+template <class Layer>
 struct keep_all_body {
   struct shared {};
-  Seen seen;
-  kept_positions<typename Seen::memory> kept;
+  Layer layer;
+  kept_positions<typename Layer::memory> kept;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads();
-    keep_tokens(block, kept, sequence, item % seen.kv_heads(), seen.tokens(sequence));
+    const index_t sequence = item / layer.kv_heads();
+    keep_tokens(block, kept, sequence, item % layer.kv_heads(), layer.tokens(sequence));
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status keep_all(const Backend& on, const Seen& seen,
-                              const kept_positions<typename Seen::memory>& kept) noexcept {
-  const keep_all_body<Seen> body{seen, kept};
-  return run_blocks(on, body.items(), body);
+template <class Backend, class Layer>
+[[nodiscard]] status keep_all(const Backend& exec, const Layer& layer,
+                              const kept_positions<typename Layer::memory>& kept) noexcept {
+  const keep_all_body<Layer> body{layer, kept};
+  return run_blocks(exec, body.items(), body);
 }
 
 /// Keeps all of a sequence of which a head is undecided.
-template <class Seen>
+template <class Layer>
 struct keep_undecided_body {
   struct shared {};
-  Seen seen;
-  kept_positions<typename Seen::memory> kept;
+  Layer layer;
+  kept_positions<typename Layer::memory> kept;
 
   /// item: sequence
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t sequence) const noexcept {
-    const index_t heads = seen.kv_heads();
+    const index_t heads = layer.kv_heads();
     bool decided = true;
     for (index_t h = block.rank(); h < heads; h += block_threads) {
       decided = decided && !kept.counts(sequence, h).undecided;
     }
     if (block.sync_and(decided)) return;
     for (index_t h = 0; h < heads; ++h) {
-      keep_tokens(block, kept, sequence, h, seen.tokens(sequence), true);
+      keep_tokens(block, kept, sequence, h, layer.tokens(sequence), true);
     }
   }
 };

@@ -143,18 +143,18 @@ struct quantise_body {
 };
 
 template <class Backend, kv_source Keys>
-[[nodiscard]] status quantise(const Backend& on, const Keys& keys,
+[[nodiscard]] status quantise(const Backend& exec, const Keys& keys,
                               const lengths_view<typename Keys::memory>& from,
                               const int4_keys<typename Keys::memory>& to) noexcept {
   if (to.centres.data() != nullptr) {
     const centres_body<Keys> centres{keys, from, to.centres};
-    const status s = run_blocks(on, centres.items(), centres);
+    const status s = run_blocks(exec, centres.items(), centres);
     if (s != status::ok) return s;
   }
   using body_type = quantise_body<Keys>;
   const index_t most = (keys.capacity() + body_type::block_keys - 1) / body_type::block_keys;
   const row_parts cut = row_parts::of(keys.sequences() * keys.kv_heads(), most);
-  return run_blocks(on, cut.items(), body_type{keys, from, to, cut});
+  return run_blocks(exec, cut.items(), body_type{keys, from, to, cut});
 }
 
 /// Writes the bounds of the pages from that of token from(sequence) on, a warp a page.
@@ -193,12 +193,12 @@ struct bound_pages_body {
 };
 
 template <class Backend, kv_source Keys>
-[[nodiscard]] status bound_pages(const Backend& on, const Keys& keys,
+[[nodiscard]] status bound_pages(const Backend& exec, const Keys& keys,
                                  const lengths_view<typename Keys::memory>& from,
                                  const page_bounds<typename Keys::memory>& to) noexcept {
   const index_t most = (to.bounds.extent(2) + block_warps - 1) / block_warps;
   const row_parts cut = row_parts::of(keys.sequences() * keys.kv_heads(), most);
-  return run_blocks(on, cut.items(), bound_pages_body<Keys>{keys, from, to, cut});
+  return run_blocks(exec, cut.items(), bound_pages_body<Keys>{keys, from, to, cut});
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

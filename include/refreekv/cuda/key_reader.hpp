@@ -101,7 +101,7 @@ struct key_reader<shard<Source>> : key_reader<Source> {
   [[nodiscard]] static REFREEKV_DEVICE address at(const shard<Source>& keys, index_t sequence,
                                                   index_t kv_head, index_t token) noexcept {
     return key_reader<Source>::at(keys.source(), sequence, kv_head,
-                                  keys.own_before(sequence, token));
+                                  keys.local_before(sequence, token));
   }
 };
 

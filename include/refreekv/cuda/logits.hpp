@@ -66,12 +66,12 @@ struct tile_rows {
   /// A row ends 4 floats before the next: rows that a warp stores side by side meet in no bank.
   float values[std::size_t{Rows}][block_threads + 4];
   chunk_statistics statistics[std::size_t{Rows}];
-  float units[std::size_t{Rows}];  ///< what a value of 1 stands for, see set_units
+  float weights[std::size_t{Rows}];  ///< what a value of 1 stands for, see set_weights
 };
-template <class Seen, int Rows>
+template <class Layer, int Rows>
 struct tile : tile_rows<Rows> {};
 template <class Query, class Keys, int Rows>
-struct tile<query_observation<Query, Keys>, Rows> : tile_rows<Rows> {
+struct tile<query_layer<Query, Keys>, Rows> : tile_rows<Rows> {
   typename key_reader<Keys>::slot staging[2][reads_ahead][block_threads];
   typename key_reader<Keys>::address keys[block_threads];
 };
@@ -113,8 +113,8 @@ REFREEKV_DEVICE void copy_words(Block& block, Slot& to, const char* from, unsign
 /// Leaves q.k in the tile's values [row, token], each by the thread that is told to: nobody may
 /// read them before a sync. Place: tile_place, or what has its members.
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys, class Place>
-REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>, Rows>& s,
-                              const query_observation<Query, Keys>& seen, index_t rows,
+REFREEKV_DEVICE void multiply(Block& block, tile<query_layer<Query, Keys>, Rows>& s,
+                              const query_layer<Query, Keys>& layer, index_t rows,
                               const Place& at) noexcept {
   using reader = key_reader<Keys>;
   using slot = typename reader::slot;
@@ -124,11 +124,11 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
   constexpr int lanes_of_row = Lanes / Rows;  // that end up with the same one
   const int count = at.size(), rank = block.rank();
   const int lane = rank % Lanes, own = rank / Lanes;
-  const auto dims = static_cast<unsigned>(seen.head_dim());  // no address is made of it
+  const auto dims = static_cast<unsigned>(layer.head_dim());  // no address is made of it
 
   int alignment = int{sizeof(slot)};
   if (rank < count) {
-    s.keys[rank] = reader::at(seen.keys, at.sequence, at.kv_head, at.token(rank));
+    s.keys[rank] = reader::at(layer.keys, at.sequence, at.kv_head, at.token(rank));
     alignment = reader::alignment(s.keys[rank], dims);
   }
   const bool in_slots = block.sync_and(alignment >= int{sizeof(slot)});
@@ -170,10 +170,11 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
     REFREEKV_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const int of = at.first + i;
-      const index_t row = seen.window() - rows + at.span.row_of(of);
-      load_query<width>(
-          of < at.span.count() ? seen.queries.at(at.sequence, row, at.span.q_head_of(of)) : nullptr,
-          seen.queries.stride(3), dim, dims, query[i]);
+      const index_t row = layer.window() - rows + at.span.row_of(of);
+      load_query<width>(of < at.span.count()
+                            ? layer.queries.at(at.sequence, row, at.span.q_head_of(of))
+                            : nullptr,
+                        layer.queries.stride(3), dim, dims, query[i]);
     }
     [[maybe_unused]] float common = 0;  // of the row that the thread ends up with
     if constexpr (reader::has_common) {
@@ -213,29 +214,29 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_observation<Query, Keys>,
 
 /// An observation whose scale is worked out: a root and a division that no thread has to do.
 template <class Query, class Keys>
-[[nodiscard]] query_observation<Query, Keys> scaled(query_observation<Query, Keys> seen) noexcept {
-  seen.info.attention.scale = seen.scale();
-  return seen;
+[[nodiscard]] query_layer<Query, Keys> scaled(query_layer<Query, Keys> layer) noexcept {
+  layer.info.attention.scale = layer.scale();
+  return layer;
 }
 template <class Row, class Memory>
-[[nodiscard]] const row_observation<Row, Memory>& scaled(
-    const row_observation<Row, Memory>& seen) noexcept {
-  return seen;
+[[nodiscard]] const row_layer<Row, Memory>& scaled(const row_layer<Row, Memory>& layer) noexcept {
+  return layer;
 }
 
 /// What a model makes of q.k: scale, soft cap, ALiBi; -inf where the row does not see the token.
 /// Requires a `scaled` observation, and cap_inverse: 1 / soft_cap.
 template <class Query, class Keys>
-[[nodiscard]] REFREEKV_DEVICE float logit(const query_observation<Query, Keys>& seen,
+[[nodiscard]] REFREEKV_DEVICE float logit(const query_layer<Query, Keys>& layer,
                                           const query_window& window, double cap_inverse,
                                           index_t row, index_t q_head, index_t token,
                                           float product) noexcept {
-  const auto& params = seen.info.attention;
+  const auto& params = layer.info.attention;
   const token_range visible = window.visible(row);
   if (token < visible.begin || token >= visible.end) return -infinity;
   float x = product * params.scale;
   if (params.soft_cap > 0) {
-    x = softly_capped(x, double{params.soft_cap}, cap_inverse, std::exp(x * (2 * cap_inverse)));
+    x = detail::soft_capped(x, double{params.soft_cap}, cap_inverse,
+                            std::exp(x * (2 * cap_inverse)));
   }
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
@@ -247,16 +248,16 @@ template <class Query, class Keys>
 /// Fills the tile's values with logits of the last `rows` rows; one that does not exist has -inf
 /// alone. The block's threads are in step afterwards.
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
-REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Rows>& s,
-                          const query_observation<Query, Keys>& seen, index_t rows,
+REFREEKV_DEVICE void fill(Block& block, tile<query_layer<Query, Keys>, Rows>& s,
+                          const query_layer<Query, Keys>& layer, index_t rows,
                           const tile_place& at) noexcept {
-  multiply<Lanes>(block, s, seen, rows, at);
+  multiply<Lanes>(block, s, layer, rows, at);
   block.sync();
   // Not before: while keys are read there is no register for it.
-  const query_window window = window_of(seen, at.sequence, rows);
+  const query_window window = window_of(layer, at.sequence, rows);
   // Outside of the loop and behind a branch: else compilers divide where there is no cap, too.
   double cap_inverse = 0;
-  if (const float cap = seen.info.attention.soft_cap; cap > 0) cap_inverse = 1 / double{cap};
+  if (const float cap = layer.info.attention.soft_cap; cap > 0) cap_inverse = 1 / double{cap};
   const int t = block.rank();
   if (t < at.size()) {
     REFREEKV_NO_UNROLL
@@ -265,8 +266,8 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
       const index_t row = at.span.row_of(of);
       const bool exists = of < at.span.count() && row >= window.first_row();
       s.values[i][t] =
-          exists ? logit(seen, window, cap_inverse, row, at.span.q_head_of(of), at.tokens.begin + t,
-                         key_reader<Keys>::product(s.keys[t], s.values[i][t]))
+          exists ? logit(layer, window, cap_inverse, row, at.span.q_head_of(of),
+                         at.tokens.begin + t, key_reader<Keys>::product(s.keys[t], s.values[i][t]))
                  : -infinity;
     }
   }
@@ -275,10 +276,10 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_observation<Query, Keys>, Row
 
 /// The same for ready rows: attention, and 0 where the row does not see the token.
 template <int Lanes, int Rows, thread_block Block, class Row, class Memory>
-REFREEKV_DEVICE void fill(Block& block, tile<row_observation<Row, Memory>, Rows>& s,
-                          const row_observation<Row, Memory>& seen, index_t rows,
+REFREEKV_DEVICE void fill(Block& block, tile<row_layer<Row, Memory>, Rows>& s,
+                          const row_layer<Row, Memory>& layer, index_t rows,
                           const tile_place& at) noexcept {
-  const query_window window = window_of(seen, at.sequence, rows);
+  const query_window window = window_of(layer, at.sequence, rows);
   const int t = block.rank();
   if (t < at.size()) {
     REFREEKV_UNROLL
@@ -290,8 +291,8 @@ REFREEKV_DEVICE void fill(Block& block, tile<row_observation<Row, Memory>, Rows>
       if (of >= at.span.count() || row < window.first_row()) continue;
       const token_range visible = window.visible(row);
       if (token < visible.begin || token >= visible.end) continue;
-      value = widen(
-          seen.rows(at.sequence, seen.window() - window.rows + row, at.span.q_head_of(of), token));
+      value = widen(layer.rows(at.sequence, layer.window() - window.rows + row,
+                               at.span.q_head_of(of), token));
     }
   }
   block.sync();

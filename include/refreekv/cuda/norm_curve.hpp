@@ -17,38 +17,38 @@ struct scan_scratch {
   double* head_norms;   ///< [sequence, kv_head, chunk_tokens]: inside the crossing chunk
   float* head_masses;   ///< [sequence, kv_head, chunk_tokens]
 
-  template <class Seen>
-  static scan_scratch take(arena& from, const norm_scan& scan, const Seen& seen) noexcept {
-    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
-    const index_t chunks = chunking{seen.capacity(), scan.sinks}.count();
-    return {from.take<double>(sequences, seen.q_heads(), chunks),
-            from.take<double>(sequences, kv_heads, chunk_tokens),
-            from.take<float>(sequences, kv_heads, chunk_tokens)};
+  template <class Layer>
+  static scan_scratch carve(arena& from, const norm_scan& scan, const Layer& layer) noexcept {
+    const index_t sequences = layer.sequences(), kv_heads = layer.kv_heads();
+    const index_t chunks = chunking{layer.capacity(), scan.sinks}.count();
+    return {from.array<double>(sequences, layer.q_heads(), chunks),
+            from.array<double>(sequences, kv_heads, chunk_tokens),
+            from.array<float>(sequences, kv_heads, chunk_tokens)};
   }
 };
 
 /// A mean over rows needs their normalisers: from a second read of a chunk, its energy takes the
 /// place of the first row's sum of squares.
-template <class Seen, int Rows>
+template <class Layer, int Rows>
 struct energies_body {
   struct shared {
-    cuda_detail::tile<Seen, Rows> tile;
+    cuda_detail::tile<Layer, Rows> tile;
     warp_values<float> sums;
   };
   norm_scan scan;
-  Seen seen;
+  Layer layer;
   norm_scan_buffers buffers;
   row_parts cut;  ///< of the chunks of a KV head
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_head = item % seen.kv_heads();
-    const index_t part = item / seen.kv_heads() % cut.parts;
-    const index_t sequence = item / seen.kv_heads() / cut.parts;
-    for_each_chunk(seen, sequence, scan.sinks, part, cut.parts,
+    const index_t kv_head = item % layer.kv_heads();
+    const index_t part = item / layer.kv_heads() % cut.parts;
+    const index_t sequence = item / layer.kv_heads() / cut.parts;
+    for_each_chunk(layer, sequence, scan.sinks, part, cut.parts,
                    [&](index_t chunk, token_range tokens) {
-                     sum(block, s, kv_head_place(seen, scan, sequence, kv_head, tokens), chunk);
+                     sum(block, s, kv_head_place(layer, scan, sequence, kv_head, tokens), chunk);
                    });
   }
 
@@ -56,12 +56,12 @@ struct energies_body {
   template <thread_block Block>
   REFREEKV_DEVICE void sum(Block& block, shared& s, const tile_place& at,
                            index_t chunk) const noexcept {
-    const query_window window = window_of(seen, at.sequence, scan.window);
+    const query_window window = window_of(layer, at.sequence, scan.window);
     if (window.first_row() == scan.window) return;
-    if (!has_chunk_at(seen, at.sequence, at.tokens.begin)) return clear(block, at, chunk);
+    if (!detail::has_chunk_at(layer, at.sequence, at.tokens.begin)) return clear(block, at, chunk);
     if (at.size() == 0) return;  // its statistics are zeros
     for_each_energy(
-        block, s.tile, seen, scan, buffers, chunk, at,
+        block, s.tile, layer, scan, buffers, chunk, at,
         [&](const scanned_head& head, float energy) {
           const float sum = block_reduce(block, s.sums, energy, plus{});
           if (block.rank() == 0) {
@@ -75,31 +75,31 @@ struct energies_body {
   template <thread_block Block>
   REFREEKV_DEVICE void clear(Block& block, const tile_place& at, index_t chunk) const noexcept {
     for (int i = block.rank(); i < at.span.count(); i += block_threads) {
-      scanned_head::of(scan, seen, buffers, at.sequence, at.span.q_head_of(i))
+      scanned_head::of(scan, layer, buffers, at.sequence, at.span.q_head_of(i))
           .statistics_of(at.span.row_of(i), chunk) = {};
     }
   }
 };
 
 /// Leaves each query head's norms at the chunks' starts. A warp a head.
-template <class Seen>
+template <class Layer>
 struct head_curves_body {
   struct shared {};
   norm_scan scan;
-  Seen seen;
+  Layer layer;
   norm_scan_buffers buffers;
   double* head_curves;  ///< [sequence, q_head, chunk]
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return (seen.sequences() * seen.q_heads() + block_warps - 1) / block_warps;
+    return (layer.sequences() * layer.q_heads() + block_warps - 1) / block_warps;
   }
 
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const index_t i = item * block_warps + warp_of(block);
-    if (i >= seen.sequences() * seen.q_heads()) return;
-    const index_t sequence = i / seen.q_heads();
-    const scanned_head head = scanned_head::of(scan, seen, buffers, sequence, i % seen.q_heads());
+    if (i >= layer.sequences() * layer.q_heads()) return;
+    const index_t sequence = i / layer.q_heads();
+    const scanned_head head = scanned_head::of(scan, layer, buffers, sequence, i % layer.q_heads());
     const index_t count = chunking{head.window.tokens, scan.sinks}.count();
     double after = head.outside_cut(block);
     // Whole warps of chunks from the last one back, of which a lane has one.
@@ -115,25 +115,25 @@ struct head_curves_body {
 };
 
 /// Sums the heads of each group: norms [sequence, group, chunk], 0 where there is no candidate.
-template <class Seen>
+template <class Layer>
 struct join_curves_body {
   struct shared {};
   norm_scan scan;
-  Seen seen;
+  Layer layer;
   norm_scan_buffers buffers;
   const double* head_curves;  ///< [sequence, q_head, chunk]
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * scan.groups(seen.kv_heads()) * blocks_for(buffers.chunks);
+    return layer.sequences() * scan.groups(layer.kv_heads()) * blocks_for(buffers.chunks);
   }
 
   /// item: [sequence, group, block of chunks]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t blocks = blocks_for(buffers.chunks), groups = scan.groups(seen.kv_heads());
+    const index_t blocks = blocks_for(buffers.chunks), groups = scan.groups(layer.kv_heads());
     const index_t c = item % blocks * block_threads + block.rank(), group = item / blocks;
     if (c >= buffers.chunks) return;
-    const index_t tokens = seen.tokens(group / groups), heads = seen.q_heads() / groups;
+    const index_t tokens = layer.tokens(group / groups), heads = layer.q_heads() / groups;
     const bool there = c >= scan.first_chunk() && c < chunking{tokens, scan.sinks}.count();
     double norm = 0;
     for (index_t h = group * heads; there && h < (group + 1) * heads; ++h) {
@@ -143,38 +143,39 @@ struct join_curves_body {
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status read_chunks(const Backend& on, const norm_scan& scan, const Seen& seen,
+template <class Backend, class Layer>
+[[nodiscard]] status read_chunks(const Backend& exec, const norm_scan& scan, const Layer& layer,
                                  const norm_scan_buffers& buffers, const scan_scratch&) noexcept {
-  return read_chunks(on, seen, scan.window, 0, scan.window, scan.sinks, buffers.chunks,
+  return read_chunks(exec, layer, scan.window, 0, scan.window, scan.sinks, buffers.chunks,
                      buffers.statistics);
 }
 
-template <class Backend, class Seen>
-[[nodiscard]] status normalise_rows(const Backend& on, const norm_scan& scan, const Seen& seen,
+template <class Backend, class Layer>
+[[nodiscard]] status normalise_rows(const Backend& exec, const norm_scan& scan, const Layer& layer,
                                     const norm_scan_buffers& buffers,
                                     const scan_scratch&) noexcept {
-  const normalise_body<Seen> body{seen,        scan.window,        0,
-                                  scan.window, scan.sinks,         buffers.chunks,
-                                  false,       buffers.statistics, buffers.rows};
-  const status s = run_blocks(on, body.items(), body);
+  const normalise_body<Layer> body{layer,       scan.window,        0,
+                                   scan.window, scan.sinks,         buffers.chunks,
+                                   false,       buffers.statistics, buffers.rows};
+  const status s = run_blocks(exec, body.items(), body);
   if (s != status::ok || scan.one_pass()) return s;
-  return with_tile<few_rows<Seen>>(rows_of_kv_head(scan, seen), [&](auto rows) {
-    const row_parts cut = row_parts::of_chunks(seen.sequences() * seen.kv_heads(), buffers.chunks);
-    const energies_body<Seen, rows()> energies{scan, scaled(seen), buffers, cut};
-    return run_blocks(on, cut.items(), energies);
+  return with_tile<few_rows<Layer>>(rows_of_kv_head(scan, layer), [&](auto rows) {
+    const row_parts cut =
+        row_parts::of_chunks(layer.sequences() * layer.kv_heads(), buffers.chunks);
+    const energies_body<Layer, rows()> energies{scan, scaled(layer), buffers, cut};
+    return run_blocks(exec, cut.items(), energies);
   });
 }
 
-template <class Backend, class Seen>
-[[nodiscard]] status norm_curve(const Backend& on, const norm_scan& scan, const Seen& seen,
+template <class Backend, class Layer>
+[[nodiscard]] status norm_curve(const Backend& exec, const norm_scan& scan, const Layer& layer,
                                 const norm_scan_buffers& buffers,
                                 const scan_scratch& scratch) noexcept {
-  const head_curves_body<Seen> heads{scan, seen, buffers, scratch.head_curves};
-  const status s = run_blocks(on, heads.items(), heads);
+  const head_curves_body<Layer> heads{scan, layer, buffers, scratch.head_curves};
+  const status s = run_blocks(exec, heads.items(), heads);
   if (s != status::ok) return s;
-  const join_curves_body<Seen> groups{scan, seen, buffers, scratch.head_curves};
-  return run_blocks(on, groups.items(), groups);
+  const join_curves_body<Layer> groups{scan, layer, buffers, scratch.head_curves};
+  return run_blocks(exec, groups.items(), groups);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -30,41 +30,41 @@ struct device_ops {
   using ranking_scratch = cuda_detail::ranking_scratch;
   using importance_scratch = cuda_detail::importance_scratch;
 
-  template <class Seen>
-  static scan_scratch take_scan_scratch(arena& from, const Backend&, const norm_scan& scan,
-                                        const Seen& seen) noexcept {
-    return scan_scratch::take(from, scan, seen);
+  template <class Layer>
+  static scan_scratch carve_scan_scratch(arena& from, const Backend&, const norm_scan& scan,
+                                         const Layer& layer) noexcept {
+    return scan_scratch::carve(from, scan, layer);
   }
-  template <class Seen>
-  static attention_scratch take_attention_scratch(arena& from, const Backend&, index_t rows,
-                                                  const Seen& seen) noexcept {
-    return attention_scratch::take(from, rows, seen);
+  template <class Layer>
+  static attention_scratch carve_attention_scratch(arena& from, const Backend&, index_t rows,
+                                                   const Layer& layer) noexcept {
+    return attention_scratch::carve(from, rows, layer);
   }
-  template <class Seen>
-  static selection_scratch take_selection_scratch(arena& from, const Backend&,
-                                                  const Seen& seen) noexcept {
-    return selection_scratch::take(from, seen);
+  template <class Layer>
+  static selection_scratch carve_selection_scratch(arena& from, const Backend&,
+                                                   const Layer& layer) noexcept {
+    return selection_scratch::carve(from, layer);
   }
-  template <class Seen>
-  static sharing_scratch take_sharing_scratch(arena& from, const Backend&,
-                                              const Seen& seen) noexcept {
-    return cuda_detail::take_sharing_scratch(from, seen);
+  template <class Layer>
+  static sharing_scratch carve_sharing_scratch(arena& from, const Backend&,
+                                               const Layer& layer) noexcept {
+    return cuda_detail::carve_sharing_scratch(from, layer);
   }
-  template <class Seen>
-  static ranking_scratch take_ranking_scratch(arena& from, const Backend& on,
-                                              const Seen& seen) noexcept {
-    return ranking_scratch::take(from, on, seen);
+  template <class Layer>
+  static ranking_scratch carve_ranking_scratch(arena& from, const Backend& exec,
+                                               const Layer& layer) noexcept {
+    return ranking_scratch::carve(from, exec, layer);
   }
-  template <class Seen>
-  static importance_scratch take_importance_scratch(arena& from, const Backend&,
-                                                    const importance_rule& rule,
-                                                    const Seen& seen) noexcept {
-    return importance_scratch::take(from, rule, seen);
+  template <class Layer>
+  static importance_scratch carve_importance_scratch(arena& from, const Backend&,
+                                                     const importance_rule& rule,
+                                                     const Layer& layer) noexcept {
+    return importance_scratch::carve(from, rule, layer);
   }
 
   template <class F>
-  static status for_each_sequence(const Backend& on, index_t sequences, const F& f) noexcept {
-    return run_blocks(on, blocks_for(sequences), for_each_body<F>{sequences, f});
+  static status for_each_sequence(const Backend& exec, index_t sequences, const F& f) noexcept {
+    return run_blocks(exec, blocks_for(sequences), for_each_body<F>{sequences, f});
   }
 
   // Each is the function of its name, in the header that tells what it is about.

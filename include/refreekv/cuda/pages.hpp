@@ -4,7 +4,7 @@
 
 #include "refreekv/cuda/block/block.hpp"
 #include "refreekv/decision/kept_positions.hpp"
-#include "refreekv/decision/page_batch.hpp"
+#include "refreekv/decision/page_lists.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
@@ -91,18 +91,18 @@ struct position_masks_body {
 };
 
 template <class Backend, class T, class Memory>
-[[nodiscard]] status write_masks(const Backend& on, const view<const kept_range, 2, Memory>& kept,
+[[nodiscard]] status write_masks(const Backend& exec, const view<const kept_range, 2, Memory>& kept,
                                  const view<T, 3, Memory>& mask, T keep, T drop) noexcept {
   const index_t rows = mask.extent(0) * mask.extent(1);
-  return run_blocks(on, rows * mask_tiles(mask.extent(2)),
+  return run_blocks(exec, rows * mask_tiles(mask.extent(2)),
                     range_masks_body<T, Memory>{kept, mask, keep, drop});
 }
 
 template <class Backend, class T, class Memory>
-[[nodiscard]] status write_masks(const Backend& on, const kept_positions<Memory>& kept,
+[[nodiscard]] status write_masks(const Backend& exec, const kept_positions<Memory>& kept,
                                  const view<T, 3, Memory>& mask, T keep, T drop) noexcept {
   const index_t rows = mask.extent(0) * mask.extent(1);
-  return run_blocks(on, rows * mask_tiles(mask.extent(2)),
+  return run_blocks(exec, rows * mask_tiles(mask.extent(2)),
                     position_masks_body<T, Memory>{kept, mask, keep, drop});
 }
 
@@ -145,17 +145,17 @@ struct plan_pages_body {
     const page_plan plan = choice.best(stay, move, written);
     if (block.rank() == 0) {
       to.plans(sequence) = plan;
-      to.moves(sequence, 0) = detail::sink_moves(k, plan);
-      to.remaining(sequence, 0) = kept_slots(k, plan, page_tokens);
+      to.compact_ranges(sequence, 0) = detail::sink_moves(k, plan);
+      to.mask_ranges(sequence, 0) = kept_slots(k, plan, page_tokens);
     }
   }
 };
 
 template <class Backend, class Memory>
-[[nodiscard]] status plan_pages(const Backend& on, const view<const kept_range, 2, Memory>& kept,
+[[nodiscard]] status plan_pages(const Backend& exec, const view<const kept_range, 2, Memory>& kept,
                                 index_t page_tokens, const shared_pages_view<Memory>& shared,
                                 const page_plans<Memory>& to) noexcept {
-  return run_blocks(on, kept.extent(0), plan_pages_body<Memory>{kept, page_tokens, shared, to});
+  return run_blocks(exec, kept.extent(0), plan_pages_body<Memory>{kept, page_tokens, shared, to});
 }
 
 /// An item is a sequence.
@@ -217,11 +217,12 @@ struct release_pages_body {
 };
 
 template <class Backend, class Index, class Memory>
-[[nodiscard]] status release_pages(const Backend& on, const view<const page_plan, 1, Memory>& plans,
+[[nodiscard]] status release_pages(const Backend& exec,
+                                   const view<const page_plan, 1, Memory>& plans,
                                    const shared_pages_view<Memory>& shared,
                                    const page_lists<Index, Memory>& table,
                                    const page_lists<Index, Memory>& freed) noexcept {
-  return run_blocks(on, plans.extent(0),
+  return run_blocks(exec, plans.extent(0),
                     release_pages_body<Index, Memory>{plans, shared, table, freed});
 }
 

@@ -18,32 +18,32 @@ struct ranking_scratch {
   std::byte* temporary;  ///< the sort's
   std::size_t temporary_bytes;
 
-  template <class Backend, class Seen>
-  [[nodiscard]] static ranking_scratch take(arena& from, const Backend& on,
-                                            const Seen& seen) noexcept {
-    const index_t sequences = seen.sequences(), heads = seen.kv_heads();
-    const index_t capacity = seen.capacity();
+  template <class Backend, class Layer>
+  [[nodiscard]] static ranking_scratch carve(arena& from, const Backend& exec,
+                                             const Layer& layer) noexcept {
+    const index_t sequences = layer.sequences(), heads = layer.kv_heads();
+    const index_t capacity = layer.capacity();
     ranking_scratch s{};
-    s.segments = key_segments::of(on, sequences * heads, capacity);
-    s.keys = from.take<std::uint64_t>(sequences, heads, capacity);
-    s.spare = from.take<std::uint64_t>(sequences, heads, capacity);
-    s.lengths = from.take<index_t>(sequences, heads);
-    s.energies = from.take<double>(sequences, seen.q_heads(), blocks_for(capacity));
-    s.marks = from.take<std::uint8_t>(sequences, heads, capacity);
-    s.temporary_bytes = sort_bytes(on, s.segments);
-    s.temporary = from.take<std::byte>(s.temporary_bytes);
+    s.segments = key_segments::of(exec, sequences * heads, capacity);
+    s.keys = from.array<std::uint64_t>(sequences, heads, capacity);
+    s.spare = from.array<std::uint64_t>(sequences, heads, capacity);
+    s.lengths = from.array<index_t>(sequences, heads);
+    s.energies = from.array<double>(sequences, layer.q_heads(), blocks_for(capacity));
+    s.marks = from.array<std::uint8_t>(sequences, heads, capacity);
+    s.temporary_bytes = sort_bytes(exec, s.segments);
+    s.temporary = from.array<std::byte>(s.temporary_bytes);
     return s;
   }
 };
 
 /// Writes for each candidate a key: in their order are first the lowest scores, and among equals
 /// the last positions.
-template <class Seen>
+template <class Layer>
 struct rank_keys_body {
   struct shared {};
   index_t recent;
-  Seen seen;
-  scores_view<typename Seen::memory> scores;
+  Layer layer;
+  scores_view<typename Layer::memory> scores;
   ranking_scratch scratch;
   row_parts cut;
 
@@ -51,9 +51,9 @@ struct rank_keys_body {
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = row / seen.kv_heads();
-    const index_t candidates = candidates_of(seen, sequence, recent);
-    const value_row of{scores.at(sequence, row % seen.kv_heads()), scores.stride(2)};
+    const index_t sequence = row / layer.kv_heads();
+    const index_t candidates = candidates_of(layer, sequence, recent);
+    const value_row of{scores.at(sequence, row % layer.kv_heads()), scores.stride(2)};
     const key_segments segments = scratch.segments;
     const index_t slots = segments.together ? segments.capacity : candidates;
     for (index_t i = part * block_threads + block.rank(); i < slots;
@@ -69,12 +69,12 @@ struct rank_keys_body {
 
 /// Writes the order out of the sorted keys, and what the tokens of a block of it weigh. Of a head
 /// that has none, because of NaN, the first rank is -1.
-template <class Seen>
+template <class Layer>
 struct rank_energies_body {
   using shared = warp_values<double>;
   index_t recent;
-  Seen seen;
-  scores_view<typename Seen::memory> weights;
+  Layer layer;
+  scores_view<typename Layer::memory> weights;
   const std::uint64_t* sorted;  ///< [sequence, kv_head, capacity]
   position_t* order;
   ranking_scratch scratch;
@@ -84,11 +84,11 @@ struct rank_energies_body {
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t row = item / cut.parts;
-    const index_t candidates = candidates_of(seen, row / seen.kv_heads(), recent);
+    const index_t candidates = candidates_of(layer, row / layer.kv_heads(), recent);
     if (candidates == 0) return;
-    const std::uint64_t last = sorted[row * seen.capacity() + candidates - 1];
+    const std::uint64_t last = sorted[row * layer.capacity() + candidates - 1];
     if (scratch.segments.score_of(last) == key_segments::no_score) {
-      if (item % cut.parts == 0 && block.rank() == 0) order[row * seen.capacity()] = -1;
+      if (item % cut.parts == 0 && block.rank() == 0) order[row * layer.capacity()] = -1;
       return;
     }
     for (index_t b = item % cut.parts; b * block_threads < candidates; b += cut.parts) {
@@ -100,31 +100,31 @@ struct rank_energies_body {
   template <thread_block Block>
   REFREEKV_DEVICE void weigh(Block& block, shared& s, index_t row, index_t b,
                              index_t candidates) const noexcept {
-    const index_t sequence = row / seen.kv_heads(), head = row % seen.kv_heads();
+    const index_t sequence = row / layer.kv_heads(), head = row % layer.kv_heads();
     const index_t i = b * block_threads + block.rank();
     position_t token = 0;
     if (i < candidates) {
-      token = scratch.segments.token_of(sorted[row * seen.capacity() + i]);
-      order[row * seen.capacity() + i] = token;
+      token = scratch.segments.token_of(sorted[row * layer.capacity() + i]);
+      order[row * layer.capacity() + i] = token;
     }
-    const index_t group = seen.q_heads() / seen.kv_heads(), blocks = blocks_for(seen.capacity());
+    const index_t group = layer.q_heads() / layer.kv_heads(), blocks = blocks_for(layer.capacity());
     for (index_t h = head * group; h < (head + 1) * group; ++h) {
       const double weight = i < candidates ? double{weights(sequence, h, token)} : 0;
       const double energy = block_reduce(block, s, weight * weight, plus{});
       if (block.rank() == 0) {
-        scratch.energies[(sequence * seen.q_heads() + h) * blocks + b] = energy;
+        scratch.energies[(sequence * layer.q_heads() + h) * blocks + b] = energy;
       }
     }
   }
 };
 
 /// Writes the norms of the order, 0 from the last candidate on.
-template <class Seen>
+template <class Layer>
 struct rank_norms_body {
   using shared = warp_values<double>;
   index_t recent;
-  Seen seen;
-  scores_view<typename Seen::memory> weights;
+  Layer layer;
+  scores_view<typename Layer::memory> weights;
   const position_t* order;
   double* norms;
   ranking_scratch scratch;
@@ -133,14 +133,14 @@ struct rank_norms_body {
   /// item: [sequence, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / cut.parts, capacity = seen.capacity();
-    const index_t candidates = candidates_of(seen, sequence, recent);
+    const index_t sequence = item / cut.parts, capacity = layer.capacity();
+    const index_t candidates = candidates_of(layer, sequence, recent);
     const bool ordered = candidates == 0 || is_ordered(block, sequence);
     for (index_t b = item % cut.parts; b * block_threads < capacity; b += cut.parts) {
       const index_t i = b * block_threads + block.rank();
       double norm = !ordered && i == 0 ? double{not_a_number} : 0;
       if (ordered && b * block_threads < candidates) {
-        for (index_t h = 0; h < seen.q_heads(); ++h) {
+        for (index_t h = 0; h < layer.q_heads(); ++h) {
           norm += std::sqrt(energy_from(block, s, sequence, h, b, candidates));
         }
       }
@@ -153,8 +153,8 @@ struct rank_norms_body {
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE bool is_ordered(Block& block, index_t sequence) const noexcept {
     bool ordered = true;
-    for (index_t h = block.rank(); h < seen.kv_heads(); h += block_threads) {
-      ordered = ordered && order[(sequence * seen.kv_heads() + h) * seen.capacity()] >= 0;
+    for (index_t h = block.rank(); h < layer.kv_heads(); h += block_threads) {
+      ordered = ordered && order[(sequence * layer.kv_heads() + h) * layer.capacity()] >= 0;
     }
     return block.sync_and(ordered);
   }
@@ -164,72 +164,73 @@ struct rank_norms_body {
   [[nodiscard]] REFREEKV_DEVICE double energy_from(Block& block, shared& s, index_t sequence,
                                                    index_t head, index_t b,
                                                    index_t candidates) const noexcept {
-    const index_t blocks = blocks_for(seen.capacity());
-    const double* energies = scratch.energies + (sequence * seen.q_heads() + head) * blocks;
+    const index_t blocks = blocks_for(layer.capacity());
+    const double* energies = scratch.energies + (sequence * layer.q_heads() + head) * blocks;
     double after = 0;
     for (index_t p = b + 1 + block.rank(); p * block_threads < candidates; p += block_threads) {
       after += energies[p];
     }
     after = block_reduce(block, s, after, plus{});
     const index_t i = b * block_threads + block.rank();
-    const index_t kv_head = head / (seen.q_heads() / seen.kv_heads());
-    const index_t row = (sequence * seen.kv_heads() + kv_head) * seen.capacity();
+    const index_t kv_head = head / (layer.q_heads() / layer.kv_heads());
+    const index_t row = (sequence * layer.kv_heads() + kv_head) * layer.capacity();
     const double weight = i < candidates ? double{weights(sequence, head, order[row + i])} : 0;
     return block_suffix_sum(block, s, weight * weight).own + after;
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status rank_tokens(const Backend& on, index_t recent, const Seen& seen,
-                                 const scores_view<typename Seen::memory>& scores,
-                                 const scores_view<typename Seen::memory>& weights,
+template <class Backend, class Layer>
+[[nodiscard]] status rank_tokens(const Backend& exec, index_t recent, const Layer& layer,
+                                 const scores_view<typename Layer::memory>& scores,
+                                 const scores_view<typename Layer::memory>& weights,
                                  position_t* order, double* norms,
                                  const ranking_scratch& scratch) noexcept {
-  const index_t heads = seen.sequences() * seen.kv_heads(), blocks = blocks_for(seen.capacity());
-  if (heads == 0 || seen.capacity() == 0) return status::ok;
+  const index_t heads = layer.sequences() * layer.kv_heads(), blocks = blocks_for(layer.capacity());
+  if (heads == 0 || layer.capacity() == 0) return status::ok;
   const row_parts of_heads = row_parts::of(heads, blocks);
-  const rank_keys_body<Seen> keys{recent, seen, scores, scratch, of_heads};
-  status s = run_blocks(on, of_heads.items(), keys);
+  const rank_keys_body<Layer> keys{recent, layer, scores, scratch, of_heads};
+  status s = run_blocks(exec, of_heads.items(), keys);
   if (s != status::ok) return s;
   std::uint64_t *sorted = scratch.keys, *spare = scratch.spare;
-  s = sort_segments(on, scratch.segments, sorted, spare, scratch.lengths, scratch.temporary,
+  s = sort_segments(exec, scratch.segments, sorted, spare, scratch.lengths, scratch.temporary,
                     scratch.temporary_bytes);
   if (s != status::ok) return s;
-  const rank_energies_body<Seen> energies{recent, seen, weights, sorted, order, scratch, of_heads};
-  s = run_blocks(on, of_heads.items(), energies);
+  const rank_energies_body<Layer> energies{recent, layer,   weights, sorted,
+                                           order,  scratch, of_heads};
+  s = run_blocks(exec, of_heads.items(), energies);
   if (s != status::ok) return s;
-  const row_parts of_sequences = row_parts::of(seen.sequences(), blocks);
-  const rank_norms_body<Seen> curve{recent, seen, weights, order, norms, scratch, of_sequences};
-  return run_blocks(on, of_sequences.items(), curve);
+  const row_parts of_sequences = row_parts::of(layer.sequences(), blocks);
+  const rank_norms_body<Layer> curve{recent, layer, weights, order, norms, scratch, of_sequences};
+  return run_blocks(exec, of_sequences.items(), curve);
 }
 
 /// Keeps what comes from the cut on in a head's order.
-template <class Seen>
+template <class Layer>
 struct stop_ranked_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   struct shared {
     warp_values<index_t> cuts;
     warp_values<std::uint64_t> counts;
   };
   double threshold;
   index_t recent;
-  Seen seen;
+  Layer layer;
   const double* norms;
   const position_t* order;
   kept_positions<memory> kept;
   std::uint8_t* marks;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
-    const index_t tokens = seen.tokens(sequence);
-    const index_t candidates = candidates_of(seen, sequence, recent);
-    const double* curve = norms + sequence * seen.capacity();
+    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
+    const index_t tokens = layer.tokens(sequence);
+    const index_t candidates = candidates_of(layer, sequence, recent);
+    const double* curve = norms + sequence * layer.capacity();
     if (candidates == 0) return keep_tokens(block, kept, sequence, head, tokens);
     if (!norm_scan::decidable(curve[0])) {
       return keep_tokens(block, kept, sequence, head, tokens, true);
@@ -238,10 +239,10 @@ struct stop_ranked_body {
     scan.threshold = threshold;
     const index_t cut = last_allowed(block, s.cuts, scan, curve, candidates, curve[0]);
 
-    std::uint8_t* is_kept = marks + item * seen.capacity();
+    std::uint8_t* is_kept = marks + item * layer.capacity();
     for (index_t t = block.rank(); t < candidates; t += block_threads) is_kept[t] = 0;
     block.sync();
-    const position_t* row = order + item * seen.capacity();
+    const position_t* row = order + item * layer.capacity();
     for (index_t i = cut + block.rank(); i < candidates; i += block_threads) is_kept[row[i]] = 1;
     block.sync();
     keep_where(block, s.counts, kept, sequence, head, candidates, tokens,
@@ -249,13 +250,13 @@ struct stop_ranked_body {
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status stop_ranked(const Backend& on, double threshold, index_t recent,
-                                 const Seen& seen, const double* norms, const position_t* order,
-                                 const kept_positions<typename Seen::memory>& kept,
+template <class Backend, class Layer>
+[[nodiscard]] status stop_ranked(const Backend& exec, double threshold, index_t recent,
+                                 const Layer& layer, const double* norms, const position_t* order,
+                                 const kept_positions<typename Layer::memory>& kept,
                                  const ranking_scratch& scratch) noexcept {
-  const stop_ranked_body<Seen> body{threshold, recent, seen, norms, order, kept, scratch.marks};
-  return run_blocks(on, body.items(), body);
+  const stop_ranked_body<Layer> body{threshold, recent, layer, norms, order, kept, scratch.marks};
+  return run_blocks(exec, body.items(), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

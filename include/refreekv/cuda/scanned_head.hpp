@@ -16,12 +16,12 @@ struct scanned_head {
   chunk_statistics* statistics;  ///< [window, chunk]
   const row_normaliser* rows;    ///< [window]
 
-  template <class Seen>
-  [[nodiscard]] static REFREEKV_DEVICE scanned_head of(const norm_scan& scan, const Seen& seen,
+  template <class Layer>
+  [[nodiscard]] static REFREEKV_DEVICE scanned_head of(const norm_scan& scan, const Layer& layer,
                                                        const norm_scan_buffers& buffers,
                                                        index_t sequence, index_t q_head) noexcept {
-    const index_t number = sequence * seen.q_heads() + q_head, row = number * scan.window;
-    return {scan,           window_of(seen, sequence, scan.window),    number,
+    const index_t number = sequence * layer.q_heads() + q_head, row = number * scan.window;
+    return {scan,           window_of(layer, sequence, scan.window),   number,
             buffers.chunks, buffers.statistics + row * buffers.chunks, buffers.rows + row};
   }
 
@@ -32,7 +32,7 @@ struct scanned_head {
 
   /// What a value of 1 in a chunk stands for in a row.
   [[nodiscard]] REFREEKV_DEVICE double attention(index_t row, index_t chunk) const noexcept {
-    return attention_at(statistics_of(row, chunk).unit, rows[row]);
+    return detail::weight_of(statistics_of(row, chunk).exponent, rows[row]);
   }
 
   /// The most that it stands for in any row; NaN where any row's is. For a thread alone.
@@ -67,8 +67,8 @@ struct scanned_head {
     double energy = 0;
     REFREEKV_NO_UNROLL
     for (index_t r = first; r < scan.window; ++r) {
-      const double unit = attention(r, chunk);
-      energy += unit * (unit * double{statistics_of(r, chunk).sum_squares});
+      const double weight = attention(r, chunk);
+      energy += weight * (weight * double{statistics_of(r, chunk).sum_squares});
     }
     return energy;
   }
@@ -88,49 +88,50 @@ struct scanned_head {
 };
 
 /// Where the rows of one KV head are.
-template <class Seen>
-[[nodiscard]] REFREEKV_DEVICE tile_place kv_head_place(const Seen& seen, const norm_scan& scan,
+template <class Layer>
+[[nodiscard]] REFREEKV_DEVICE tile_place kv_head_place(const Layer& layer, const norm_scan& scan,
                                                        index_t sequence, index_t kv_head,
                                                        token_range tokens) noexcept {
-  const int group = narrow(seen.q_heads() / seen.kv_heads()), of = narrow(kv_head);
+  const int group = narrow(layer.q_heads() / layer.kv_heads()), of = narrow(kv_head);
   return {narrow(sequence), of, {of * group, group, 0, narrow(scan.window)}, 0, tokens};
 }
 
 /// How many rows that are.
-template <class Seen>
-[[nodiscard]] index_t rows_of_kv_head(const norm_scan& scan, const Seen& seen) noexcept {
-  return seen.q_heads() / seen.kv_heads() * scan.window;
+template <class Layer>
+[[nodiscard]] index_t rows_of_kv_head(const norm_scan& scan, const Layer& layer) noexcept {
+  return layer.q_heads() / layer.kv_heads() * scan.window;
 }
 
 /// Reads a chunk of one KV head again for the energies of its tokens. For each of its query heads
 /// on_head(head, energy) is called by all threads: the energy of the thread's token, in units of
 /// the head's largest_attention squared. After each tile of rows on_tile(place) is, in step, and
 /// may use up the tile's values.
-template <int Rows, thread_block Block, class Seen, class OnHead, class OnTile>
-REFREEKV_DEVICE void for_each_energy(Block& block, tile<Seen, Rows>& s, const Seen& seen,
+template <int Rows, thread_block Block, class Layer, class OnHead, class OnTile>
+REFREEKV_DEVICE void for_each_energy(Block& block, tile<Layer, Rows>& s, const Layer& layer,
                                      const norm_scan& scan, const norm_scan_buffers& buffers,
                                      index_t chunk, tile_place at, const OnHead& on_head,
                                      const OnTile& on_tile) noexcept {
-  const query_window window = window_of(seen, at.sequence, scan.window);
+  const query_window window = window_of(layer, at.sequence, scan.window);
   const bool mean = scan.average == row_average::mean;
   const bool own = block.rank() < at.size();
   const auto head_of = [&](int i) {
-    return scanned_head::of(scan, seen, buffers, at.sequence, at.span.q_head_of(i));
+    return scanned_head::of(scan, layer, buffers, at.sequence, at.span.q_head_of(i));
   };
   float energy = 0;
   for (at.first = 0; at.first < at.span.count(); at.first += Rows) {
-    attend<leaves::values, any_lanes>(block, s, seen, scan.window, at);
-    set_units(block, s, [&](int i) {
+    attend<leaves::values, any_lanes>(block, s, layer, scan.window, at);
+    set_weights(block, s, [&](int i) {
       const int of = at.first + i;
       if (of >= at.span.count() || at.span.row_of(of) < window.first_row()) return 0.0f;
       const scanned_head head = head_of(of);
       const double largest = head.largest_attention(block, chunk);
-      const double attention = attention_at(s.statistics[i].unit, head.rows[at.span.row_of(of)]);
+      const double attention =
+          detail::weight_of(s.statistics[i].exponent, head.rows[at.span.row_of(of)]);
       return largest == 0 ? 0.0f : static_cast<float>(attention / largest);
     });
     REFREEKV_NO_UNROLL
     for (int i = 0; i < Rows && at.first + i < at.span.count(); ++i) {
-      const float value = own ? s.values[i][block.rank()] * s.units[i] : 0;
+      const float value = own ? s.values[i][block.rank()] * s.weights[i] : 0;
       energy += mean ? value : value * value;
       if (at.span.row_of(at.first + i) < window.rows - 1) continue;
       if (mean && own) {

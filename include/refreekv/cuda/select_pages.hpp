@@ -12,20 +12,20 @@ struct seen_pages {
   index_t first;
   index_t end;
 
-  template <class Seen>
-  [[nodiscard]] REFREEKV_DEVICE static seen_pages of(const Seen& seen, index_t sequence,
+  template <class Layer>
+  [[nodiscard]] REFREEKV_DEVICE static seen_pages of(const Layer& layer, index_t sequence,
                                                      index_t page_tokens) noexcept {
-    const token_range visible = window_of(seen, sequence, 1).hull();
+    const token_range visible = window_of(layer, sequence, 1).hull();
     return {visible.begin / page_tokens, (visible.end + page_tokens - 1) / page_tokens};
   }
 };
 
 /// Writes what the last query could find at most on each page it sees, a warp a page.
-template <class Seen>
+template <class Layer>
 struct page_scores_body {
   struct shared {};
-  page_bounds<typename Seen::memory> pages;
-  Seen seen;
+  page_bounds<typename Layer::memory> pages;
+  Layer layer;
   float* page_scores;
   row_parts cut;
 
@@ -33,22 +33,22 @@ struct page_scores_body {
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = row / seen.kv_heads(), head = row % seen.kv_heads();
-    const seen_pages there = seen_pages::of(seen, sequence, pages.page_tokens);
-    const index_t group = seen.q_heads() / seen.kv_heads();
+    const index_t sequence = row / layer.kv_heads(), head = row % layer.kv_heads();
+    const seen_pages there = seen_pages::of(layer, sequence, pages.page_tokens);
+    const index_t group = layer.q_heads() / layer.kv_heads();
     for (index_t page = there.first + part * block_warps + warp_of(block); page < there.end;
          page += cut.parts * block_warps) {
       for (index_t h = head * group; h < (head + 1) * group; ++h) {
         float score = 0;
-        for (index_t d = lane_of(block); d < seen.head_dim(); d += warp_threads) {
-          const float q = widen(seen.queries(sequence, seen.window() - 1, h, d));
+        for (index_t d = lane_of(block); d < layer.head_dim(); d += warp_threads) {
+          const float q = widen(layer.queries(sequence, layer.window() - 1, h, d));
           const float low = q * pages.bounds(sequence, head, page, 0, d);
           const float high = q * pages.bounds(sequence, head, page, 1, d);
           score += low > high ? low : high;
         }
         score = block.warp_reduce(score, plus{});
         if (lane_of(block) == 0) {
-          page_scores[(sequence * seen.q_heads() + h) * pages.bounds.extent(2) + page] = score;
+          page_scores[(sequence * layer.q_heads() + h) * pages.bounds.extent(2) + page] = score;
         }
       }
     }
@@ -56,22 +56,22 @@ struct page_scores_body {
 };
 
 /// Finds which pages a query head takes: the best, or all where one has no score.
-template <class Seen>
+template <class Layer>
 struct page_limits_body {
   using shared = limit_memory<count_bins>;
-  page_bounds<typename Seen::memory> pages;
+  page_bounds<typename Layer::memory> pages;
   index_t wanted;
-  Seen seen;
+  Layer layer;
   selection_scratch scratch;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.q_heads();
+    return layer.sequences() * layer.q_heads();
   }
 
   /// item: [sequence, q_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const seen_pages there = seen_pages::of(seen, item / seen.q_heads(), pages.page_tokens);
+    const seen_pages there = seen_pages::of(layer, item / layer.q_heads(), pages.page_tokens);
     const float* scores = scratch.page_scores + item * pages.bounds.extent(2);
     const value_row row{scores + there.first, 1};
     const index_t count = there.end - there.first;
@@ -84,12 +84,12 @@ struct page_limits_body {
 };
 
 /// Takes the scores of the other pages away, a thread a token.
-template <class Seen>
+template <class Layer>
 struct clear_pages_body {
   struct shared {};
-  page_bounds<typename Seen::memory> pages;
-  Seen seen;
-  scores_view<typename Seen::memory> scores;
+  page_bounds<typename Layer::memory> pages;
+  Layer layer;
+  scores_view<typename Layer::memory> scores;
   selection_scratch scratch;
   row_parts cut;
 
@@ -97,11 +97,11 @@ struct clear_pages_body {
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = row / seen.q_heads(), head = row % seen.q_heads();
+    const index_t sequence = row / layer.q_heads(), head = row % layer.q_heads();
     const index_t size = pages.page_tokens;
-    const seen_pages there = seen_pages::of(seen, sequence, size);
+    const seen_pages there = seen_pages::of(layer, sequence, size);
     const index_t tokens =
-        seen.tokens(sequence) < there.end * size ? seen.tokens(sequence) : there.end * size;
+        layer.tokens(sequence) < there.end * size ? layer.tokens(sequence) : there.end * size;
     const float* page_scores = scratch.page_scores + row * pages.bounds.extent(2);
     const value_limit limit = scratch.limits[row];
     for (index_t t = there.first * size + part * block_threads + block.rank(); t < tokens;
@@ -113,26 +113,27 @@ struct clear_pages_body {
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status select_pages(const Backend& on,
-                                  const page_bounds<typename Seen::memory>& pages, index_t tokens,
-                                  const Seen& seen,
-                                  const scores_view<typename Seen::memory>& scores,
+template <class Backend, class Layer>
+[[nodiscard]] status select_pages(const Backend& exec,
+                                  const page_bounds<typename Layer::memory>& pages, index_t tokens,
+                                  const Layer& layer,
+                                  const scores_view<typename Layer::memory>& scores,
                                   const selection_scratch& scratch) noexcept {
   const index_t size = pages.page_tokens;
   const index_t wanted = (tokens > size ? tokens / size : 1) + (tokens % size != 0 ? 1 : 0);
-  const row_parts page_parts = row_parts::of(
-      seen.sequences() * seen.kv_heads(), (pages.bounds.extent(2) + block_warps - 1) / block_warps);
-  const page_scores_body<Seen> score{pages, seen, scratch.page_scores, page_parts};
-  status s = run_blocks(on, page_parts.items(), score);
+  const row_parts page_parts =
+      row_parts::of(layer.sequences() * layer.kv_heads(),
+                    (pages.bounds.extent(2) + block_warps - 1) / block_warps);
+  const page_scores_body<Layer> score{pages, layer, scratch.page_scores, page_parts};
+  status s = run_blocks(exec, page_parts.items(), score);
   if (s != status::ok) return s;
-  const page_limits_body<Seen> limit{pages, wanted, seen, scratch};
-  s = run_blocks(on, limit.items(), limit);
+  const page_limits_body<Layer> limit{pages, wanted, layer, scratch};
+  s = run_blocks(exec, limit.items(), limit);
   if (s != status::ok) return s;
   const row_parts token_parts =
-      row_parts::of(seen.sequences() * seen.q_heads(), blocks_for(seen.capacity()));
-  const clear_pages_body<Seen> clear{pages, seen, scores, scratch, token_parts};
-  return run_blocks(on, token_parts.items(), clear);
+      row_parts::of(layer.sequences() * layer.q_heads(), blocks_for(layer.capacity()));
+  const clear_pages_body<Layer> clear{pages, layer, scores, scratch, token_parts};
+  return run_blocks(exec, token_parts.items(), clear);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

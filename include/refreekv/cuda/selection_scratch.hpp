@@ -13,40 +13,41 @@ struct selection_scratch {
   row_cut q_rows;       ///< and those of query heads
   std::byte* grid;      ///< a grid_descent of the ones or the others; empty where none are cut
 
-  template <class Seen>
-  [[nodiscard]] static selection_scratch take(arena& from, const Seen& seen) noexcept {
+  template <class Layer>
+  [[nodiscard]] static selection_scratch carve(arena& from, const Layer& layer) noexcept {
     const auto cut = [&](index_t heads) {
-      return row_cut::of(seen.sequences() * heads, seen.capacity());
+      return row_cut::of(layer.sequences() * heads, layer.capacity());
     };
-    return take(from, seen, cut(seen.kv_heads()), cut(seen.q_heads()));
+    return carve(from, layer, cut(layer.kv_heads()), cut(layer.q_heads()));
   }
 
-  template <class Seen>
-  [[nodiscard]] static selection_scratch take(arena& from, const Seen& seen, const row_cut& kv_rows,
-                                              const row_cut& q_rows) noexcept {
+  template <class Layer>
+  [[nodiscard]] static selection_scratch carve(arena& from, const Layer& layer,
+                                               const row_cut& kv_rows,
+                                               const row_cut& q_rows) noexcept {
     selection_scratch s{};
-    s.limits = from.take<value_limit>(seen.sequences(), seen.q_heads());
-    if constexpr (requires { seen.pages; }) {
+    s.limits = from.array<value_limit>(layer.sequences(), layer.q_heads());
+    if constexpr (requires { layer.pages; }) {
       s.page_scores =
-          from.take<float>(seen.sequences(), seen.q_heads(), seen.pages.bounds.extent(2));
+          from.array<float>(layer.sequences(), layer.q_heads(), layer.pages.bounds.extent(2));
     }
     s.kv_rows = kv_rows;
     s.q_rows = q_rows;
-    const std::size_t counts = grid_bytes<count_bins>(seen, seen.kv_heads(), kv_rows);
-    const std::size_t masses = grid_bytes<mass_bins>(seen, seen.q_heads(), q_rows);
-    s.grid = from.take<std::byte>(counts > masses ? counts : masses);
+    const std::size_t counts = grid_bytes<count_bins>(layer, layer.kv_heads(), kv_rows);
+    const std::size_t masses = grid_bytes<mass_bins>(layer, layer.q_heads(), q_rows);
+    s.grid = from.array<std::byte>(counts > masses ? counts : masses);
     return s;
   }
 
  private:
-  template <class Bins, class Seen>
-  [[nodiscard]] static std::size_t grid_bytes(const Seen& seen, index_t heads,
+  template <class Bins, class Layer>
+  [[nodiscard]] static std::size_t grid_bytes(const Layer& layer, index_t heads,
                                               const row_cut& cut) noexcept {
     if (cut.parts == 1) return 0;
-    using memory = typename Seen::memory;
-    const scores_view<memory> rows(nullptr, {seen.sequences(), heads, seen.capacity()});
+    using memory = typename Layer::memory;
+    const scores_view<memory> rows(nullptr, {layer.sequences(), heads, layer.capacity()});
     arena count;
-    (void)grid_descent<Bins, memory>::take(count, rows, cut);
+    (void)grid_descent<Bins, memory>::carve(count, rows, cut);
     return count.bytes();
   }
 };

@@ -22,43 +22,44 @@ struct attention_scratch {
   row_normaliser* normalisers;   ///< [sequence, q_head, window]
   double* totals;                ///< [sequence, kv_head, chunk, 2]
 
-  template <class Seen>
-  static attention_scratch take(arena& from, index_t window, const Seen& seen) noexcept {
-    const index_t group = seen.q_heads() / seen.kv_heads();
+  template <class Layer>
+  static attention_scratch carve(arena& from, index_t window, const Layer& layer) noexcept {
+    const index_t group = layer.q_heads() / layer.kv_heads();
     const index_t most = group < block_rows ? block_rows / group : 1;
     attention_scratch s{};
     // Only rows with ends may be more than there are tokens.
-    const bool is_capped = seen.info.rows.ends.data() == nullptr && window > seen.capacity();
-    s.window = is_capped ? seen.capacity() : window;
+    const bool is_capped = layer.info.rows.ends.data() == nullptr && window > layer.capacity();
+    s.window = is_capped ? layer.capacity() : window;
     s.rows = s.window < most ? s.window : most;
-    s.chunks = chunking{seen.capacity(), 0}.count();
-    s.statistics = from.take<chunk_statistics>(seen.sequences(), seen.q_heads(), s.rows, s.chunks);
-    s.normalisers = from.take<row_normaliser>(seen.sequences(), seen.q_heads(), s.window);
-    s.totals = from.take<double>(seen.sequences(), seen.kv_heads(), s.chunks, 2);
+    s.chunks = chunking{layer.capacity(), 0}.count();
+    s.statistics =
+        from.array<chunk_statistics>(layer.sequences(), layer.q_heads(), s.rows, s.chunks);
+    s.normalisers = from.array<row_normaliser>(layer.sequences(), layer.q_heads(), s.window);
+    s.totals = from.array<double>(layer.sequences(), layer.kv_heads(), s.chunks, 2);
     return s;
   }
 };
 
 /// Leaves rows out that have no softmax: their normalisers become 0 in all heads of the KV head,
 /// which is undecided then, or if there is no row.
-template <class Seen>
+template <class Layer>
 struct leave_out_body {
   struct shared {};
-  Seen seen;
+  Layer layer;
   index_t window;
   bool row_is_needed;
   row_normaliser* normalisers;  ///< [sequence, q_head, window]
-  view<kept_count, 2, typename Seen::memory> counts;
+  view<kept_tokens, 2, typename Layer::memory> counts;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), group = seen.q_heads() / seen.kv_heads();
-    const query_window rows = window_of(seen, sequence, window);
+    const index_t sequence = item / layer.kv_heads(), group = layer.q_heads() / layer.kv_heads();
+    const query_window rows = window_of(layer, sequence, window);
     row_normaliser* of = normalisers + item * group * window;
     bool all = true;
     for (index_t r = rows.first_row() + block.rank(); r < window; r += block_threads) {
@@ -69,29 +70,30 @@ struct leave_out_body {
     }
     all = block.sync_and(all);
     if (block.rank() != 0) return;
-    counts(sequence, item % seen.kv_heads()).undecided = !all || (row_is_needed && rows.is_blind());
+    counts(sequence, item % layer.kv_heads()).undecided =
+        !all || (row_is_needed && rows.is_blind());
   }
 };
 
 /// Leaves the normalisers of the last rows. The keys are read once for each block of rows.
-template <class Backend, class Seen>
-[[nodiscard]] status normalise_rows(const Backend& on, index_t window, bad_rows bad,
-                                    const Seen& seen, const attention_scratch& scratch) noexcept {
+template <class Backend, class Layer>
+[[nodiscard]] status normalise_rows(const Backend& exec, index_t window, bad_rows bad,
+                                    const Layer& layer, const attention_scratch& scratch) noexcept {
   status s = status::ok;
   for (index_t row = 0; row < window && s == status::ok; row += scratch.rows) {
     const index_t rows = window - row < scratch.rows ? window - row : scratch.rows;
-    s = read_chunks(on, seen, window, row, rows, 0, scratch.chunks, scratch.statistics);
+    s = read_chunks(exec, layer, window, row, rows, 0, scratch.chunks, scratch.statistics);
     if (s != status::ok) break;
-    const normalise_body<Seen> body{seen,
-                                    window,
-                                    row,
-                                    rows,
-                                    0,
-                                    scratch.chunks,
-                                    bad == bad_rows::left_out,
-                                    scratch.statistics,
-                                    scratch.normalisers};
-    s = run_blocks(on, body.items(), body);
+    const normalise_body<Layer> body{layer,
+                                     window,
+                                     row,
+                                     rows,
+                                     0,
+                                     scratch.chunks,
+                                     bad == bad_rows::left_out,
+                                     scratch.statistics,
+                                     scratch.normalisers};
+    s = run_blocks(exec, body.items(), body);
   }
   return s;
 }
@@ -99,8 +101,8 @@ template <class Backend, class Seen>
 /// Reads a chunk again and calls f(attention) for each row of a span of the last `rows` that sees
 /// the thread's token and is not left out. The block is in step between tiles. normalisers:
 /// [q_head of the span, window]
-template <int Rows, thread_block Block, class Seen, class F>
-REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const Seen& seen,
+template <int Rows, thread_block Block, class Layer, class F>
+REFREEKV_DEVICE void for_each_attention(Block& block, tile<Layer, Rows>& s, const Layer& layer,
                                         index_t rows, tile_place at, bad_rows bad,
                                         const row_normaliser* normalisers, const F& f) noexcept {
   constexpr float is_left_out = -1;
@@ -110,29 +112,29 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const
     if (head == at.span.q_head_of(last - 1)) {
       const int row = at.span.row_of(at.first);
       const row_span span{head, 1, row, last - at.first};
-      if (sees_nothing(window_of(seen, at.sequence, rows), span, at.tokens)) continue;
+      if (sees_nothing(window_of(layer, at.sequence, rows), span, at.tokens)) continue;
     }
-    attend<leaves::values, any_lanes>(block, s, seen, rows, at);
+    attend<leaves::values, any_lanes>(block, s, layer, rows, at);
     // Not before: while keys are read there is no register for it.
-    const query_window window = window_of(seen, at.sequence, rows);
-    set_units(block, s, [&](int i) {
+    const query_window window = window_of(layer, at.sequence, rows);
+    set_weights(block, s, [&](int i) {
       const int of = at.first + i;
       const index_t row = at.span.row_of(of);
       if (of >= last || row < window.first_row()) return 0.0f;
       const index_t q_head = at.span.q_head_of(of) - at.span.q_head;
       const row_normaliser& normaliser = normalisers[q_head * rows + row];
       if (bad == bad_rows::left_out && !normaliser.exists()) return is_left_out;
-      return static_cast<float>(attention_at(s.statistics[i].unit, normaliser));
+      return static_cast<float>(detail::weight_of(s.statistics[i].exponent, normaliser));
     });
     const index_t token = at.tokens.begin + block.rank();
     REFREEKV_NO_UNROLL
     for (int i = 0; at.first + i < last && token < at.tokens.end; ++i) {
       // Not by its value: where a row is NaN, that of what it does not see is still 0.
       const index_t row = at.span.row_of(at.first + i);
-      if (row < window.first_row() || s.units[i] < 0) continue;
+      if (row < window.first_row() || s.weights[i] < 0) continue;
       const token_range visible = window.visible(row);
       if (token >= visible.begin && token < visible.end) {
-        f(s.values[i][block.rank()] * s.units[i]);
+        f(s.values[i][block.rank()] * s.weights[i]);
       }
     }
     block.sync();
@@ -140,16 +142,16 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Seen, Rows>& s, const
 }
 
 /// Scores of the tokens: a thread each.
-template <class Seen, int Rows>
+template <class Layer, int Rows>
 struct attention_sums_body {
   struct shared {
-    cuda_detail::tile<Seen, Rows> tile;
+    cuda_detail::tile<Layer, Rows> tile;
   };
-  Seen seen;
+  Layer layer;
   index_t window;
   bool carried;
-  scores_view<typename Seen::memory> scores;  ///< [sequence, head, token]
-  view<kept_count, 2, typename Seen::memory> counts;
+  scores_view<typename Layer::memory> scores;  ///< [sequence, head, token]
+  view<kept_tokens, 2, typename Layer::memory> counts;
   row_parts cut;  ///< of the chunks of a head
   const row_normaliser* normalisers;
 
@@ -158,7 +160,7 @@ struct attention_sums_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t heads = scores.extent(1), head = item % heads;
     const index_t part = item / heads % cut.parts, sequence = item / heads / cut.parts;
-    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
       if (!carried && chunk == 0 && block.rank() == 0) tell_blindness(sequence, head);
       if (tokens.begin < tokens.end) sum(block, s, sequence, head, tokens);
     });
@@ -167,85 +169,85 @@ struct attention_sums_body {
  private:
   /// Of the heads of a KV head the first one does.
   REFREEKV_DEVICE void tell_blindness(index_t sequence, index_t head) const noexcept {
-    const index_t heads = scores.extent(1) / seen.kv_heads();
+    const index_t heads = scores.extent(1) / layer.kv_heads();
     if (head % heads != 0) return;
-    counts(sequence, head / heads).undecided = window_of(seen, sequence, window).is_blind();
+    counts(sequence, head / heads).undecided = window_of(layer, sequence, window).is_blind();
   }
 
   template <thread_block Block>
   REFREEKV_DEVICE void sum(Block& block, shared& s, index_t sequence, index_t head,
                            token_range tokens) const noexcept {
-    const index_t q_heads = seen.q_heads() / scores.extent(1);  // of a score
+    const index_t q_heads = layer.q_heads() / scores.extent(1);  // of a score
     const tile_place at{narrow(sequence),
-                        narrow(head * q_heads / (seen.q_heads() / seen.kv_heads())),
+                        narrow(head * q_heads / (layer.q_heads() / layer.kv_heads())),
                         {narrow(head * q_heads), narrow(q_heads), 0, narrow(window)},
                         0,
                         tokens};
     double sum = 0;
-    for_each_attention(block, s.tile, seen, window, at,
+    for_each_attention(block, s.tile, layer, window, at,
                        carried ? bad_rows::left_out : bad_rows::stay,
-                       normalisers + (sequence * seen.q_heads() + head * q_heads) * window,
+                       normalisers + (sequence * layer.q_heads() + head * q_heads) * window,
                        [&](float attention) { sum += double{attention}; });
     if (block.rank() >= at.size()) return;
     const index_t token = at.tokens.begin + block.rank();
-    const bool fresh = token >= window_of(seen, sequence, window).first_new_token();
+    const bool fresh = token >= window_of(layer, sequence, window).first_new_token();
     float& score = scores(sequence, head, token);
     const auto mean = static_cast<float>(sum / static_cast<double>(q_heads));
     score = carried && !fresh ? score + mean : mean;
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status attention_sums(const Backend& on, const score_rows& rows, const Seen& seen,
-                                    const scores_view<typename Seen::memory>& scores,
-                                    const view<kept_count, 2, typename Seen::memory>& counts,
+template <class Backend, class Layer>
+[[nodiscard]] status attention_sums(const Backend& exec, const score_rows& rows, const Layer& layer,
+                                    const scores_view<typename Layer::memory>& scores,
+                                    const view<kept_tokens, 2, typename Layer::memory>& counts,
                                     const attention_scratch& scratch) noexcept {
   const index_t window = rows.rows < scratch.window ? rows.rows : scratch.window;
   const bad_rows bad = rows.carried ? bad_rows::left_out : bad_rows::stay;
-  status s = normalise_rows(on, window, bad, seen, scratch);
+  status s = normalise_rows(exec, window, bad, layer, scratch);
   if (s == status::ok && rows.carried) {
-    const leave_out_body<Seen> body{seen, window, false, scratch.normalisers, counts};
-    s = run_blocks(on, body.items(), body);
+    const leave_out_body<Layer> body{layer, window, false, scratch.normalisers, counts};
+    s = run_blocks(exec, body.items(), body);
   }
   if (s != status::ok) return s;
-  const row_parts cut = row_parts::of_chunks(seen.sequences() * scores.extent(1), scratch.chunks);
-  return with_tile<few_rows<Seen>>(seen.q_heads() / scores.extent(1) * window, [&](auto tile) {
-    const attention_sums_body<Seen, tile()> body{scaled(seen), window, rows.carried,       scores,
-                                                 counts,       cut,    scratch.normalisers};
-    return run_blocks(on, cut.items(), body);
+  const row_parts cut = row_parts::of_chunks(layer.sequences() * scores.extent(1), scratch.chunks);
+  return with_tile<few_rows<Layer>>(layer.q_heads() / scores.extent(1) * window, [&](auto tile) {
+    const attention_sums_body<Layer, tile()> body{scaled(layer), window, rows.carried,       scores,
+                                                  counts,        cut,    scratch.normalisers};
+    return run_blocks(exec, cut.items(), body);
   });
 }
 
 /// Pools scores, a thread a token.
-template <class Seen>
+template <class Layer>
 struct pool_body {
   struct shared {};
-  pooling how;
+  pooling mode;
   const token_quota* quotas;
-  Seen seen;
-  scores_view<typename Seen::memory> scores, pooled;
+  Layer layer;
+  scores_view<typename Layer::memory> scores, pooled;
   row_parts cut;
 
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t s = row / seen.kv_heads(), h = row % seen.kv_heads();
-    const index_t count = seen.tokens(s) - quotas[s].recent;
+    const index_t s = row / layer.kv_heads(), h = row % layer.kv_heads();
+    const index_t count = layer.tokens(s) - quotas[s].recent;
     for (index_t t = part * block_threads + block.rank(); t < count;
          t += cut.parts * block_threads) {
-      pooled(s, h, t) = pooled_score(how, count, scores.at(s, h), scores.stride(2), t);
+      pooled(s, h, t) = detail::pooled_score(mode, count, scores.at(s, h), scores.stride(2), t);
     }
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status pool(const Backend& on, const pooling& how, const token_quota* quotas,
-                          const Seen& seen, const scores_view<typename Seen::memory>& scores,
-                          const scores_view<typename Seen::memory>& pooled) noexcept {
+template <class Backend, class Layer>
+[[nodiscard]] status pool(const Backend& exec, const pooling& mode, const token_quota* quotas,
+                          const Layer& layer, const scores_view<typename Layer::memory>& scores,
+                          const scores_view<typename Layer::memory>& pooled) noexcept {
   const row_parts cut =
-      row_parts::of(seen.sequences() * seen.kv_heads(), blocks_for(seen.capacity()));
-  return run_blocks(on, cut.items(), pool_body<Seen>{how, quotas, seen, scores, pooled, cut});
+      row_parts::of(layer.sequences() * layer.kv_heads(), blocks_for(layer.capacity()));
+  return run_blocks(exec, cut.items(), pool_body<Layer>{mode, quotas, layer, scores, pooled, cut});
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

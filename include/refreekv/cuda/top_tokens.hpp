@@ -9,34 +9,34 @@
 namespace refreekv::inline v0::cuda_detail {
 
 /// The tokens before the last `recent`.
-template <class Seen>
-[[nodiscard]] REFREEKV_DEVICE index_t candidates_of(const Seen& seen, index_t sequence,
+template <class Layer>
+[[nodiscard]] REFREEKV_DEVICE index_t candidates_of(const Layer& layer, index_t sequence,
                                                     index_t recent) noexcept {
-  const index_t tokens = seen.tokens(sequence);
+  const index_t tokens = layer.tokens(sequence);
   return tokens > recent ? tokens - recent : 0;
 }
 
 /// Keeps a head's best and most recent tokens.
-template <class Seen>
+template <class Layer>
 struct top_tokens_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   using shared = limit_memory<count_bins>;
   quotas_view<memory> quotas;
-  Seen seen;
+  Layer layer;
   scores_view<memory> scores;
   kept_positions<memory> kept;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
-    const index_t tokens = seen.tokens(sequence);
+    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
+    const index_t tokens = layer.tokens(sequence);
     const token_quota quota = quotas(sequence, head);
-    const index_t candidates = candidates_of(seen, sequence, quota.recent);
+    const index_t candidates = candidates_of(layer, sequence, quota.recent);
     if (!block.sync_and(!kept.counts(sequence, head).undecided)) return;
     if (quota.ranked >= candidates) return keep_tokens(block, kept, sequence, head, tokens);
     const value_row row{scores.at(sequence, head), scores.stride(2)};
@@ -54,12 +54,12 @@ struct top_tokens_body {
 
 /// The first launch of top_tokens over a grid: weighs the parts by the first digit. NaN shows where
 /// the tokens that are kept are counted.
-template <class Seen>
+template <class Layer>
 struct rank_parts_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   using shared = limit_memory<count_bins>;
   quotas_view<memory> quotas;
-  Seen seen;
+  Layer layer;
   kept_positions<memory> kept;
   grid_descent<count_bins, memory> descent;
 
@@ -68,10 +68,10 @@ struct rank_parts_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const cut_rows<memory>& rows = descent.rows;
     const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
-    const index_t sequence = row / seen.kv_heads(), head = row % seen.kv_heads();
+    const index_t sequence = row / layer.kv_heads(), head = row % layer.kv_heads();
     const token_quota quota = quotas(sequence, head);
     const bool undecided = kept.counts(sequence, head).undecided;
-    row_tokens tokens{candidates_of(seen, sequence, quota.recent), seen.tokens(sequence)};
+    row_tokens tokens{candidates_of(layer, sequence, quota.recent), layer.tokens(sequence)};
     const bool all = undecided || quota.ranked >= tokens.candidates;
     if (all) tokens.candidates = 0;
     if (part >= rows.cut.used(tokens.candidates)) return;
@@ -84,29 +84,31 @@ struct rank_parts_body {
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status top_tokens(const Backend& on, const quotas_view<typename Seen::memory>& quotas,
-                                const Seen& seen, const scores_view<typename Seen::memory>& scores,
-                                const kept_positions<typename Seen::memory>& kept,
+template <class Backend, class Layer>
+[[nodiscard]] status top_tokens(const Backend& exec,
+                                const quotas_view<typename Layer::memory>& quotas,
+                                const Layer& layer,
+                                const scores_view<typename Layer::memory>& scores,
+                                const kept_positions<typename Layer::memory>& kept,
                                 const selection_scratch& scratch) noexcept {
   status s = status::ok;
   if (scratch.kv_rows.parts > 1) {
     arena carve(scratch.grid);
-    using descent_type = grid_descent<count_bins, typename Seen::memory>;
-    const auto descent = descent_type::take(carve, scores, scratch.kv_rows);
-    const rank_parts_body<Seen> first{quotas, seen, kept, descent};
-    s = run_blocks(on, descent.rows.items(), first);
-    if (s == status::ok) s = keep_on_grid(on, descent, 1, kept);
+    using descent_type = grid_descent<count_bins, typename Layer::memory>;
+    const auto descent = descent_type::carve(carve, scores, scratch.kv_rows);
+    const rank_parts_body<Layer> first{quotas, layer, kept, descent};
+    s = run_blocks(exec, descent.rows.items(), first);
+    if (s == status::ok) s = keep_on_grid(exec, descent, 1, kept);
   } else {
-    const top_tokens_body<Seen> body{quotas, seen, scores, kept};
-    s = run_blocks(on, body.items(), body);
+    const top_tokens_body<Layer> body{quotas, layer, scores, kept};
+    s = run_blocks(exec, body.items(), body);
   }
   if (s != status::ok) return s;
-  return run_blocks(on, seen.sequences(), keep_undecided_body<Seen>{seen, kept});
+  return run_blocks(exec, layer.sequences(), keep_undecided_body<Layer>{layer, kept});
 }
 
 /// Finds which scores of a query head hold a share of their sum.
-template <class Seen>
+template <class Layer>
 struct mass_limits_body {
   struct shared {
     warp_values<double> sums;
@@ -115,21 +117,21 @@ struct mass_limits_body {
   };
   double share;
   bool sink_start;
-  Seen seen;
-  scores_view<typename Seen::memory> scores;
+  Layer layer;
+  scores_view<typename Layer::memory> scores;
   value_limit* limits;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.q_heads();
+    return layer.sequences() * layer.q_heads();
   }
 
   /// item: [sequence, q_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.q_heads();
-    const index_t tokens = seen.tokens(sequence);
+    const index_t sequence = item / layer.q_heads();
+    const index_t tokens = layer.tokens(sequence);
     if (tokens == 0) return;
-    const value_row row{scores.at(sequence, item % seen.q_heads()), scores.stride(2)};
+    const value_row row{scores.at(sequence, item % layer.q_heads()), scores.stride(2)};
     const value_limit limit = limit_of(block, s, row, tokens);
     if (block.rank() == 0) limits[item] = limit;
   }
@@ -147,24 +149,24 @@ struct mass_limits_body {
 };
 
 /// Keeps what any query head of a KV head takes.
-template <class Seen>
+template <class Layer>
 struct keep_union_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   using shared = warp_values<std::uint64_t>;
-  Seen seen;
+  Layer layer;
   scores_view<memory> scores;
   const value_limit* limits;
   kept_positions<memory> kept;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
-    const index_t group = seen.q_heads() / seen.kv_heads(), tokens = seen.tokens(sequence);
+    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
+    const index_t group = layer.q_heads() / layer.kv_heads(), tokens = layer.tokens(sequence);
     const value_row first{scores.at(sequence, head * group), scores.stride(2)};
     const limit_union all{first, scores.stride(1), limits + item * group, 1, group};
     if (tokens > 0 && all.is_undecided()) {
@@ -176,11 +178,11 @@ struct keep_union_body {
 };
 
 /// The first launch of top_mass over a grid: sums the tiles of the scores of query heads.
-template <class Seen>
+template <class Layer>
 struct sum_parts_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   using shared = warp_values<double>;
-  Seen seen;
+  Layer layer;
   grid_descent<mass_bins, memory> descent;
 
   /// item: [sequence, q_head, part]
@@ -188,7 +190,7 @@ struct sum_parts_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const cut_rows<memory>& rows = descent.rows;
     const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
-    const index_t tokens = seen.tokens(row / seen.q_heads());
+    const index_t tokens = layer.tokens(row / layer.q_heads());
     double* sums = descent.sums + row * tiles_of(rows.scores.extent(2));
     for (index_t tile = part; tile < tiles_of(tokens); tile += rows.cut.parts) {
       const double sum = sum_of_tile(block, s, rows.row(row), tokens, tile);
@@ -228,27 +230,27 @@ struct weigh_masses_body {
   }
 };
 
-template <class Backend, class Seen>
-[[nodiscard]] status top_mass(const Backend& on, double share, bool sink_start, const Seen& seen,
-                              const scores_view<typename Seen::memory>& scores,
-                              const kept_positions<typename Seen::memory>& kept,
+template <class Backend, class Layer>
+[[nodiscard]] status top_mass(const Backend& exec, double share, bool sink_start,
+                              const Layer& layer, const scores_view<typename Layer::memory>& scores,
+                              const kept_positions<typename Layer::memory>& kept,
                               const selection_scratch& scratch) noexcept {
   // How often a bisection reads its row depends on the values, and so is not a number of launches.
   if (scratch.q_rows.parts > 1 && !sink_start) {
-    using memory = typename Seen::memory;
+    using memory = typename Layer::memory;
     arena carve(scratch.grid);
-    const auto descent = grid_descent<mass_bins, memory>::take(carve, scores, scratch.q_rows);
+    const auto descent = grid_descent<mass_bins, memory>::carve(carve, scores, scratch.q_rows);
     const index_t items = descent.rows.items();
-    status s = run_blocks(on, items, sum_parts_body<Seen>{seen, descent});
-    if (s == status::ok) s = run_blocks(on, items, weigh_masses_body<memory>{share, descent});
+    status s = run_blocks(exec, items, sum_parts_body<Layer>{layer, descent});
+    if (s == status::ok) s = run_blocks(exec, items, weigh_masses_body<memory>{share, descent});
     if (s != status::ok) return s;
-    return keep_on_grid(on, descent, seen.q_heads() / seen.kv_heads(), kept);
+    return keep_on_grid(exec, descent, layer.q_heads() / layer.kv_heads(), kept);
   }
-  const mass_limits_body<Seen> limits{share, sink_start, seen, scores, scratch.limits};
-  const status s = run_blocks(on, limits.items(), limits);
+  const mass_limits_body<Layer> limits{share, sink_start, layer, scores, scratch.limits};
+  const status s = run_blocks(exec, limits.items(), limits);
   if (s != status::ok) return s;
-  const keep_union_body<Seen> keep{seen, scores, scratch.limits, kept};
-  return run_blocks(on, keep.items(), keep);
+  const keep_union_body<Layer> keep{layer, scores, scratch.limits, kept};
+  return run_blocks(exec, keep.items(), keep);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -66,7 +66,7 @@ template <class Memory, class Holds>
   if constexpr (std::same_as<Memory, host_memory>) {
     for (index_t s = 0; s < kept.counts.extent(0); ++s) {
       for (index_t h = 0; h < kept.counts.extent(1); ++h) {
-        const kept_count& k = kept.counts(s, h);
+        const kept_tokens& k = kept.counts(s, h);
         if (k.count < 0 || k.count > kept.positions.extent(2)) {
           return "a kept count is outside [0, capacity]";
         }

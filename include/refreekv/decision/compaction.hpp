@@ -21,18 +21,18 @@ struct token_move {
 };
 
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_move move_of(const kept_range& kept,
-                                                                compaction how) noexcept {
+                                                                compaction mode) noexcept {
   const index_t sinks = kept.sinks, cut = kept.cut, tokens = kept.tokens;
-  if (how == compaction::sinks_up) return {0, cut - sinks, cut == sinks ? 0 : sinks};
+  if (mode == compaction::sinks_up) return {0, cut - sinks, cut == sinks ? 0 : sinks};
   return {cut, sinks, cut == sinks ? 0 : tokens - cut};
 }
 
-/// The slot of the first kept token of a kept_range or kept_count once `how` is done; the others
+/// The slot of the first kept token of a kept_range or kept_tokens once `how` is done; the others
 /// follow it.
 template <class Kept>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_slot(const Kept& kept,
-                                                                compaction how) noexcept {
-  return how == compaction::sinks_up ? index_t{kept.dropped()} : 0;
+                                                                compaction mode) noexcept {
+  return mode == compaction::sinks_up ? index_t{kept.dropped()} : 0;
 }
 
 }  // namespace refreekv::inline v0

@@ -7,7 +7,7 @@
 namespace refreekv::inline v0 {
 
 /// How many tokens of a sequence stay; the names are kept_range's.
-struct kept_count {
+struct kept_tokens {
   position_t count = 0;
   position_t tokens = 0;
   /// There was nothing to decide on: NaN or Inf in a query or a key, or no row. All tokens stay, as
@@ -26,7 +26,7 @@ struct kept_count {
   [[nodiscard]] constexpr double kept_fraction() const noexcept {
     return tokens == 0 ? 1.0 : static_cast<double>(count) / tokens;
   }
-  friend constexpr bool operator==(const kept_count&, const kept_count&) noexcept = default;
+  friend constexpr bool operator==(const kept_tokens&, const kept_tokens&) noexcept = default;
 };
 
 /// The tokens that stay of every KV head of every sequence.
@@ -35,13 +35,13 @@ struct kept_positions {
   /// [sequence, kv_head, capacity]: the first counts(s, h).count of a row, ascending; what follows
   /// them is undefined.
   view<position_t, 3, Memory> positions;
-  view<kept_count, 2, Memory> counts;  ///< [sequence, kv_head]
+  view<kept_tokens, 2, Memory> counts;  ///< [sequence, kv_head]
 };
 
 /// A mask of one value for each token, mask [kept.tokens], from positions [kept.count]: see
 /// write_mask of a kept_range. O(tokens).
 template <class T>
-constexpr void write_mask(const kept_count& kept, const position_t* positions, T* mask,
+constexpr void write_mask(const kept_tokens& kept, const position_t* positions, T* mask,
                           std::type_identity_t<T> keep, std::type_identity_t<T> drop) noexcept {
   for (index_t t = 0; t < kept.tokens; ++t) mask[t] = drop;
   for (index_t i = 0; i < kept.count; ++i) mask[positions[i]] = keep;

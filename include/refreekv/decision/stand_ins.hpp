@@ -45,10 +45,10 @@ struct kept_with_stand_ins : kept_positions<Memory> {
 
 /// The slot of a KV head's first stand-in once `how` is done: behind the tokens that stay, or in
 /// front of them where those move up.
-[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_stand_in(const kept_count& kept,
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_stand_in(const kept_tokens& kept,
                                                                     index_t stand_ins,
-                                                                    compaction how) noexcept {
-  return how == compaction::sinks_up ? kept.dropped() - stand_ins : index_t{kept.count};
+                                                                    compaction mode) noexcept {
+  return mode == compaction::sinks_up ? kept.dropped() - stand_ins : index_t{kept.count};
 }
 
 }  // namespace refreekv::inline v0

@@ -16,7 +16,7 @@ struct attention_ranked {
   using decision = kept_positions<Memory>;
 
   double threshold = 0.01;  ///< the norm may lose this share of itself, in [0, 1]
-  /// Last queries that rank tokens, at least 1, all there are if fewer; all_rows for the paper.
+  /// Last queries that rank tokens, at least 1, all there are if fewer; all_queries for the paper.
   count_t window = 8;
   count_t recent = 8;       ///< last tokens, which stay
   count_t full_layers = 2;  ///< first layers that are never pruned
@@ -29,9 +29,9 @@ struct attention_ranked {
     return nullptr;
   }
   /// The observation says which layer it is of, unless full_layers is 0.
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    return detail::needs_layer(seen, full_layers);
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
+    return detail::needs_layer(layer, full_layers);
   }
   template <class Backend>
   struct buffers {
@@ -43,42 +43,45 @@ struct attention_ranked {
     typename ops<Backend>::ranking_scratch ranking;
   };
 
-  template <backend Backend, attention_observation Seen>
-  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
-                                      const Seen& seen) const noexcept {
-    const index_t sequences = seen.sequences(), capacity = seen.capacity();
-    return {from.take<float>(sequences, seen.kv_heads(), capacity),
-            from.take<float>(sequences, seen.q_heads(), capacity),
-            from.take<position_t>(sequences, seen.kv_heads(), capacity),
-            from.take<double>(sequences, capacity),
-            ops<Backend>::take_attention_scratch(from, on, detail::most_rows(seen, window),
-                                                 observed(seen)),
-            ops<Backend>::take_ranking_scratch(from, on, observed(seen))};
+  template <backend Backend, attention_layer Layer>
+  [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
+                                       const Layer& layer) const noexcept {
+    const index_t sequences = layer.sequences(), capacity = layer.capacity();
+    return {from.array<float>(sequences, layer.kv_heads(), capacity),
+            from.array<float>(sequences, layer.q_heads(), capacity),
+            from.array<position_t>(sequences, layer.kv_heads(), capacity),
+            from.array<double>(sequences, capacity),
+            ops<Backend>::carve_attention_scratch(from, exec, detail::most_rows(layer, window),
+                                                  detail::plain(layer)),
+            ops<Backend>::carve_ranking_scratch(from, exec, detail::plain(layer))};
   }
 
   /// `reduce` sums norms [sequence, capacity]: the heads of all ranks lose the same number.
-  template <backend Backend, attention_observation Seen, reduction Reduce>
-  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
+  template <backend Backend, attention_layer Layer, head_reduction Reduce>
+  status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
+                const decision<typename Layer::memory>& kept, const Reduce& reduce) const noexcept {
     using run = ops<Backend>;
-    using scores_type = scores_view<typename Seen::memory>;
-    const auto& what = observed(seen);
-    const index_t sequences = seen.sequences(), capacity = seen.capacity();
-    const scores_type scores(work.scores, {sequences, seen.kv_heads(), capacity});
-    const scores_type weights(work.weights, {sequences, seen.q_heads(), capacity});
-    if (detail::stays_whole(seen, full_layers)) return run::keep_all(on, what, kept);
-    const index_t rows = detail::most_rows(seen, window);
-    status s = run::attention_sums(on, score_rows{rows}, what, scores, kept.counts, work.attention);
+    using scores_type = scores_view<typename Layer::memory>;
+    const auto& plain = detail::plain(layer);
+    const index_t sequences = layer.sequences(), capacity = layer.capacity();
+    const scores_type scores(work.scores, {sequences, layer.kv_heads(), capacity});
+    const scores_type weights(work.weights, {sequences, layer.q_heads(), capacity});
+    if (detail::stays_whole(layer, full_layers)) return run::keep_all(exec, plain, kept);
+    const index_t rows = detail::most_rows(layer, window);
+    status s =
+        run::attention_sums(exec, score_rows{rows}, plain, scores, kept.counts, work.attention);
     if (s == status::ok) {
-      s = run::attention_sums(on, score_rows{detail::most_rows(seen, 1)}, what, weights,
+      s = run::attention_sums(exec, score_rows{detail::most_rows(layer, 1)}, plain, weights,
                               kept.counts, work.attention);
     }
     if (s == status::ok) {
-      s = run::rank_tokens(on, recent, what, scores, weights, work.order, work.norms, work.ranking);
+      s = run::rank_tokens(exec, recent, plain, scores, weights, work.order, work.norms,
+                           work.ranking);
     }
     if (s == status::ok) s = reduce(work.norms, sequences * capacity);
     if (s == status::ok) {
-      s = run::stop_ranked(on, threshold, recent, what, work.norms, work.order, kept, work.ranking);
+      s = run::stop_ranked(exec, threshold, recent, plain, work.norms, work.order, kept,
+                           work.ranking);
     }
     return s;
   }

@@ -10,7 +10,7 @@
 namespace refreekv::inline v0 {
 
 /// A window of every query there is.
-inline constexpr count_t all_rows = max_count;
+inline constexpr count_t all_queries = max_count;
 
 /// `.budget = 2048` is a number of tokens, `.budget = token_budget::share(0.5)` half of a sequence.
 class token_budget {

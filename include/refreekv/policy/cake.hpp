@@ -41,11 +41,11 @@ struct cake {
     return nullptr;
   }
   /// The observation says which layer it is of.
-  template <observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    if (seen.info.layer == unknown_layer)
-      return "layer_info::layer is not set: budgets depend on it";
-    if (seen.layers.finished > layers) return "more layers are finished than the rule has";
+  template <model_layer Layer>
+  [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
+    if (layer.info.index == unknown_layer)
+      return "layer_info::index is not set: budgets depend on it";
+    if (layer.layers.finished > layers) return "more layers are finished than the policy has";
     return nullptr;
   }
   template <class Backend>
@@ -58,48 +58,48 @@ struct cake {
     typename ops<Backend>::attention_scratch attention;
   };
 
-  template <backend Backend, observation Seen>
-  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
-                                      const Seen& seen) const noexcept {
+  template <backend Backend, model_layer Layer>
+  [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
+                                       const Layer& layer) const noexcept {
     buffers<Backend> work{};
-    work.quotas = from.take<token_quota>(seen.sequences());
-    work.selection = ops<Backend>::take_selection_scratch(from, on, observed(seen));
-    if constexpr (attention_observation<Seen>) {
-      work.raw = from.take<float>(seen.sequences(), seen.kv_heads(), seen.capacity());
-      work.totals = from.take<double>(seen.sequences(), 2);
-      work.attention = ops<Backend>::take_attention_scratch(
-          from, on, detail::most_rows(seen, window), observed(seen));
+    work.quotas = from.array<token_quota>(layer.sequences());
+    work.selection = ops<Backend>::carve_selection_scratch(from, exec, detail::plain(layer));
+    if constexpr (attention_layer<Layer>) {
+      work.raw = from.array<float>(layer.sequences(), layer.kv_heads(), layer.capacity());
+      work.totals = from.array<double>(layer.sequences(), 2);
+      work.attention = ops<Backend>::carve_attention_scratch(
+          from, exec, detail::most_rows(layer, window), detail::plain(layer));
     }
     return work;
   }
 
   /// `reduce` sums entropies and variances [sequence, 2]: ranks share a layer's budget.
-  template <backend Backend, observation Seen, reduction Reduce>
-  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
+  template <backend Backend, model_layer Layer, head_reduction Reduce>
+  status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
+                const decision<typename Layer::memory>& kept, const Reduce& reduce) const noexcept {
     using run = ops<Backend>;
-    const auto& what = observed(seen);
+    const auto& plain = detail::plain(layer);
     status s = status::ok;
-    if constexpr (attention_observation<Seen>) {
-      const scores_view<typename Seen::memory> raw(
-          work.raw, {seen.sequences(), seen.kv_heads(), seen.capacity()});
-      s = run::attention_spread(on, detail::most_rows(seen, window), window, gamma, what, raw,
+    if constexpr (attention_layer<Layer>) {
+      const scores_view<typename Layer::memory> raw(
+          work.raw, {layer.sequences(), layer.kv_heads(), layer.capacity()});
+      s = run::attention_spread(exec, detail::most_rows(layer, window), window, gamma, plain, raw,
                                 kept.counts, work.totals, work.attention);
-      if (s == status::ok) s = reduce(work.totals, 2 * seen.sequences());
+      if (s == status::ok) s = reduce(work.totals, 2 * layer.sequences());
       if (s == status::ok) {
         s = run::for_each_sequence(
-            on, seen.sequences(),
-            assign_preference<cake, Seen>{*this, seen, kept.counts, work.totals, work.quotas});
+            exec, layer.sequences(),
+            assign_preference<cake, Layer>{*this, layer, kept.counts, work.totals, work.quotas});
       }
-      if (s == status::ok) s = run::pool(on, pool, work.quotas, what, raw, seen.layers.scores);
+      if (s == status::ok) s = run::pool(exec, pool, work.quotas, plain, raw, layer.layers.scores);
     }
     if (s == status::ok) {
-      s = run::for_each_sequence(on, seen.sequences(),
-                                 assign_quota<cake, Seen>{*this, seen, kept.counts, work.quotas});
+      s = run::for_each_sequence(exec, layer.sequences(),
+                                 assign_quota<cake, Layer>{*this, layer, kept.counts, work.quotas});
     }
     if (s == status::ok) {
-      s = run::top_tokens(on, quotas_by_sequence(work.quotas, what), what, seen.layers.scores, kept,
-                          work.selection);
+      s = run::top_tokens(exec, detail::quotas_by_sequence(work.quotas, plain), plain,
+                          layer.layers.scores, kept, work.selection);
     }
     return s;
   }
@@ -111,45 +111,46 @@ struct cake {
     const index_t most = budget.of(prompt), recent = window;
     if (prompt <= most + recent) return token_quota::all();
     const index_t total = most > recent ? (most - recent) * layers : 0;
-    return {cake_budget(preferences, stride, finished, layer, total, prompt - recent), recent};
+    return {detail::cake_budget(preferences, stride, finished, layer, total, prompt - recent),
+            recent};
   }
 
   // Public, as device code wants them.
-  template <class Rule, class Seen>
+  template <class Policy, class Layer>
   struct assign_preference {
-    Rule rule;
-    Seen seen;
-    view<kept_count, 2, typename Seen::memory> counts;
+    Policy policy;
+    Layer layer;
+    view<kept_tokens, 2, typename Layer::memory> counts;
     const double* totals;  // [sequence, 2]
-    token_quota* quotas;   // what is not pooled, until there are budgets
+    token_quota* quotas;   // plain is not pooled, until there are budgets
     REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
       // A sequence that shows no row keeps the scores and the preference that it has.
-      const bool looks = window_of(seen, s, detail::most_rows(seen, rule.window)).count() > 0;
-      quotas[s] = {0, looks ? index_t{rule.window} : index_t{max_count}};
+      const bool looks = window_of(layer, s, detail::most_rows(layer, policy.window)).count() > 0;
+      quotas[s] = {0, looks ? index_t{policy.window} : index_t{max_count}};
       if (!looks) return;
       const double preference =
-          std::pow(totals[2 * s], 1 / rule.tau1) * std::pow(totals[2 * s + 1], 1 / rule.tau2);
+          std::pow(totals[2 * s], 1 / policy.tau1) * std::pow(totals[2 * s + 1], 1 / policy.tau2);
       bool undecided = false;
-      for (index_t h = 0; h < seen.kv_heads(); ++h) undecided |= counts(s, h).undecided;
+      for (index_t h = 0; h < layer.kv_heads(); ++h) undecided |= counts(s, h).undecided;
       // Of rows that are all left out nothing is known.
-      seen.layers.preferences(s, seen.info.layer) =
+      layer.layers.preferences(s, layer.info.index) =
           undecided && !(preference > 0) ? static_cast<double>(NAN) : preference;
     }
   };
-  template <class Rule, class Seen>
+  template <class Policy, class Layer>
   struct assign_quota {
-    Rule rule;
-    Seen seen;
-    view<kept_count, 2, typename Seen::memory> counts;
+    Policy policy;
+    Layer layer;
+    view<kept_tokens, 2, typename Layer::memory> counts;
     token_quota* quotas;
     REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
-      for (index_t h = 0; !attention_observation<Seen> && h < seen.kv_heads(); ++h) {
+      for (index_t h = 0; !attention_layer<Layer> && h < layer.kv_heads(); ++h) {
         counts(s, h).undecided = false;
       }
-      const auto& [scores, preferences, finished, prompts] = seen.layers;
-      const index_t prompt = prompts.data() != nullptr ? index_t{prompts(s)} : seen.tokens(s);
-      quotas[s] =
-          rule.quota(preferences.at(s), preferences.stride(1), finished, seen.info.layer, prompt);
+      const auto& [scores, preferences, finished, prompts] = layer.layers;
+      const index_t prompt = prompts.data() != nullptr ? index_t{prompts(s)} : layer.tokens(s);
+      quotas[s] = policy.quota(preferences.at(s), preferences.stride(1), finished, layer.info.index,
+                               prompt);
     }
   };
 };
@@ -169,11 +170,11 @@ struct cake_decode {
     if (!pool.valid()) return "pool.width must be odd";
     return nullptr;
   }
-  [[nodiscard]] constexpr const char* invalid(const attention_observation auto&) const noexcept {
+  [[nodiscard]] constexpr const char* invalid(const attention_layer auto&) const noexcept {
     return nullptr;
   }
-  [[nodiscard]] constexpr auto method(const attention_observation auto& seen) const noexcept {
-    return score_ranking<cake_decode>{detail::most_rows(seen, 1), pool, false, *this};
+  [[nodiscard]] constexpr auto method(const attention_layer auto& layer) const noexcept {
+    return score_ranking<cake_decode>{detail::most_rows(layer, 1), pool, false, *this};
   }
 
   /// What stays of a sequence. O(1)

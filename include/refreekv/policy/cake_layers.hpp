@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "refreekv/attention/observe.hpp"
-#include "refreekv/policy/scored_observation.hpp"
+#include "refreekv/policy/scored_layer.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -22,16 +22,16 @@ struct cake_layers {
 
 /// An observation with what CAKE remembers. Of a layer that was prefilled before, observe the cache
 /// alone: its scores and its preference are there.
-template <observation Seen>
-struct cake_observation : Seen {
-  using observed = Seen;
+template <model_layer Layer>
+struct cascaded_layer : Layer {
+  using plain_type = Layer;
 
-  cake_layers<typename Seen::memory> layers;
+  cake_layers<typename Layer::memory> layers;
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (const char* why = Seen::invalid()) return why;
+    if (const char* why = Layer::invalid()) return why;
     const auto& [scores, preferences, finished, prompts] = layers;
-    if (finished <= this->info.layer) return "finished counts the observed layer, too";
+    if (finished <= this->info.index) return "finished counts the observed layer, too";
     if (preferences.malformed() || preferences.extent(0) != this->sequences() ||
         preferences.extent(1) < finished) {
       return "preferences must be [sequence, layer]";
@@ -41,11 +41,13 @@ struct cake_observation : Seen {
   }
 };
 
-template <observation Seen>
+template <model_layer Layer>
 [[nodiscard]] constexpr auto with_layers(
-    const Seen& seen, const cake_layers<typename Seen::memory>& layers) noexcept {
-  return cake_observation<Seen>{{seen}, layers};
+    const Layer& layer, const cake_layers<typename Layer::memory>& layers) noexcept {
+  return cascaded_layer<Layer>{{layer}, layers};
 }
+
+namespace detail {
 
 /// CAKE's budget of one of `count` layers, given their preferences with a stride: `total` in
 /// proportion, cut to whole numbers, at most `available`; what is over is spread evenly, the
@@ -104,5 +106,7 @@ template <observation Seen>
   });
   return result < 0 ? 0 : result < available ? result : available;
 }
+
+}  // namespace detail
 
 }  // namespace refreekv::inline v0

@@ -10,7 +10,7 @@
 // window's outputs, and the share of the scores that goes.
 #pragma once
 
-#include "refreekv/attention/values.hpp"
+#include "refreekv/attention/valued_layer.hpp"
 #include "refreekv/cache/aliasing.hpp"
 #include "refreekv/policy/policy.hpp"
 
@@ -58,14 +58,14 @@ struct faithful {
     if (!(ridge >= 1e-6 && ridge <= 1)) return "ridge must be in [1e-6, 1]";
     return nullptr;
   }
-  template <attention_observation Seen>
-    requires requires(const Seen& seen) { seen.values; }
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
+  template <attention_layer Layer>
+    requires requires(const Layer& layer) { layer.values; }
+  [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
     if (!stand_ins) return nullptr;
-    if (seen.info.attention.alibi_slopes.data() != nullptr) {
+    if (layer.info.attention.alibi_slopes.data() != nullptr) {
       return "stand-ins have no position, which ALiBi needs: set stand_ins = false";
     }
-    if (detail::share_memory(seen.keys, seen.values) != nullptr) {
+    if (detail::share_memory(layer.keys, layer.values) != nullptr) {
       return "values are a part of the keys (MLA), where no row can stand in for both: set "
              "stand_ins = false";
     }
@@ -73,21 +73,21 @@ struct faithful {
   }
 
   /// Stand-ins need memory, which is the caller's.
-  template <attention_observation Seen>
+  template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(
-      const Seen& seen, const decision<typename Seen::memory>& kept) const noexcept {
+      const Layer& layer, const decision<typename Layer::memory>& kept) const noexcept {
     const auto& [keys, values, counts] = kept.stand_ins;
     if (!kept.stand_ins.wanted()) {
-      if (!stand_ins || seen.sequences() == 0) return nullptr;
+      if (!stand_ins || layer.sequences() == 0) return nullptr;
       return "no memory for stand-ins: pass kept_with_stand_ins, or set stand_ins = false";
     }
-    if (counts.extent(0) != seen.sequences() || counts.extent(1) != seen.kv_heads()) {
+    if (counts.extent(0) != layer.sequences() || counts.extent(1) != layer.kv_heads()) {
       return "stand-in counts must be [sequence, kv_head]";
     }
     if (!stand_ins) return nullptr;
-    const index_t most = most_stand_ins(seen.capacity());
-    if (const char* why = detail::misshapen_rows(keys, counts, seen.head_dim(), most)) return why;
-    return detail::misshapen_rows(values, counts, seen.values.head_dim(), most);
+    const index_t most = most_stand_ins(layer.capacity());
+    if (const char* why = detail::misshapen_rows(keys, counts, layer.head_dim(), most)) return why;
+    return detail::misshapen_rows(values, counts, layer.values.head_dim(), most);
   }
 
   /// The most stand-ins that a KV head of so many tokens may have: one a block.
@@ -104,42 +104,43 @@ struct faithful {
     typename ops<Backend>::importance_scratch scratch;
   };
 
-  template <backend Backend, attention_observation Seen>
-  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
-                                      const Seen& seen) const noexcept {
-    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
-    return {from.take<float>(sequences, kv_heads, seen.capacity()),
-            from.take<grade>(sequences, kv_heads, seen.capacity()),
-            from.take<double>(sequences, index_t{sizes} + 1), from.take<position_t>(sequences),
-            ops<Backend>::take_importance_scratch(from, on, rule(seen), seen)};
+  template <backend Backend, attention_layer Layer>
+  [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
+                                       const Layer& layer) const noexcept {
+    const index_t sequences = layer.sequences(), kv_heads = layer.kv_heads();
+    return {from.array<float>(sequences, kv_heads, layer.capacity()),
+            from.array<grade>(sequences, kv_heads, layer.capacity()),
+            from.array<double>(sequences, index_t{sizes} + 1), from.array<position_t>(sequences),
+            ops<Backend>::carve_importance_scratch(from, exec, rule(layer), layer)};
   }
 
   /// Ranks with other heads of a layer decide without each other: each shares out what its own
   /// heads need.
-  template <backend Backend, attention_observation Seen>
-  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const decision<typename Seen::memory>& kept, const reduction auto&) const noexcept {
+  template <backend Backend, attention_layer Layer>
+  status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
+                const decision<typename Layer::memory>& kept,
+                const head_reduction auto&) const noexcept {
     using run = ops<Backend>;
-    using memory = typename Seen::memory;
-    const importance_rule own = rule(seen);
-    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
-    const scores_view<memory> scores(work.scores, {sequences, kv_heads, seen.capacity()});
-    const view<grade, 3, memory> grades(work.grades, {sequences, kv_heads, seen.capacity()});
-    status s = run::weigh_tokens(on, own, seen, scores, kept.counts, work.scratch);
+    using memory = typename Layer::memory;
+    const importance_rule own = rule(layer);
+    const index_t sequences = layer.sequences(), kv_heads = layer.kv_heads();
+    const scores_view<memory> scores(work.scores, {sequences, kv_heads, layer.capacity()});
+    const view<grade, 3, memory> grades(work.grades, {sequences, kv_heads, layer.capacity()});
+    status s = run::weigh_tokens(exec, own, layer, scores, kept.counts, work.scratch);
     if (s == status::ok) {
-      s = run::grade_tokens(on, own, seen, scores, grades, work.lost, kept.counts, work.scratch);
+      s = run::grade_tokens(exec, own, layer, scores, grades, work.lost, kept.counts, work.scratch);
     }
     if (s == status::ok) {
-      s = run::find_sizes(on, own, seen, grades, work.lost, work.sizes, kept.stand_ins,
+      s = run::find_sizes(exec, own, layer, grades, work.lost, work.sizes, kept.stand_ins,
                           work.scratch);
     }
     if (s == status::ok && stand_ins) {
-      s = run::fit_stand_ins(on, own, seen, grades, work.sizes, kept.stand_ins, work.scratch);
+      s = run::fit_stand_ins(exec, own, layer, grades, work.sizes, kept.stand_ins, work.scratch);
     }
     if (s == status::ok && !stand_ins && kept.stand_ins.wanted()) {  // from an earlier decision
-      s = run::for_each_sequence(on, sequences, clear_counts<memory>{kept.stand_ins.counts});
+      s = run::for_each_sequence(exec, sequences, clear_counts<memory>{kept.stand_ins.counts});
     }
-    if (s == status::ok) s = run::keep_grades(on, seen, grades, work.sizes, kept);
+    if (s == status::ok) s = run::keep_grades(exec, layer, grades, work.sizes, kept);
     return s;
   }
 
@@ -152,10 +153,10 @@ struct faithful {
   };
 
  private:
-  template <class Seen>
-  [[nodiscard]] constexpr importance_rule rule(const Seen& seen) const noexcept {
+  template <class Layer>
+  [[nodiscard]] constexpr importance_rule rule(const Layer& layer) const noexcept {
     return {.tolerance = tolerance,
-            .rows = detail::most_rows(seen, window),
+            .rows = detail::most_rows(layer, window),
             .sinks = sinks,
             .recent = recent,
             .block = block,

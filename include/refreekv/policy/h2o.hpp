@@ -23,7 +23,8 @@ struct h2o {
   token_budget budget = 2048;  ///< tokens, the recent ones included
   /// Last tokens, which stay whatever the budget is: a number, or a share of the budget.
   token_budget recent = token_budget::share(0.5);
-  count_t window = all_rows;  ///< last queries that give scores, at least 1; all there are if fewer
+  count_t window =
+      all_queries;  ///< last queries that give scores, at least 1; all there are if fewer
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
@@ -33,16 +34,16 @@ struct h2o {
   }
 
   /// With scores a share would be one of what the last step left.
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen&) const noexcept {
-    return carried<Seen> && budget.is_share()
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr const char* invalid(const Layer&) const noexcept {
+    return carried<Layer> && budget.is_share()
                ? "budget must be a number of tokens while scores go on"
                : nullptr;
   }
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr auto method(const Seen& seen) const noexcept {
-    const index_t rows = carried<Seen> ? seen.window() : detail::most_rows(seen, window);
-    return score_ranking<h2o>{rows, {.width = 1}, carried<Seen>, *this};
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr auto method(const Layer& layer) const noexcept {
+    const index_t rows = carried<Layer> ? layer.window() : detail::most_rows(layer, window);
+    return score_ranking<h2o>{rows, {.width = 1}, carried<Layer>, *this};
   }
 
   /// What stays of a sequence. O(1)
@@ -52,8 +53,8 @@ struct h2o {
   }
 
  private:
-  template <class Seen>
-  static constexpr bool carried = requires(const Seen& seen) { seen.scores; };
+  template <class Layer>
+  static constexpr bool carried = requires(const Layer& layer) { layer.scores; };
 };
 
 }  // namespace refreekv::inline v0::policy

@@ -14,96 +14,98 @@ using decision_of = typename std::remove_cvref_t<Policy>::template decision<Memo
 namespace detail {
 
 /// What carries a policy out: its method, or the policy itself.
-template <class Policy, class Seen>
-[[nodiscard]] constexpr decltype(auto) method_of(const Policy& rule, const Seen& seen) noexcept {
-  if constexpr (requires { rule.method(seen); }) {
-    return rule.method(seen);
+template <class Policy, class Layer>
+[[nodiscard]] constexpr decltype(auto) method_of(const Policy& policy,
+                                                 const Layer& layer) noexcept {
+  if constexpr (requires { policy.method(layer); }) {
+    return policy.method(layer);
   } else {
-    return (rule);
+    return (policy);
   }
 }
 
 /// Whether a policy needs no key of another rank.
-template <class Policy, class Seen>
-concept sees_enough = !sharded<Seen> || requires { requires Policy::takes_shards; };
+template <class Policy, class Layer>
+concept sees_enough = !sharded_layer<Layer> || requires { requires Policy::takes_shards; };
 
 }  // namespace detail
 
 /// How many decisions a policy makes about each sequence: 1, or one for each KV head.
-template <class Policy, class Seen>
-[[nodiscard]] constexpr index_t groups_of(const Policy& rule, const Seen& seen) noexcept {
-  if constexpr (requires { rule.groups(seen); }) {
-    return rule.groups(seen);
+template <class Policy, class Layer>
+[[nodiscard]] constexpr index_t groups_of(const Policy& policy, const Layer& layer) noexcept {
+  if constexpr (requires { policy.groups(layer); }) {
+    return policy.groups(layer);
   } else {
-    return seen.kv_heads();
+    return layer.kv_heads();
   }
 }
 
 /// An aggregate of options whose defaults are the paper's, with
 /// - `decision<Memory>`: what it writes, kept_ranges or kept_positions.
-/// - `invalid()`: null, or which option is outside its range; `invalid(seen)` the same, given what
+/// - `invalid()`: null, or which option is outside its range; `invalid(layer)` the same, given what
 ///   there is to see.
-/// - `groups(seen)`: for kept_ranges, decisions about each sequence: 1 or kv_heads.
-/// - `take(arena, backend, seen)`: carves what `select` works in; its size depends on the extents
-///   of `seen` alone, not on lengths.
-/// - `select(backend, seen, buffers, kept, reduce)`: decides; arguments are validated.
-/// - or, for both, `method(seen)`: an object that has them, for what several policies share.
+/// - `groups(layer)`: for kept_ranges, decisions about each sequence: 1 or kv_heads.
+/// - `take(arena, backend, layer)`: carves what `select` works in; its size depends on the extents
+///   of `layer` alone, not on lengths.
+/// - `select(backend, layer, buffers, kept, reduce)`: decides; arguments are validated.
+/// - or, for both, `method(layer)`: an object that has them, for what several policies share.
 /// - `takes_shards`: a constant, true where it decides without the keys of other ranks.
 /// A policy is written on the primitives of ops<Backend> only.
-template <class P, class Backend, class Seen>
-concept policy_for = backend<Backend> && observation<Seen> && detail::sees_enough<P, Seen> &&
-                     requires(const P& rule, const Backend& on, const Seen& seen, arena& from,
-                              const decision_of<P, typename Seen::memory>& kept) {
-                       { rule.invalid() } -> std::same_as<const char*>;
-                       { rule.invalid(seen) } -> std::same_as<const char*>;
-                       {
-                         detail::method_of(rule, seen)
-                             .select(on, seen, detail::method_of(rule, seen).take(from, on, seen),
-                                     kept, no_reduction{})
-                       } -> std::same_as<status>;
-                     };
+template <class P, class Backend, class Layer>
+concept policy_for =
+    backend<Backend> && model_layer<Layer> && detail::sees_enough<P, Layer> &&
+    requires(const P& policy, const Backend& exec, const Layer& layer, arena& from,
+             const decision_of<P, typename Layer::memory>& kept) {
+      { policy.invalid() } -> std::same_as<const char*>;
+      { policy.invalid(layer) } -> std::same_as<const char*>;
+      {
+        detail::method_of(policy, layer)
+            .select(exec, layer, detail::method_of(policy, layer).carve(from, exec, layer), kept,
+                    single_rank{})
+      } -> std::same_as<status>;
+    };
 
 namespace detail {
 
 /// Whether a layer is one of the first, which a rule never prunes.
-template <observation Seen>
-[[nodiscard]] constexpr bool stays_whole(const Seen& seen, count_t full_layers) noexcept {
-  return seen.info.layer != unknown_layer && seen.info.layer < full_layers;
+template <model_layer Layer>
+[[nodiscard]] constexpr bool stays_whole(const Layer& layer, count_t full_layers) noexcept {
+  return layer.info.index != unknown_layer && layer.info.index < full_layers;
 }
 
 /// Null, or that a rule that leaves the first layers whole does not know which layer it sees.
-template <observation Seen>
-[[nodiscard]] constexpr const char* needs_layer(const Seen& seen, count_t full_layers) noexcept {
-  return full_layers > 0 && seen.info.layer == unknown_layer
-             ? "layer_info::layer is not set: the rule's full_layers need it, or be 0"
+template <model_layer Layer>
+[[nodiscard]] constexpr const char* needs_layer(const Layer& layer, count_t full_layers) noexcept {
+  return full_layers > 0 && layer.info.index == unknown_layer
+             ? "layer_info::index is not set: the policy's full_layers need it, or be 0"
              : nullptr;
 }
 
 /// The most rows that a window of `window` takes of any sequence.
-template <attention_observation Seen>
-[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t most_rows(const Seen& seen,
+template <attention_layer Layer>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t most_rows(const Layer& layer,
                                                                count_t window) noexcept {
-  return seen.window() < window ? seen.window() : index_t{window};
+  return layer.window() < window ? layer.window() : index_t{window};
 }
 
 /// Writes range(tokens) for every group of a sequence.
-template <class Seen, class Range>
+template <class Layer, class Range>
 struct assign_range {
-  Seen seen;
-  kept_ranges<typename Seen::memory> kept;
+  Layer layer;
+  kept_ranges<typename Layer::memory> kept;
   Range range;
 
   REFREEKV_HOST_DEVICE constexpr void operator()(index_t s) const noexcept {
-    for (index_t g = 0; g < kept.extent(1); ++g) kept(s, g) = range(seen.tokens(s));
+    for (index_t g = 0; g < kept.extent(1); ++g) kept(s, g) = range(layer.tokens(s));
   }
 };
 
 /// kept(s, g) = range(tokens(s)).
-template <class Backend, class Seen, class Range>
-status assign(const Backend& on, const Seen& seen, const kept_ranges<typename Seen::memory>& kept,
-              const Range& range) noexcept {
-  return ops<Backend>::for_each_sequence(on, seen.sequences(),
-                                         assign_range<Seen, Range>{seen, kept, range});
+template <class Backend, class Layer, class Range>
+status assign(const Backend& exec, const Layer& layer,
+              const kept_ranges<typename Layer::memory>& kept, const Range& range) noexcept {
+  return ops<Backend>::for_each_sequence(exec, layer.sequences(),
+                                         assign_range<Layer, Range>{layer, kept, range});
 }
 
 }  // namespace detail

@@ -45,17 +45,17 @@ struct pyramidkv {
     return nullptr;
   }
   /// The observation says which layer it is of.
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    if (seen.info.layer == unknown_layer)
-      return "layer_info::layer is not set: budgets depend on it";
-    if (seen.info.layer >= layers) return "layer must be below the rule's layers";
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
+    if (layer.info.index == unknown_layer)
+      return "layer_info::index is not set: budgets depend on it";
+    if (layer.info.index >= layers) return "layer_info::index must be below the policy's layers";
     return nullptr;
   }
-  [[nodiscard]] constexpr auto method(const attention_observation auto& seen) const noexcept {
+  [[nodiscard]] constexpr auto method(const attention_layer auto& layer) const noexcept {
     using quota = layer_quota<pyramidkv>;
-    return score_ranking<quota>{detail::most_rows(seen, window), pool, false,
-                                quota{*this, seen.info.layer}};
+    return score_ranking<quota>{detail::most_rows(layer, window), pool, false,
+                                quota{*this, layer.info.index}};
   }
 
   /// What stays of a sequence in a layer. O(1)
@@ -79,12 +79,12 @@ struct pyramidkv {
     return {first - layer * ((first - last) / steps), window};
   }
 
-  template <class Rule>
+  template <class Policy>
   struct layer_quota {  // public, as device code wants it
-    Rule rule;
+    Policy policy;
     index_t layer;
     REFREEKV_HOST_DEVICE token_quota operator()(index_t tokens) const noexcept {
-      return rule.quota(layer, tokens);
+      return policy.quota(layer, tokens);
     }
   };
 

@@ -34,17 +34,17 @@ struct refreekv {
 
   /// The observation says which layer it is of, unless full_layers is 0; the parts of a shard must
   /// be whole chunks.
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    if constexpr (sharded<Seen>) {
-      if (const char* why = seen.keys.splits_chunk(sinks)) return why;
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
+    if constexpr (sharded_layer<Layer>) {
+      if (const char* why = layer.keys.splits_chunk(sinks)) return why;
     }
-    return detail::needs_layer(seen, full_layers);
+    return detail::needs_layer(layer, full_layers);
   }
 
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr index_t groups(const Seen& seen) const noexcept {
-    return scan(seen).groups(seen.kv_heads());
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr index_t groups(const Layer& layer) const noexcept {
+    return scan(layer).groups(layer.kv_heads());
   }
 
   template <class Backend>
@@ -53,11 +53,11 @@ struct refreekv {
     typename ops<Backend>::scan_scratch scratch;
   };
 
-  template <backend Backend, attention_observation Seen>
-  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
-                                      const Seen& seen) const noexcept {
-    return {norm_scan_buffers::take(from, scan(seen), seen),
-            ops<Backend>::take_scan_scratch(from, on, scan(seen), observed(seen))};
+  template <backend Backend, attention_layer Layer>
+  [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
+                                       const Layer& layer) const noexcept {
+    return {norm_scan_buffers::carve(from, scan(layer), layer),
+            ops<Backend>::carve_scan_scratch(from, exec, scan(layer), detail::plain(layer))};
   }
 
   /// Heads on several ranks: `join`, a reduction, makes one cut of them. It sums norms [sequence,
@@ -70,30 +70,30 @@ struct refreekv {
   /// Tokens on several ranks: `join`, an exchange, gives all ranks the chunk_statistics [sequence,
   /// q_head, window, chunk] (twice for a mean over several rows), then [sequence, group,
   /// chunk_tokens] norms, and as many masses. All ranks find what a single one does, bit for bit.
-  template <backend Backend, attention_observation Seen, class Join>
-  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const decision<typename Seen::memory>& kept, const Join& join) const noexcept {
+  template <backend Backend, attention_layer Layer, class Ranks>
+  status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
+                const decision<typename Layer::memory>& kept, const Ranks& ranks) const noexcept {
     using run = ops<Backend>;
-    if (detail::stays_whole(seen, full_layers))
-      return detail::assign(on, seen, kept, keep_all{sinks});
-    const norm_scan rule = scan(seen);
-    const auto& what = observed(seen);
+    if (detail::stays_whole(layer, full_layers))
+      return detail::assign(exec, layer, kept, keep_all{sinks});
+    const norm_scan of = scan(layer);
+    const auto& plain = detail::plain(layer);
     const norm_scan_buffers& found = work.scan;
-    const index_t cuts = seen.sequences() * groups(seen);
-    const index_t rows = seen.sequences() * seen.q_heads() * rule.window;
-    status s = run::read_chunks(on, rule, what, found, work.scratch);
-    if (s == status::ok) s = share<Seen>(join, found.statistics, rows * found.chunks);
-    if (s == status::ok) s = run::normalise_rows(on, rule, what, found, work.scratch);
-    if (s == status::ok && !rule.one_pass()) {
-      s = share<Seen>(join, found.statistics, rows * found.chunks);
+    const index_t cuts = layer.sequences() * groups(layer);
+    const index_t rows = layer.sequences() * layer.q_heads() * of.window;
+    status s = run::read_chunks(exec, of, plain, found, work.scratch);
+    if (s == status::ok) s = share<Layer>(ranks, found.statistics, rows * found.chunks);
+    if (s == status::ok) s = run::normalise_rows(exec, of, plain, found, work.scratch);
+    if (s == status::ok && !of.one_pass()) {
+      s = share<Layer>(ranks, found.statistics, rows * found.chunks);
     }
-    if (s == status::ok) s = run::norm_curve(on, rule, what, found, work.scratch);
-    if (s == status::ok) s = sum(join, found.norms, cuts * found.chunks);
-    if (s == status::ok) s = run::crossing_curve(on, rule, what, found, work.scratch);
-    if (s == status::ok) s = share<Seen>(join, found.chunk_norms, cuts * chunk_tokens);
-    if (s == status::ok) s = share<Seen>(join, found.chunk_masses, cuts * chunk_tokens);
-    if (s == status::ok) s = sum(join, found.chunk_norms, cuts * chunk_tokens);
-    if (s == status::ok) s = run::find_cuts(on, rule, what, found, kept);
+    if (s == status::ok) s = run::norm_curve(exec, of, plain, found, work.scratch);
+    if (s == status::ok) s = sum(ranks, found.norms, cuts * found.chunks);
+    if (s == status::ok) s = run::crossing_curve(exec, of, plain, found, work.scratch);
+    if (s == status::ok) s = share<Layer>(ranks, found.chunk_norms, cuts * chunk_tokens);
+    if (s == status::ok) s = share<Layer>(ranks, found.chunk_masses, cuts * chunk_tokens);
+    if (s == status::ok) s = sum(ranks, found.chunk_norms, cuts * chunk_tokens);
+    if (s == status::ok) s = run::find_cuts(exec, of, plain, found, kept);
     return s;
   }
 
@@ -106,28 +106,28 @@ struct refreekv {
 
  private:
   /// Sums over the ranks with other heads.
-  template <class Join>
-  static status sum(const Join& join, double* sums, index_t count) noexcept {
-    if constexpr (reduction<Join>) {
-      return join(sums, count);
+  template <class Ranks>
+  static status sum(const Ranks& ranks, double* sums, index_t count) noexcept {
+    if constexpr (head_reduction<Ranks>) {
+      return ranks(sums, count);
     } else {
       return status::ok;
     }
   }
   /// Gives what a rank has found to those with other tokens.
-  template <class Seen, class Join, class T>
-  static status share(const Join& join, T* found, index_t count) noexcept {
-    if constexpr (sharded<Seen>) {
+  template <class Layer, class Ranks, class T>
+  static status share(const Ranks& ranks, T* found, index_t count) noexcept {
+    if constexpr (sharded_layer<Layer>) {
       constexpr index_t words = sizeof(T) / sizeof(std::uint32_t);
-      return join(reinterpret_cast<std::uint32_t*>(found), count * words);
+      return ranks(reinterpret_cast<std::uint32_t*>(found), count * words);
     } else {
       return status::ok;
     }
   }
 
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr norm_scan scan(const Seen& seen) const noexcept {
-    return {threshold, sinks, detail::most_rows(seen, window), average, norm, scope};
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr norm_scan scan(const Layer& layer) const noexcept {
+    return {threshold, sinks, detail::most_rows(layer, window), average, norm, scope};
   }
 };
 

@@ -14,7 +14,7 @@ template <class Quota>
 struct score_ranking {
   index_t rows;  ///< of the observation
   pooling pool;  ///< width 1 for none
-  bool carried;  ///< scores are the caller's and go on from what they were
+  bool carried;  ///< scores are the caller's and go on from plain they were
   /// Device-callable: the token_quota of a number of tokens. Where it has a `head_floor` below 1,
   /// KV heads share it.
   Quota quota;
@@ -30,55 +30,55 @@ struct score_ranking {
     typename ops<Backend>::sharing_scratch sharing;
   };
 
-  template <backend Backend, attention_observation Seen>
-  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
-                                      const Seen& seen) const noexcept {
+  template <backend Backend, attention_layer Layer>
+  [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
+                                       const Layer& layer) const noexcept {
     using run = ops<Backend>;
-    const index_t sequences = seen.sequences(), heads = seen.kv_heads();
+    const index_t sequences = layer.sequences(), heads = layer.kv_heads();
     buffers<Backend> work{};
-    if (!carried) work.scores = from.take<float>(sequences, heads, seen.capacity());
-    if (pool.width > 1) work.pooled = from.take<float>(sequences, heads, seen.capacity());
-    work.quotas = from.take<token_quota>(sequences);
-    work.attention = run::take_attention_scratch(from, on, rows, observed(seen));
-    work.selection = run::take_selection_scratch(from, on, observed(seen));
+    if (!carried) work.scores = from.array<float>(sequences, heads, layer.capacity());
+    if (pool.width > 1) work.pooled = from.array<float>(sequences, heads, layer.capacity());
+    work.quotas = from.array<token_quota>(sequences);
+    work.attention = run::carve_attention_scratch(from, exec, rows, detail::plain(layer));
+    work.selection = run::carve_selection_scratch(from, exec, detail::plain(layer));
     if (shares()) {
-      work.shared = from.take<token_quota>(sequences, heads);
-      work.sharing = run::take_sharing_scratch(from, on, observed(seen));
+      work.shared = from.array<token_quota>(sequences, heads);
+      work.sharing = run::carve_sharing_scratch(from, exec, detail::plain(layer));
     }
     return work;
   }
 
-  template <backend Backend, attention_observation Seen>
-  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const kept_positions<typename Seen::memory>& kept,
-                const reduction auto&) const noexcept {
+  template <backend Backend, attention_layer Layer>
+  status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
+                const kept_positions<typename Layer::memory>& kept,
+                const head_reduction auto&) const noexcept {
     using run = ops<Backend>;
-    using scores_type = scores_view<typename Seen::memory>;
-    const auto& what = observed(seen);
+    using scores_type = scores_view<typename Layer::memory>;
+    const auto& plain = detail::plain(layer);
     const auto own = [&](float* data) {
-      return scores_type(data, {seen.sequences(), seen.kv_heads(), seen.capacity()});
+      return scores_type(data, {layer.sequences(), layer.kv_heads(), layer.capacity()});
     };
     scores_type scores = own(work.scores);
-    if constexpr (requires { seen.scores; }) scores = carried ? seen.scores : scores;
-    status s =
-        run::for_each_sequence(on, seen.sequences(), assign_quota<Seen>{seen, work.quotas, quota});
+    if constexpr (requires { layer.scores; }) scores = carried ? layer.scores : scores;
+    status s = run::for_each_sequence(exec, layer.sequences(),
+                                      assign_quota<Layer>{layer, work.quotas, quota});
     if (s == status::ok) {
-      s = run::attention_sums(on, score_rows{rows, carried}, what, scores, kept.counts,
+      s = run::attention_sums(exec, score_rows{rows, carried}, plain, scores, kept.counts,
                               work.attention);
     }
     if (s == status::ok && pool.width > 1) {
-      s = run::pool(on, pool, work.quotas, what, scores, own(work.pooled));
+      s = run::pool(exec, pool, work.quotas, plain, scores, own(work.pooled));
       scores = own(work.pooled);
     }
-    auto quotas = quotas_by_sequence(work.quotas, what);
+    auto quotas = detail::quotas_by_sequence(work.quotas, plain);
     if constexpr (requires { quota.head_floor; }) {
       if (s == status::ok && shares()) {
-        s = run::share_quotas(on, quota.head_floor, work.quotas, what, scores, work.shared,
+        s = run::share_quotas(exec, quota.head_floor, work.quotas, plain, scores, work.shared,
                               work.sharing);
-        quotas = {work.shared, {what.sequences(), what.kv_heads()}};
+        quotas = {work.shared, {plain.sequences(), plain.kv_heads()}};
       }
     }
-    if (s == status::ok) s = run::top_tokens(on, quotas, what, scores, kept, work.selection);
+    if (s == status::ok) s = run::top_tokens(exec, quotas, plain, scores, kept, work.selection);
     return s;
   }
 
@@ -90,13 +90,13 @@ struct score_ranking {
     }
   }
 
-  template <class Seen>
+  template <class Layer>
   struct assign_quota {  // public, as device code wants it
-    Seen seen;
+    Layer layer;
     token_quota* quotas;
     Quota quota;
     REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
-      quotas[s] = quota(seen.tokens(s));
+      quotas[s] = quota(layer.tokens(s));
     }
   };
 };

@@ -43,11 +43,11 @@ struct snapkv {
     if (!(head_floor >= 0 && head_floor <= 1)) return "head_floor must be in [0, 1]";
     return nullptr;
   }
-  [[nodiscard]] constexpr const char* invalid(const attention_observation auto&) const noexcept {
+  [[nodiscard]] constexpr const char* invalid(const attention_layer auto&) const noexcept {
     return nullptr;
   }
-  [[nodiscard]] constexpr auto method(const attention_observation auto& seen) const noexcept {
-    return score_ranking<snapkv>{detail::most_rows(seen, window), pool, false, *this};
+  [[nodiscard]] constexpr auto method(const attention_layer auto& layer) const noexcept {
+    return score_ranking<snapkv>{detail::most_rows(layer, window), pool, false, *this};
   }
 
   /// What stays of a sequence. O(1)

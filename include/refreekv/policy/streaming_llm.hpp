@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // StreamingLLM (arXiv 2309.17453): a fixed budget of sinks and recent tokens, no attention needed.
 //
-// While the budget holds all tokens there are and `room` more, all stay. Otherwise the sinks and
-// the most recent ones stay, `room` fewer than the budget. The same rule serves after a prefill,
-// after every decoded token (room 0; a share would be one of what the last step left) and before a
-// turn that is known to bring `room` tokens. Keys keep their rotation here; the paper rotates them
-// by slot. A cache that is pruned again and again keeps its own count of positions.
+// While the budget holds all tokens there are and `incoming` more, all stay. Otherwise the sinks
+// and the most recent ones stay, `incoming` fewer than the budget. The same rule serves after a
+// prefill, after every decoded token (incoming 0; a share would be one of what the last step left)
+// and before a turn that is known to bring `incoming` tokens. Keys keep their rotation here; the
+// paper rotates them by slot. A cache that is pruned again and again keeps its own count of
+// positions.
 #pragma once
 
 #include "refreekv/policy/budget.hpp"
@@ -19,35 +20,36 @@ struct streaming_llm {
 
   count_t sinks = 4;          ///< they stay whatever the budget is
   token_budget budget = 516;  ///< tokens, sinks included
-  count_t room = 0;           ///< tokens about to come that must fit
+  count_t incoming = 0;       ///< tokens about to come that must fit
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (sinks > max_count) return "sinks must be >= 0";
     if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
-    if (room > max_count) return "room must be >= 0";
+    if (incoming > max_count) return "incoming must be >= 0";
     return nullptr;
   }
-  [[nodiscard]] constexpr const char* invalid(const observation auto&) const noexcept {
+  [[nodiscard]] constexpr const char* invalid(const model_layer auto&) const noexcept {
     return nullptr;
   }
-  [[nodiscard]] constexpr index_t groups(const observation auto&) const noexcept { return 1; }
+  [[nodiscard]] constexpr index_t groups(const model_layer auto&) const noexcept { return 1; }
 
   struct buffers {};
-  [[nodiscard]] buffers take(arena&, const backend auto&, const observation auto&) const noexcept {
+  [[nodiscard]] buffers carve(arena&, const backend auto&, const model_layer auto&) const noexcept {
     return {};
   }
 
-  template <backend Backend, observation Seen>
-  status select(const Backend& on, const Seen& seen, buffers,
-                const decision<typename Seen::memory>& kept, const reduction auto&) const noexcept {
-    return detail::assign(on, seen, kept, *this);
+  template <backend Backend, model_layer Layer>
+  status select(const Backend& exec, const Layer& layer, buffers,
+                const decision<typename Layer::memory>& kept,
+                const head_reduction auto&) const noexcept {
+    return detail::assign(exec, layer, kept, *this);
   }
 
   /// What stays of a sequence. O(1)
   [[nodiscard]] REFREEKV_HOST_DEVICE kept_range operator()(index_t tokens) const noexcept {
     const index_t most = budget.of(tokens);
     const position_ranking ranking(tokens, sinks);
-    return tokens + room <= most ? ranking.all() : ranking.best(most - room);
+    return tokens + incoming <= most ? ranking.all() : ranking.best(most - incoming);
   }
 };
 

@@ -20,7 +20,7 @@ struct tova {
     if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
     return nullptr;
   }
-  [[nodiscard]] constexpr const char* invalid(const attention_observation auto&) const noexcept {
+  [[nodiscard]] constexpr const char* invalid(const attention_layer auto&) const noexcept {
     return nullptr;
   }
 
@@ -33,44 +33,45 @@ struct tova {
     typename ops<Backend>::selection_scratch selection;
   };
 
-  template <backend Backend, attention_observation Seen>
-  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
-                                      const Seen& seen) const noexcept {
-    const index_t sequences = seen.sequences(), capacity = seen.capacity();
-    return {
-        from.take<float>(sequences, seen.kv_heads(), capacity),
-        from.take<double>(sequences, capacity), from.take<token_quota>(sequences),
-        ops<Backend>::take_attention_scratch(from, on, detail::most_rows(seen, 1), observed(seen)),
-        ops<Backend>::take_selection_scratch(from, on, observed(seen))};
+  template <backend Backend, attention_layer Layer>
+  [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
+                                       const Layer& layer) const noexcept {
+    const index_t sequences = layer.sequences(), capacity = layer.capacity();
+    return {from.array<float>(sequences, layer.kv_heads(), capacity),
+            from.array<double>(sequences, capacity), from.array<token_quota>(sequences),
+            ops<Backend>::carve_attention_scratch(from, exec, detail::most_rows(layer, 1),
+                                                  detail::plain(layer)),
+            ops<Backend>::carve_selection_scratch(from, exec, detail::plain(layer))};
   }
 
   /// `reduce` sums scores [sequence, capacity]: ranks keep the same tokens.
-  template <backend Backend, attention_observation Seen, reduction Reduce>
-  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const decision<typename Seen::memory>& kept, const Reduce& reduce) const noexcept {
+  template <backend Backend, attention_layer Layer, head_reduction Reduce>
+  status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
+                const decision<typename Layer::memory>& kept, const Reduce& reduce) const noexcept {
     using run = ops<Backend>;
-    using scores_type = scores_view<typename Seen::memory>;
-    const auto& what = observed(seen);
-    const index_t sequences = seen.sequences(), heads = seen.kv_heads(), capacity = seen.capacity();
+    using scores_type = scores_view<typename Layer::memory>;
+    const auto& plain = detail::plain(layer);
+    const index_t sequences = layer.sequences(), heads = layer.kv_heads(),
+                  capacity = layer.capacity();
     const index_t entries = sequences * capacity;
     const scores_type scores(work.scores, {sequences, heads, capacity});
     // All KV heads read the first one's scores, which become those of the layer.
     const scores_type shared(work.scores, {sequences, heads, capacity}, {heads * capacity, 0, 1});
-    using quotas = typename score_ranking<tova>::template assign_quota<Seen>;
-    status s = run::for_each_sequence(on, sequences, quotas{seen, work.quotas, *this});
+    using quotas = typename score_ranking<tova>::template assign_quota<Layer>;
+    status s = run::for_each_sequence(exec, sequences, quotas{layer, work.quotas, *this});
     if (s == status::ok) {
-      s = run::attention_sums(on, score_rows{detail::most_rows(seen, 1)}, what, scores, kept.counts,
-                              work.attention);
+      s = run::attention_sums(exec, score_rows{detail::most_rows(layer, 1)}, plain, scores,
+                              kept.counts, work.attention);
     }
     if (s == status::ok) {
-      s = run::for_each_sequence(on, entries, sum_heads<Seen>{seen, scores, work.sums});
+      s = run::for_each_sequence(exec, entries, sum_heads<Layer>{layer, scores, work.sums});
     }
     if (s == status::ok) s = reduce(work.sums, entries);
     if (s == status::ok) {
-      s = run::for_each_sequence(on, entries, assign_sum<Seen>{seen, scores, work.sums});
+      s = run::for_each_sequence(exec, entries, assign_sum<Layer>{layer, scores, work.sums});
     }
     if (s == status::ok) {
-      s = run::top_tokens(on, quotas_by_sequence(work.quotas, what), what, shared, kept,
+      s = run::top_tokens(exec, detail::quotas_by_sequence(work.quotas, plain), plain, shared, kept,
                           work.selection);
     }
     return s;
@@ -83,27 +84,27 @@ struct tova {
 
   // Public, as device code wants them. Each call is for one token, not for a sequence: a thread of
   // a device that walked along a sequence alone would take longer than the attention before it.
-  template <class Seen>
+  template <class Layer>
   struct sum_heads {
-    Seen seen;
-    scores_view<typename Seen::memory> scores;  // [sequence, kv_head, capacity]
-    double* sums;                               // [sequence, capacity]
+    Layer layer;
+    scores_view<typename Layer::memory> scores;  // [sequence, kv_head, capacity]
+    double* sums;                                // [sequence, capacity]
     REFREEKV_HOST_DEVICE void operator()(index_t i) const noexcept {
-      const index_t s = i / seen.capacity(), t = i % seen.capacity();
-      const index_t heads = t < seen.tokens(s) ? seen.kv_heads() : 0;
+      const index_t s = i / layer.capacity(), t = i % layer.capacity();
+      const index_t heads = t < layer.tokens(s) ? layer.kv_heads() : 0;
       double sum = 0;
       for (index_t h = 0; h < heads; ++h) sum += static_cast<double>(scores(s, h, t));
       sums[i] = sum;
     }
   };
-  template <class Seen>
+  template <class Layer>
   struct assign_sum {
-    Seen seen;
-    scores_view<typename Seen::memory> scores;
+    Layer layer;
+    scores_view<typename Layer::memory> scores;
     const double* sums;
     REFREEKV_HOST_DEVICE void operator()(index_t i) const noexcept {
-      const index_t s = i / seen.capacity(), t = i % seen.capacity();
-      if (t < seen.tokens(s)) scores(s, 0, t) = static_cast<float>(sums[i]);
+      const index_t s = i / layer.capacity(), t = i % layer.capacity();
+      if (t < layer.tokens(s)) scores(s, 0, t) = static_cast<float>(sums[i]);
     }
   };
 };

@@ -18,22 +18,22 @@ struct twilight {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  double p = 0.95;          ///< share of the attention to keep, in [0, 1]
-  count_t selected = 8192;  ///< tokens in the pages that the selector leaves each query head
+  double mass = 0.95;              ///< share of the attention to keep, in [0, 1]
+  count_t selector_budget = 8192;  ///< tokens in the pages that the selector leaves each query head
   /// The set of the published kernel, whose bisection starts at the first token's attention: not
   /// minimal where that is not the largest, and everything where the selector dropped it.
   bool sink_start = false;
   count_t full_layers = 2;  ///< first layers that attend to all
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!(p >= 0 && p <= 1)) return "p must be in [0, 1]";
-    if (selected < 1 || selected > max_count) return "selected must be >= 1";
+    if (!(mass >= 0 && mass <= 1)) return "mass must be in [0, 1]";
+    if (selector_budget < 1 || selector_budget > max_count) return "selector_budget must be >= 1";
     if (full_layers > max_count) return "full_layers must be >= 0";
     return nullptr;
   }
-  template <attention_observation Seen>
-  [[nodiscard]] constexpr const char* invalid(const Seen& seen) const noexcept {
-    return detail::needs_layer(seen, full_layers);
+  template <attention_layer Layer>
+  [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
+    return detail::needs_layer(layer, full_layers);
   }
   template <class Backend>
   struct buffers {
@@ -42,30 +42,32 @@ struct twilight {
     typename ops<Backend>::selection_scratch selection;
   };
 
-  template <backend Backend, attention_observation Seen>
-  [[nodiscard]] buffers<Backend> take(arena& from, const Backend& on,
-                                      const Seen& seen) const noexcept {
-    return {
-        from.take<float>(seen.sequences(), seen.q_heads(), seen.capacity()),
-        ops<Backend>::take_attention_scratch(from, on, detail::most_rows(seen, 1), observed(seen)),
-        ops<Backend>::take_selection_scratch(from, on, seen)};
+  template <backend Backend, attention_layer Layer>
+  [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
+                                       const Layer& layer) const noexcept {
+    return {from.array<float>(layer.sequences(), layer.q_heads(), layer.capacity()),
+            ops<Backend>::carve_attention_scratch(from, exec, detail::most_rows(layer, 1),
+                                                  detail::plain(layer)),
+            ops<Backend>::carve_selection_scratch(from, exec, layer)};
   }
 
-  template <backend Backend, attention_observation Seen>
-  status select(const Backend& on, const Seen& seen, const buffers<Backend>& work,
-                const decision<typename Seen::memory>& kept, const reduction auto&) const noexcept {
+  template <backend Backend, attention_layer Layer>
+  status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
+                const decision<typename Layer::memory>& kept,
+                const head_reduction auto&) const noexcept {
     using run = ops<Backend>;
-    const auto& what = observed(seen);
-    const scores_view<typename Seen::memory> weights(
-        work.weights, {seen.sequences(), seen.q_heads(), seen.capacity()});
-    if (detail::stays_whole(seen, full_layers)) return run::keep_all(on, what, kept);
-    status s = run::attention_sums(on, score_rows{detail::most_rows(seen, 1)}, what, weights,
+    const auto& plain = detail::plain(layer);
+    const scores_view<typename Layer::memory> weights(
+        work.weights, {layer.sequences(), layer.q_heads(), layer.capacity()});
+    if (detail::stays_whole(layer, full_layers)) return run::keep_all(exec, plain, kept);
+    status s = run::attention_sums(exec, score_rows{detail::most_rows(layer, 1)}, plain, weights,
                                    kept.counts, work.attention);
-    if constexpr (requires { seen.pages; }) {
+    if constexpr (requires { layer.pages; }) {
       if (s == status::ok)
-        s = run::select_pages(on, seen.pages, selected, what, weights, work.selection);
+        s = run::select_pages(exec, layer.pages, selector_budget, plain, weights, work.selection);
     }
-    if (s == status::ok) s = run::top_mass(on, p, sink_start, what, weights, kept, work.selection);
+    if (s == status::ok)
+      s = run::top_mass(exec, mass, sink_start, plain, weights, kept, work.selection);
     return s;
   }
 };

@@ -436,8 +436,8 @@ TEST_CASE("segments are sorted up to their lengths, and equals keep their order"
   constexpr index_t capacity = 4;
   const std::vector<index_t> lengths{3, 0, 2};
   for (const unsigned seed : {0u, 1u}) {  // segment by segment, and together
-    const emulation::emulated_backend on{seed};
-    const key_segments segments = key_segments::of(on, 3, capacity);
+    const emulation::emulated_backend exec{seed};
+    const key_segments segments = key_segments::of(exec, 3, capacity);
     REQUIRE(segments.together == (seed == 1));
     // Scores of tokens from the last one back, as they are ranked, and slots that nobody has.
     const std::vector<std::uint32_t> scores{7, 5, 7, key_segments::no_score,
@@ -453,10 +453,10 @@ TEST_CASE("segments are sorted up to their lengths, and equals keep their order"
                        is_there ? lengths[static_cast<std::size_t>(segment)] - 1 - slot : 0));
       CHECK(segments.score_of(keys.back()) == (is_there ? scores[i] : key_segments::no_score));
     }
-    std::vector<std::byte> temporary(sort_bytes(on, segments));
+    std::vector<std::byte> temporary(sort_bytes(exec, segments));
     REQUIRE(!temporary.empty());
     std::uint64_t *sorted = keys.data(), *other = spare.data();
-    REQUIRE(sort_segments(on, segments, sorted, other, lengths.data(), temporary.data(),
+    REQUIRE(sort_segments(exec, segments, sorted, other, lengths.data(), temporary.data(),
                           temporary.size()) == refreekv::status::ok);
     CHECK(sorted != other);
     const auto tokens_of = [&](index_t segment, index_t count) {
@@ -468,7 +468,7 @@ TEST_CASE("segments are sorted up to their lengths, and equals keep their order"
     };
     CHECK(tokens_of(0, 3) == std::vector<refreekv::position_t>{1, 2, 0});
     CHECK(tokens_of(2, 2) == std::vector<refreekv::position_t>{0, 1});
-    CHECK(sort_segments(on, segments, sorted, other, lengths.data(), nullptr, 0) ==
+    CHECK(sort_segments(exec, segments, sorted, other, lengths.data(), nullptr, 0) ==
           refreekv::status::device_error);
   }
 }

@@ -118,12 +118,12 @@ TEMPLATE_TEST_CASE("keys of 8 bits with scales decide as the keys that they stan
     const lengths_view<> length(lengths.data(), {2});
     const scaled_keys keys{dense(view<const TestType, 4>(row), length),
                            dense(view<const float, 4>(scale), length)};
-    const policy::refreekv rule{.threshold = 0.1, .window = static_cast<count_t>(p.window)};
-    const selection got = run_select(rule, divided<7>(), observe(p.query_view(), keys, p.info()));
+    const policy::refreekv policy{.threshold = 0.1, .window = static_cast<count_t>(p.window)};
+    const selection got = run_select(policy, divided<7>(), observe(p.query_view(), keys, p.info()));
     REQUIRE(got.status == status::ok);
     for (index_t s = 0; s < 2; ++s) {
-      const auto expected = reference::decide(reference::attend(p, s), 0, p.q_heads(), rule);
-      CHECK(reference::disagreement(got.at(s), expected, rule.threshold) == "");
+      const auto expected = reference::decide(reference::attend(p, s), 0, p.q_heads(), policy);
+      CHECK(reference::disagreement(got.at(s), expected, policy.threshold) == "");
     }
   }
 }

@@ -97,12 +97,12 @@ struct layer {
   index_t q_heads() const { return kv_heads * group; }
 
   /// Both, of as many tokens as the device says.
-  auto seen(T* key, const Query* query, const position_t* tokens) const {
-    return seen(view<T, 4, device>(key, {1, kv_heads, capacity, dim}), query, tokens);
+  auto layer(T* key, const Query* query, const position_t* tokens) const {
+    return layer(view<T, 4, device>(key, {1, kv_heads, capacity, dim}), query, tokens);
   }
-  auto seen(const view<T, 4, device>& rows, const Query* query, const position_t* tokens) const {
+  auto layer(const view<T, 4, device>& rows, const Query* query, const position_t* tokens) const {
     return observe(view<const Query, 4, device>(query, {1, window, q_heads(), dim}),
-                   dense<T, device>(rows, lengths_view<device>(tokens, {1})), {.layer = 5});
+                   dense<T, device>(rows, lengths_view<device>(tokens, {1})), {.index = 5});
   }
 
   /// Attention of the first `tokens` tokens.
@@ -115,12 +115,13 @@ struct layer {
 
 /// Empty, or which of the cuts is not the oracle's, nor one that rounding explains.
 std::string disagreement(const std::vector<kept_range>& cuts,
-                         const reference::attention_rows& attention, const policy::refreekv& rule) {
+                         const reference::attention_rows& attention,
+                         const policy::refreekv& policy) {
   const index_t heads = attention.q_heads / static_cast<index_t>(cuts.size());
   for (std::size_t i = 0; i < cuts.size(); ++i) {
     const index_t first = static_cast<index_t>(i) * heads;
     const std::string why = reference::disagreement(
-        cuts[i], reference::decide(attention, first, first + heads, rule), rule.threshold);
+        cuts[i], reference::decide(attention, first, first + heads, policy), policy.threshold);
     if (!why.empty()) return "cut " + std::to_string(i) + ", " + why;
   }
   return "";
@@ -161,7 +162,7 @@ class graph {
 
 TEMPLATE_TEST_CASE("a device decides as the oracle does", "[cuda]", float, __half, __nv_bfloat16) {
   const stream s;
-  const cuda_backend on{s.get()};
+  const cuda_backend exec{s.get()};
   const index_t window = GENERATE(index_t{1}, index_t{16});
   const layer<TestType> l(base_seed(), 3000, window);
   const device_array<TestType> keys(l.keys), queries(l.queries);
@@ -170,33 +171,33 @@ TEMPLATE_TEST_CASE("a device decides as the oracle does", "[cuda]", float, __hal
     INFO("REFREEKV_SEED=" << base_seed() << " tokens " << tokens << " window " << window);
     length.upload({tokens});
     const auto attention = l.attention(tokens);
-    const auto seen = l.seen(keys.data(), queries.data(), length.data());
+    const auto layer = l.layer(keys.data(), queries.data(), length.data());
     const auto rows = static_cast<count_t>(window);
-    for (const policy::refreekv& rule :
+    for (const policy::refreekv& policy :
          {policy::refreekv{.window = rows}, policy::refreekv{.threshold = 0.1,
                                                              .window = rows,
                                                              .average = row_average::frobenius,
                                                              .scope = cut_scope::kv_head}}) {
-      const device_array<kept_range> kept(size(groups_of(rule, seen)));
-      const device_array<std::byte> scratch(workspace_size(rule, on, seen));
-      REQUIRE(select(rule, on, seen, {kept.data(), {1, groups_of(rule, seen)}},
+      const device_array<kept_range> kept(size(groups_of(policy, layer)));
+      const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
+      REQUIRE(select(policy, exec, layer, {kept.data(), {1, groups_of(policy, layer)}},
                      scratch.as_workspace()) == status::ok);
       s.wait();
-      CHECK(disagreement(kept.download(), attention, rule) == "");
+      CHECK(disagreement(kept.download(), attention, policy) == "");
     }
-    const policy::snapkv rule{.budget = 500, .window = rows};
+    const policy::snapkv policy{.budget = 500, .window = rows};
     const device_array<position_t> positions(size(l.kv_heads * l.capacity));
-    const device_array<kept_count> counts(size(l.kv_heads));
-    const device_array<std::byte> scratch(workspace_size(rule, on, seen));
-    REQUIRE(select(rule, on, seen,
+    const device_array<kept_tokens> counts(size(l.kv_heads));
+    const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
+    REQUIRE(select(policy, exec, layer,
                    kept_positions<device>{{positions.data(), {1, l.kv_heads, l.capacity}},
                                           {counts.data(), {1, l.kv_heads}}},
                    scratch.as_workspace()) == status::ok);
     s.wait();
-    const auto expected = reference::snapkv(attention, l.kv_heads, rule.budget.of(tokens), window,
-                                            reference::pool::average, rule.pool.width);
+    const auto expected = reference::snapkv(attention, l.kv_heads, policy.budget.of(tokens), window,
+                                            reference::pool::average, policy.pool.width);
     const std::vector<position_t> got = positions.download();
-    const std::vector<kept_count> count = counts.download();
+    const std::vector<kept_tokens> count = counts.download();
     for (index_t h = 0; h < l.kv_heads; ++h) {
       REQUIRE(count[size(h)].count <= tokens);
       const auto first = got.begin() + h * l.capacity;
@@ -209,17 +210,17 @@ TEMPLATE_TEST_CASE("a device decides as the oracle does", "[cuda]", float, __hal
 TEST_CASE("one graph serves prompts of every length", "[cuda]") {
   using element = __nv_bfloat16;
   const stream s;
-  const cuda_backend on{s.get()};
+  const cuda_backend exec{s.get()};
   const layer<element> l(base_seed() + 1, 2500);
   device_array<element> keys(l.keys);
   const device_array<element> queries(l.queries);
   device_array<position_t> length(std::vector<position_t>{2500});
-  const auto seen = l.seen(keys.data(), queries.data(), length.data());
-  const policy::refreekv rule;
+  const auto layer = l.layer(keys.data(), queries.data(), length.data());
+  const policy::refreekv policy;
   const device_array<kept_range> kept(1);
-  const device_array<std::byte> scratch(workspace_size(rule, on, seen));
+  const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
   const auto pruned = [&] {
-    return prune(rule, on, seen, {kept.data(), {1, 1}}, scratch.as_workspace(),
+    return prune(policy, exec, layer, {kept.data(), {1, 1}}, scratch.as_workspace(),
                  compaction::sinks_up);
   };
   REQUIRE(pruned() == status::ok);  // code is loaded outside of a capture
@@ -232,7 +233,7 @@ TEST_CASE("one graph serves prompts of every length", "[cuda]") {
     length.upload({tokens});
     captured.launch();
     const std::vector<kept_range> got = kept.download();
-    CHECK(disagreement(got, l.attention(tokens), rule) == "");
+    CHECK(disagreement(got, l.attention(tokens), policy) == "");
     std::vector<element> moved = l.keys;
     const dense<element> source(view<element, 4>(moved.data(), {1, l.kv_heads, l.capacity, l.dim}),
                                 {&tokens, {1}});
@@ -246,29 +247,30 @@ TEST_CASE("one graph serves prompts of every length", "[cuda]") {
 // Newer drivers load code during a capture, others end it. No other test launches these kernels.
 TEST_CASE("a first call inside of a capture is right, or refused", "[cuda]") {
   const stream s;
-  const cuda_backend on{s.get()};
+  const cuda_backend exec{s.get()};
   const layer<__half, float> l(base_seed() + 2, 1000);
   const device_array<__half> keys(l.keys);
   const device_array<float> queries(l.queries);
   const device_array<position_t> length(std::vector<position_t>{1000});
-  const auto seen = l.seen(keys.data(), queries.data(), length.data());
-  const policy::refreekv rule;
+  const auto layer = l.layer(keys.data(), queries.data(), length.data());
+  const policy::refreekv policy;
   const device_array<kept_range> kept(1);
-  const device_array<std::byte> scratch(workspace_size(rule, on, seen));
-  const graph cold(
-      s, [&] { return select(rule, on, seen, {kept.data(), {1, 1}}, scratch.as_workspace()); });
+  const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
+  const graph cold(s, [&] {
+    return select(policy, exec, layer, {kept.data(), {1, 1}}, scratch.as_workspace());
+  });
   if (cold.error != cudaSuccess) {
     WARN("this driver loads no code during a capture: " << cudaGetErrorString(cold.error));
     return;
   }
   WARN("this driver loads code during a capture");
   cold.launch();
-  CHECK(disagreement(kept.download(), l.attention(1000), rule) == "");
+  CHECK(disagreement(kept.download(), l.attention(1000), policy) == "");
 }
 
 TEST_CASE("layers in one batch are decided each by itself", "[cuda]") {
   const stream s;
-  const cuda_backend on{s.get()};
+  const cuda_backend exec{s.get()};
   using element = __half;
   constexpr index_t count = 5, tokens = 1500;
   std::vector<layer<element>> layers;
@@ -279,24 +281,25 @@ TEST_CASE("layers in one batch are decided each by itself", "[cuda]") {
   for (unsigned l = 0; l < count; ++l) {
     layers.emplace_back(base_seed() + l, tokens);
     keys.emplace_back(layers.back().keys);
-    sources.push_back(layers.back().seen(keys.back().data(), nullptr, length.data()).keys);
+    sources.push_back(layers.back().layer(keys.back().data(), nullptr, length.data()).keys);
     queries.insert(queries.end(), layers.back().queries.begin(), layers.back().queries.end());
   }
   const device_array<dense<element, device>> table(sources);
   const device_array<element> rows(queries);
-  const auto seen = observe(
+  const auto layer = observe(
       view<const element, 4, device>(rows.data(), {count, 1, 8, 128}),
       layered(view<const dense<element, device>, 1, device>(table.data(), {count}), sources[0]),
-      {.layer = 2});
-  const policy::refreekv rule;
+      {.index = 2});
+  const policy::refreekv policy;
   const device_array<kept_range> kept(count);
-  const device_array<std::byte> scratch(workspace_size(rule, on, seen));
-  REQUIRE(select(rule, on, seen, {kept.data(), {count, 1}}, scratch.as_workspace()) == status::ok);
+  const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
+  REQUIRE(select(policy, exec, layer, {kept.data(), {count, 1}}, scratch.as_workspace()) ==
+          status::ok);
   s.wait();
   const std::vector<kept_range> got = kept.download();
   for (index_t l = 0; l < count; ++l) {
     INFO("REFREEKV_SEED=" << base_seed() << " layer " << l);
-    CHECK(disagreement({got[size(l)]}, layers[size(l)].attention(tokens), rule) == "");
+    CHECK(disagreement({got[size(l)]}, layers[size(l)].attention(tokens), policy) == "");
   }
 }
 
@@ -313,7 +316,7 @@ TEST_CASE("offsets past 2^31 elements are right", "[cuda]") {
     const index_t elements = apart.of_head + (tokens - 1) * apart.of_token + row;
     CAPTURE(apart.of_head, apart.of_token);
     const stream s;
-    const cuda_backend on{s.get()};
+    const cuda_backend exec{s.get()};
     const device_array<element> keys(size(elements)), queries(l.queries);
     const auto copy = [&](element* to, index_t to_stride, const element* from, index_t stride) {
       REQUIRE(cudaMemcpy2D(to, size(to_stride) * sizeof *to, from, size(stride) * sizeof *to,
@@ -324,17 +327,17 @@ TEST_CASE("offsets past 2^31 elements are right", "[cuda]") {
       copy(keys.data() + h * apart.of_head, apart.of_token, l.keys.data() + h * head, row);
     }
     const device_array<position_t> length(std::vector<position_t>{tokens});
-    const auto seen = l.seen(view<element, 4, device>(keys.data(), {1, 2, tokens, row},
-                                                      {0, apart.of_head, apart.of_token, 1}),
-                             queries.data(), length.data());
-    const policy::refreekv rule{.threshold = 0.1, .scope = cut_scope::kv_head};
+    const auto layer = l.layer(view<element, 4, device>(keys.data(), {1, 2, tokens, row},
+                                                        {0, apart.of_head, apart.of_token, 1}),
+                               queries.data(), length.data());
+    const policy::refreekv policy{.threshold = 0.1, .scope = cut_scope::kv_head};
     const device_array<kept_range> kept(2);
-    const device_array<std::byte> scratch(workspace_size(rule, on, seen));
-    REQUIRE(prune(rule, on, seen, {kept.data(), {1, 2}}, scratch.as_workspace(),
+    const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
+    REQUIRE(prune(policy, exec, layer, {kept.data(), {1, 2}}, scratch.as_workspace(),
                   compaction::sinks_up) == status::ok);
     s.wait();
     const std::vector<kept_range> got = kept.download();
-    CHECK(disagreement(got, l.attention(tokens), rule) == "");
+    CHECK(disagreement(got, l.attention(tokens), policy) == "");
     std::vector<element> moved = l.keys, there(l.keys.size());
     const position_t all = tokens;
     const dense<element> source(view<element, 4>(moved.data(), {1, 2, tokens, row}), {&all, {1}});
@@ -352,19 +355,19 @@ TEST_CASE("a launch that is refused is a device error", "[cuda]") {
   const layer<__half> l(base_seed() + 4, 300);
   const device_array<__half> keys(l.keys), queries(l.queries);
   const device_array<position_t> length(std::vector<position_t>{300});
-  const auto seen = l.seen(keys.data(), queries.data(), length.data());
-  const policy::refreekv rule;
-  const cuda_backend on{s.get()};
+  const auto layer = l.layer(keys.data(), queries.data(), length.data());
+  const policy::refreekv policy;
+  const cuda_backend exec{s.get()};
   const device_array<kept_range> kept(1);
-  const device_array<std::byte> scratch(workspace_size(rule, on, seen));
+  const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
   // Waiting for a stream ends its capture, and what follows is refused.
   REQUIRE(cudaStreamBeginCapture(s.get(), cudaStreamCaptureModeRelaxed) == cudaSuccess);
   REQUIRE(cudaStreamSynchronize(s.get()) != cudaSuccess);
-  CHECK(select(rule, on, seen, {kept.data(), {1, 1}}, scratch.as_workspace()) ==
+  CHECK(select(policy, exec, layer, {kept.data(), {1, 1}}, scratch.as_workspace()) ==
         status::device_error);
   cudaGraph_t graph = nullptr;
   cudaStreamEndCapture(s.get(), &graph);
   cudaGetLastError();
-  CHECK(select(rule, on, seen, {kept.data(), {1, 1}}, scratch.as_workspace()) == status::ok);
+  CHECK(select(policy, exec, layer, {kept.data(), {1, 1}}, scratch.as_workspace()) == status::ok);
   s.wait();
 }

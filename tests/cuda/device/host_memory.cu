@@ -10,7 +10,8 @@ using memory = refreekv::device_memory;
 
 refreekv::status decide(const refreekv::dense<float, memory>& keys,
                         refreekv::view<refreekv::kept_range, 2, memory> kept) {
-  const refreekv::policy::streaming_llm rule;
+  const refreekv::policy::streaming_llm policy;
   const refreekv::cuda_backend gpu;
-  return refreekv::select(rule, gpu, refreekv::observe(keys), kept, refreekv::workspace<memory>{});
+  return refreekv::select(policy, gpu, refreekv::observe(keys), kept,
+                          refreekv::workspace<memory>{});
 }

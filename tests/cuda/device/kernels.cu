@@ -9,48 +9,48 @@ namespace {
 
 using device = device_memory;
 
-template <class Rule, class Seen>
-void select_and_size(const Rule& rule, const Seen& seen) {
-  (void)workspace_size(rule, cuda_backend{}, seen);
-  (void)select(rule, cuda_backend{}, seen, decision_of<Rule, device>{}, workspace<device>{});
+template <class Policy, class Layer>
+void select_and_size(const Policy& policy, const Layer& layer) {
+  (void)workspace_size(policy, cuda_backend{}, layer);
+  (void)select(policy, cuda_backend{}, layer, decision_of<Policy, device>{}, workspace<device>{});
 }
 
-template <class Seen>
-void use_every_policy(const Seen& seen) {
-  select_and_size(policy::refreekv{}, seen);
-  select_and_size(policy::streaming_llm{}, seen);
-  select_and_size(policy::h2o{}, seen);
-  select_and_size(policy::h2o{}, with_scores(seen, scores_view<device>{}));
-  select_and_size(policy::snapkv{}, seen);
-  select_and_size(policy::pyramidkv{}, seen);
-  select_and_size(policy::cake{}, with_layers(seen, cake_layers<device>{}));
-  select_and_size(policy::cake_decode{}, seen);
-  select_and_size(policy::tova{}, seen);
-  select_and_size(policy::attention_ranked{}, seen);
-  select_and_size(policy::twilight{}, seen);
-  if constexpr (requires { seen.queries; }) {
-    select_and_size(policy::twilight{}, with_pages(seen, page_bounds<device>{}));
+template <class Layer>
+void use_every_policy(const Layer& layer) {
+  select_and_size(policy::refreekv{}, layer);
+  select_and_size(policy::streaming_llm{}, layer);
+  select_and_size(policy::h2o{}, layer);
+  select_and_size(policy::h2o{}, with_scores(layer, scores_view<device>{}));
+  select_and_size(policy::snapkv{}, layer);
+  select_and_size(policy::pyramidkv{}, layer);
+  select_and_size(policy::cake{}, with_layers(layer, cake_layers<device>{}));
+  select_and_size(policy::cake_decode{}, layer);
+  select_and_size(policy::tova{}, layer);
+  select_and_size(policy::attention_ranked{}, layer);
+  select_and_size(policy::twilight{}, layer);
+  if constexpr (requires { layer.queries; }) {
+    select_and_size(policy::twilight{}, with_pages(layer, page_bounds<device>{}));
   }
 }
 
 /// For policies that go by values, which come with their keys.
 template <class Query, class Source>
 void use_values(const Source& source) {
-  const auto seen = with_values(observe(view<const Query, 4, device>{}, source), source);
-  const policy::faithful rule;
+  const auto layer = with_values(observe(view<const Query, 4, device>{}, source), source);
+  const policy::faithful policy;
   const kept_with_stand_ins<device> kept{{}, {}};
-  (void)workspace_size(rule, cuda_backend{}, seen);
-  (void)select(rule, cuda_backend{}, seen, kept, workspace<device>{});
+  (void)workspace_size(policy, cuda_backend{}, layer);
+  (void)select(policy, cuda_backend{}, layer, kept, workspace<device>{});
   (void)compact(cuda_backend{}, kept, compaction::suffix_down, source, source);
 }
 
 template <class Source>
 void use_every_verb(const Source& source) {
-  const cuda_backend on;
-  (void)compact(on, view<const kept_range, 2, device>{}, compaction::sinks_up, source);
-  (void)compact(on, kept_positions<device>{}, compaction::suffix_down, source);
-  (void)quantise(on, source, int4_keys<device>{});
-  (void)bound_pages(on, source, page_bounds<device>{});
+  const cuda_backend exec;
+  (void)compact(exec, view<const kept_range, 2, device>{}, compaction::sinks_up, source);
+  (void)compact(exec, kept_positions<device>{}, compaction::suffix_down, source);
+  (void)quantise(exec, source, int4_keys<device>{});
+  (void)bound_pages(exec, source, page_bounds<device>{});
 }
 
 template <class Query, class Keys>
@@ -97,7 +97,8 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
   const auto exchange = [](std::uint32_t*, index_t) { return status::ok; };
   (void)select(policy::refreekv{}, cuda_backend{}, observed_by<__nv_bfloat16>(own),
                kept_ranges<device>{}, workspace<device>{}, exchange);
-  (void)own_ranges(cuda_backend{}, own, view<const kept_range, 2, device>{}, kept_ranges<device>{});
+  (void)local_ranges(cuda_backend{}, own, view<const kept_range, 2, device>{},
+                     kept_ranges<device>{});
 
   // Engines' pools, whose sources are of the types above.
   const page_table<int, device> table;
@@ -105,10 +106,11 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
                 layouts::vllm_packed(static_cast<__nv_bfloat16*>(nullptr), {}, table).keys,
                 layouts::tensorrt_llm(static_cast<__nv_bfloat16*>(nullptr), {}, table).values);
 
-  const cuda_backend on;
-  (void)write_masks(on, view<const kept_range, 2, device>{}, view<bool, 3, device>{}, true, false);
-  (void)write_masks(on, kept_positions<device>{}, view<__half, 3, device>{}, __half{}, __half{});
-  (void)plan_pages(on, view<const kept_range, 2, device>{}, 16, page_plans<device>{});
-  (void)release_pages(on, view<const page_plan, 1, device>{}, page_lists<std::int32_t, device>{},
+  const cuda_backend exec;
+  (void)write_masks(exec, view<const kept_range, 2, device>{}, view<bool, 3, device>{}, true,
+                    false);
+  (void)write_masks(exec, kept_positions<device>{}, view<__half, 3, device>{}, __half{}, __half{});
+  (void)plan_pages(exec, view<const kept_range, 2, device>{}, 16, page_plans<device>{});
+  (void)release_pages(exec, view<const page_plan, 1, device>{}, page_lists<std::int32_t, device>{},
                       page_lists<std::int32_t, device>{});
 }

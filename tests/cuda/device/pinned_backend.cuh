@@ -17,8 +17,8 @@ struct pinned_backend : refreekv::cuda_backend {};
 
 namespace pinned {
 
-inline void finish(const pinned_backend& on) noexcept {
-  if (const cudaError_t error = cudaStreamSynchronize(on.stream); error != cudaSuccess) {
+inline void finish(const pinned_backend& exec) noexcept {
+  if (const cudaError_t error = cudaStreamSynchronize(exec.stream); error != cudaSuccess) {
     std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
     std::abort();
   }
@@ -31,10 +31,10 @@ namespace refreekv::inline v0 {
 namespace cuda_detail {
 
 template <kernel_body Body>
-[[nodiscard]] status run_blocks(const pinned_backend& on, index_t items,
+[[nodiscard]] status run_blocks(const pinned_backend& exec, index_t items,
                                 const Body& body) noexcept {
-  const status s = run_blocks(static_cast<const cuda_backend&>(on), items, body);
-  pinned::finish(on);
+  const status s = run_blocks(static_cast<const cuda_backend&>(exec), items, body);
+  pinned::finish(exec);
   return s;
 }
 

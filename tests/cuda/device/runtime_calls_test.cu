@@ -28,25 +28,25 @@ auto layer(index_t sequences, index_t capacity) {
       lengths_view<device>(somewhere<const position_t>(), {sequences}));
   return observe(
       view<const element, 4, device>(somewhere<const element>(), {sequences, 16, 32, 128}), keys,
-      {.layer = 5});
+      {.index = 5});
 }
 
-template <class Rule, class Seen>
-status decide(const Rule& rule, const Seen& seen) {
-  const cuda_backend on;
+template <class Policy, class Layer>
+status decide(const Policy& policy, const Layer& layer) {
+  const cuda_backend exec;
   made = {.counts = {}, .blocks = {}, .last = made.last};
-  const std::size_t bytes = workspace_size(rule, on, seen);
+  const std::size_t bytes = workspace_size(policy, exec, layer);
   CHECK(made.counts.empty());
   const workspace<device> scratch{somewhere<std::byte>(), bytes};
-  const index_t sequences = seen.sequences(), heads = seen.kv_heads();
-  if constexpr (std::same_as<decision_of<Rule, device>, kept_ranges<device>>) {
-    return select(rule, on, seen, {somewhere<kept_range>(), {sequences, groups_of(rule, seen)}},
-                  scratch);
+  const index_t sequences = layer.sequences(), heads = layer.kv_heads();
+  if constexpr (std::same_as<decision_of<Policy, device>, kept_ranges<device>>) {
+    return select(policy, exec, layer,
+                  {somewhere<kept_range>(), {sequences, groups_of(policy, layer)}}, scratch);
   } else {
     return select(
-        rule, on, seen,
-        kept_positions<device>{{somewhere<position_t>(), {sequences, heads, seen.capacity()}},
-                               {somewhere<kept_count>(), {sequences, heads}}},
+        policy, exec, layer,
+        kept_positions<device>{{somewhere<position_t>(), {sequences, heads, layer.capacity()}},
+                               {somewhere<kept_tokens>(), {sequences, heads}}},
         scratch);
   }
 }
@@ -62,13 +62,13 @@ std::set<std::string> functions() {
 
 TEST_CASE("a decision is launches and nothing else", "[runtime]") {
   const std::set<std::string> launches{"cudaLaunchKernelExC"};
-  const auto seen = layer(2, 4096);
-  for (const policy::refreekv& rule : {policy::refreekv{}, policy::refreekv{.window = 16},
-                                       policy::refreekv{.scope = cut_scope::kv_head}}) {
-    REQUIRE(decide(rule, seen) == status::ok);
+  const auto layer = layer(2, 4096);
+  for (const policy::refreekv& policy : {policy::refreekv{}, policy::refreekv{.window = 16},
+                                         policy::refreekv{.scope = cut_scope::kv_head}}) {
+    REQUIRE(decide(policy, layer) == status::ok);
     CHECK(functions() == launches);
   }
-  REQUIRE(decide(policy::snapkv{.budget = 500, .window = 16}, seen) == status::ok);
+  REQUIRE(decide(policy::snapkv{.budget = 500, .window = 16}, layer) == status::ok);
   CHECK(functions() == launches);
 }
 
@@ -77,16 +77,16 @@ TEST_CASE("no decision launches blocks for a capacity that prompts do not fill",
     const index_t heads = sequences * 8, most = std::max<index_t>(2048, 32 * heads);
     for (const index_t capacity : {8192, 131072, 1 << 24}) {
       INFO(sequences << " sequences, capacity " << capacity);
-      const auto seen = layer(sequences, capacity);
-      REQUIRE(decide(policy::refreekv{}, seen) == status::ok);
+      const auto layer = layer(sequences, capacity);
+      REQUIRE(decide(policy::refreekv{}, layer) == status::ok);
       CHECK(made.launches() == 7);
       // One launch has a thread for each chunk.
       for (const unsigned blocks : made.blocks) {
         CHECK(index_t{blocks} <= std::max(most, sequences * (capacity / 256 / 256 + 1)));
       }
       // Windows of 16 rows have up to 16 tiles for each KV head.
-      const auto few_blocks = [&](const auto& rule) {
-        REQUIRE(decide(rule, seen) == status::ok);
+      const auto few_blocks = [&](const auto& policy) {
+        REQUIRE(decide(policy, layer) == status::ok);
         for (const unsigned blocks : made.blocks) CHECK(index_t{blocks} <= 16 * most);
       };
       few_blocks(policy::refreekv{.window = 16});
@@ -110,12 +110,12 @@ TEST_CASE("a sort has the memory that CUB wants", "[runtime]") {
 }
 
 TEST_CASE("an error that waits to be read is nobody else's", "[runtime]") {
-  const auto seen = layer(1, 4096);
+  const auto layer = layer(1, 4096);
   made.last = cudaErrorInvalidValue;
-  CHECK(decide(policy::refreekv{}, seen) == status::ok);
-  CHECK(decide(policy::snapkv{.budget = 500, .window = 16}, seen) == status::ok);
-  CHECK(decide(policy::attention_ranked{}, seen) == status::device_error);
+  CHECK(decide(policy::refreekv{}, layer) == status::ok);
+  CHECK(decide(policy::snapkv{.budget = 500, .window = 16}, layer) == status::ok);
+  CHECK(decide(policy::attention_ranked{}, layer) == status::device_error);
   CHECK(made.last == cudaErrorInvalidValue);
   made.last = cudaSuccess;
-  CHECK(decide(policy::attention_ranked{}, seen) == status::ok);
+  CHECK(decide(policy::attention_ranked{}, layer) == status::ok);
 }

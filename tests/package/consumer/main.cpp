@@ -11,16 +11,16 @@ int main() {
   for (std::size_t d = 0; d < head_dim; ++d) keys[600 * head_dim + d] = 4.0f;
   for (std::size_t t = 0; t < tokens; ++t) values[t * head_dim] = static_cast<float>(t);
 
-  const refreekv::policy::refreekv rule;
+  const refreekv::policy::refreekv policy;
   refreekv::thread_pool pool(2);
   const refreekv::cpu_backend cpu{pool};
   const refreekv::dense k(refreekv::view(keys.data(), {1, 1, tokens, head_dim}));
   const refreekv::dense v(refreekv::view(values.data(), {1, 1, tokens, head_dim}));
-  const auto seen =
-      refreekv::observe(refreekv::view(query.data(), {1, 1, 1, head_dim}), k, {.layer = 5});
-  std::vector<std::byte> scratch(refreekv::workspace_size(rule, cpu, seen));
+  const auto layer =
+      refreekv::observe(refreekv::view(query.data(), {1, 1, 1, head_dim}), k, {.index = 5});
+  std::vector<std::byte> scratch(refreekv::workspace_size(policy, cpu, layer));
   refreekv::kept_range kept;
-  const refreekv::status status = refreekv::prune(rule, cpu, seen, refreekv::view(&kept, {1, 1}),
+  const refreekv::status status = refreekv::prune(policy, cpu, layer, refreekv::view(&kept, {1, 1}),
                                                   scratch, refreekv::compaction::suffix_down, v);
 
   const bool cut = kept.sinks == 4 && kept.cut == 600 && kept.length() == 404;

@@ -19,11 +19,11 @@ int main() {
       view<float, 4, device_memory>(any, {1, kv_heads, tokens, head_dim}));
   const view<const float, 4, device_memory> query(any + (1 << 20), {1, 1, q_heads, head_dim});
   const kept_ranges<device_memory> kept(reinterpret_cast<kept_range*>(any + (2 << 20)), {1, 1});
-  const auto seen = observe(query, keys, {.layer = 2});
-  const policy::refreekv rule;
+  const auto layer = observe(query, keys, {.index = 2});
+  const policy::refreekv policy;
   const workspace<device_memory> scratch(reinterpret_cast<std::byte*>(any + (3 << 20)),
                                          std::size_t{1} << 22);
-  const status s = prune(rule, cuda_backend{}, seen, kept, scratch, compaction::sinks_up);
+  const status s = prune(policy, cuda_backend{}, layer, kept, scratch, compaction::sinks_up);
   std::printf("%d devices: %s\n", devices, to_string(s));
   if (!has_device) return s == status::device_error ? 0 : 1;
   return s == status::ok && cudaDeviceSynchronize() == cudaSuccess ? 0 : 1;

@@ -40,55 +40,56 @@ struct fitting_parts {
     return whole_registers(rule.block) + 16;
   }
 
-  template <class Seen>
-  static fitting_parts take(arena& from, const importance_rule& rule, const Seen& seen) noexcept {
-    using product = observed_product<Seen>;
-    const index_t heads = seen.q_heads() / seen.kv_heads(), rows = heads * rule.rows;
-    const index_t dims = seen.head_dim(), value_dims = seen.values.head_dim(), block = rule.block;
+  template <class Layer>
+  static fitting_parts carve(arena& from, const importance_rule& rule,
+                             const Layer& layer) noexcept {
+    using product = observed_product<Layer>;
+    const index_t heads = layer.q_heads() / layer.kv_heads(), rows = heads * rule.rows;
+    const index_t dims = layer.head_dim(), value_dims = layer.values.head_dim(), block = rule.block;
     const index_t key_stride = whole_registers(dims), value_stride = whole_registers(value_dims);
     const index_t measured = heads * rule.measured(rule.rows);
     const index_t sizes = rule.error_term ? index_t{rule.sizes} : 1, parts = 2 * sizes + 1;
     fitting_parts p{};
-    p.packed = from.take<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
-    p.tile.gathered = from.take<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
-    p.tile.values = from.take<float>(rows, stride_of(rule));
-    p.tile.statistics = from.take<chunk_statistics>(rows);
-    p.value_rows = from.take<float>(block, value_stride);
+    p.packed = from.array<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
+    p.tile.gathered = from.array<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
+    p.tile.values = from.array<float>(rows, stride_of(rule));
+    p.tile.statistics = from.array<chunk_statistics>(rows);
+    p.value_rows = from.array<float>(block, value_stride);
     if (rule.stand_ins) {
-      p.key_rows = from.take<float>(block, key_stride);
-      p.queries = from.take<float>(dims, whole_registers(rows));
-      p.map = from.take<float>(rows, key_stride);
-      p.dropped = from.take<float>(block, whole_registers(sizes));
-      p.weights = from.take<float>(sizes, whole_registers(block));
-      p.masses = from.take<float>(rows, whole_registers(sizes));
-      p.gaps = from.take<float>(sizes, whole_registers(rows));
-      p.keys = from.take<float>(sizes, key_stride);
-      p.values = from.take<float>(sizes, value_stride);
+      p.key_rows = from.array<float>(block, key_stride);
+      p.queries = from.array<float>(dims, whole_registers(rows));
+      p.map = from.array<float>(rows, key_stride);
+      p.dropped = from.array<float>(block, whole_registers(sizes));
+      p.weights = from.array<float>(sizes, whole_registers(block));
+      p.masses = from.array<float>(rows, whole_registers(sizes));
+      p.gaps = from.array<float>(sizes, whole_registers(rows));
+      p.keys = from.array<float>(sizes, key_stride);
+      p.values = from.array<float>(sizes, value_stride);
     }
     if (rule.error_term) {
-      p.measured_queries = from.take<float>(dims, whole_registers(measured));
-      p.log_sums = from.take<double>(measured);
-      p.attention = from.take<float>(measured, stride_of(rule));
-      p.own = from.take<float>(sizes, whole_registers(measured));
-      p.graded = from.take<float>(measured, block);
-      p.graded_rows = from.take<float>(block, value_stride);
-      p.shares = from.take<double>(parts, measured);
+      p.measured_queries = from.array<float>(dims, whole_registers(measured));
+      p.log_sums = from.array<double>(measured);
+      p.attention = from.array<float>(measured, stride_of(rule));
+      p.own = from.array<float>(sizes, whole_registers(measured));
+      p.graded = from.array<float>(measured, block);
+      p.graded_rows = from.array<float>(block, value_stride);
+      p.shares = from.array<double>(parts, measured);
     }
-    const auto take_map = [&](arena& to) {
-      p.normal = to.take<double>(dims, dims);
-      p.solved = to.take<double>(dims, index_t{map_columns});
+    const auto carve_map = [&](arena& to) {
+      p.normal = to.array<double>(dims, dims);
+      p.solved = to.array<double>(dims, index_t{map_columns});
     };
-    const auto take_outputs = [&](arena& to) {
-      p.outputs = to.take<float>(parts, measured, value_stride);
+    const auto carve_outputs = [&](arena& to) {
+      p.outputs = to.array<float>(parts, measured, value_stride);
     };
     arena map, outputs;
-    if (rule.stand_ins) take_map(map);
-    if (rule.error_term) take_outputs(outputs);
-    auto* by_turns = from.take<std::byte>((std::max)(map.bytes(), outputs.bytes()));
+    if (rule.stand_ins) carve_map(map);
+    if (rule.error_term) carve_outputs(outputs);
+    auto* by_turns = from.array<std::byte>((std::max)(map.bytes(), outputs.bytes()));
     if (by_turns != nullptr) {
       arena first(by_turns), second(by_turns);
-      if (rule.stand_ins) take_map(first);
-      if (rule.error_term) take_outputs(second);
+      if (rule.stand_ins) carve_map(first);
+      if (rule.error_term) carve_outputs(second);
     }
     return p;
   }

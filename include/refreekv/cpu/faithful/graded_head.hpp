@@ -24,21 +24,21 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 }
 
 /// One KV head whose tokens have grades.
-template <class Seen>
+template <class Layer>
 class graded_head {
  public:
-  graded_head(const importance_rule& rule, const Seen& seen, index_t sequence, index_t kv_head,
+  graded_head(const importance_rule& rule, const Layer& layer, index_t sequence, index_t kv_head,
               const importance_scratch& scratch, index_t worker, const grade* grades) noexcept
       : rule_(rule),
-        seen_(seen),
+        seen_(layer),
         sequence_(sequence),
         kv_head_(kv_head),
         grades_(grades),
-        work_(parts_of(scratch, worker, rule, seen)),
-        rows_(scratch.pack_head(rule, seen, sequence, kv_head, work_.packed)),
+        work_(parts_of(scratch, worker, rule, layer)),
+        rows_(scratch.pack_head(rule, layer, sequence, kv_head, work_.packed)),
         stride_(fitting_parts::stride_of(rule)),
-        key_stride_(whole_registers(seen.head_dim())),
-        value_stride_(whole_registers(seen.values.head_dim())),
+        key_stride_(whole_registers(layer.head_dim())),
+        value_stride_(whole_registers(layer.values.head_dim())),
         row_stride_(whole_registers(rows_.count())),
         first_measured_((rows_.window.rows - 1) % rule.error_rows),
         measured_(rule.measured(rows_.window.rows)),
@@ -82,9 +82,9 @@ class graded_head {
 
  protected:
   static fitting_parts parts_of(const importance_scratch& scratch, index_t worker,
-                                const importance_rule& rule, const Seen& seen) noexcept {
+                                const importance_rule& rule, const Layer& layer) noexcept {
     arena carve(scratch.memory + worker * scratch.worker_bytes);
-    return fitting_parts::take(carve, rule, seen);
+    return fitting_parts::carve(carve, rule, layer);
   }
 
   /// Whether a size drops a listed token.
@@ -118,7 +118,7 @@ class graded_head {
 
   /// Fills the tile with the bare logits of the listed tokens, and their rows.
   void read_block() noexcept {
-    const auto& keys = observed(seen_).keys;
+    const auto& keys = detail::plain(seen_).keys;
     rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_), work_.tile,
                            stride_);
     for (index_t i = 0; i < listed_; ++i) {
@@ -133,17 +133,17 @@ class graded_head {
 
   /// What all blocks of a head share: its queries, and the map that corrects keys by them.
   void fit_head() noexcept {
-    const auto& what = observed(seen_);
+    const auto& plain = detail::plain(seen_);
     const index_t dims = seen_.head_dim(), rows = rows_.count(), count = rows_.window.rows;
     std::fill_n(work_.key_rows, rule_.block * key_stride_, 0.0f);
     std::fill_n(work_.value_rows, rule_.block * value_stride_, 0.0f);
     std::fill_n(work_.queries, dims * row_stride_, 0.0f);
     std::fill_n(work_.map, rows * key_stride_, 0.0f);
     for (index_t i = 0; i < rows; ++i) {
-      const auto* query = what.queries.at(sequence_, seen_.window() - count + i % count,
-                                          rows_.queries.first_head + i / count);
+      const auto* query = plain.queries.at(sequence_, seen_.window() - count + i % count,
+                                           rows_.queries.first_head + i / count);
       for (index_t d = 0; d < dims; ++d) {
-        const float x = rows_.queries.scale * widen(query[d * what.queries.stride(3)]);
+        const float x = rows_.queries.scale * widen(query[d * plain.queries.stride(3)]);
         work_.map[i * key_stride_ + d] = x;
         work_.queries[d * row_stride_ + i] = x;
       }
@@ -207,9 +207,10 @@ class graded_head {
     for (index_t c = 0; c < count; ++c) {
       float* gaps = work_.gaps + c * row_stride_;
       for (index_t i = 0; i < rows; ++i) {
-        const float unit = work_.tile.statistics[i].unit * std::numbers::ln2_v<float>;
-        gaps[i] = -(work_.masses[i * size_stride + c] + unit);
-        if (cap > 0) gaps[i] = static_cast<float>(uncapped(static_cast<double>(gaps[i]), cap));
+        const float exponent = work_.tile.statistics[i].exponent * std::numbers::ln2_v<float>;
+        gaps[i] = -(work_.masses[i * size_stride + c] + exponent);
+        if (cap > 0)
+          gaps[i] = static_cast<float>(detail::uncapped(static_cast<double>(gaps[i]), cap));
       }
     }
     add_product({work_.keys, key_stride_, 1}, {work_.queries, row_stride_}, count, seen_.head_dim(),
@@ -236,11 +237,11 @@ class graded_head {
       const row_normaliser& row = rows_.normalisers[r];
       if (!all_see) add_visible(r, size, values, attention);
       Eigen::Map<Eigen::ArrayXf>(values, listed) += hidden;
-      const float unit = unit_of(values, listed_);
-      exponentiate(values, listed_, unit);
-      work_.tile.statistics[r].unit = unit;
+      const float exponent = exponent_of(values, listed_);
+      exponentiate(values, listed_, exponent);
+      work_.tile.statistics[r].exponent = exponent;
       if (!all_see) continue;
-      const double share = attention_at(unit, row) / static_cast<double>(rows);
+      const double share = detail::weight_of(exponent, row) / static_cast<double>(rows);
       sum += static_cast<float>(share) * Eigen::Map<const Eigen::ArrayXf>(values, listed);
     }
     sum += 1e-12f;  // where no row looks all weigh the same
@@ -259,11 +260,11 @@ class graded_head {
   }
 
   const importance_rule& rule_;
-  const Seen& seen_;
+  const Layer& seen_;
   index_t sequence_, kv_head_;
   const grade* grades_;
   fitting_parts work_;
-  head_rows<observed_product<Seen>> rows_;
+  head_rows<observed_product<Layer>> rows_;
   index_t stride_, key_stride_, value_stride_, row_stride_;
   index_t first_measured_, measured_;  // rows of each query head
   index_t measured_stride_;

@@ -73,13 +73,13 @@ class grader {
 
 /// Grades the tokens of one sequence, and leaves in lost [sizes + 1] the share of the candidates'
 /// scores that each size drops; NaN where they are all 0.
-template <class Seen>
-void grade_sequence(const importance_rule& rule, const Seen& seen, index_t s,
+template <class Layer>
+void grade_sequence(const importance_rule& rule, const Layer& layer, index_t s,
                     const scores_view<>& scores, const view<grade, 3>& grades, double* lost,
-                    const view<kept_count, 2>& counts, float* sorted) noexcept {
-  const query_window window = window_of(observed(seen), s, rule.rows);
+                    const view<kept_tokens, 2>& counts, float* sorted) noexcept {
+  const query_window window = window_of(detail::plain(layer), s, rule.rows);
   const auto [begin, end] = rule.candidates(window);
-  const index_t kv_heads = seen.kv_heads(), tokens = window.tokens,
+  const index_t kv_heads = layer.kv_heads(), tokens = window.tokens,
                 unseen = importance_rule::seen_by(window).begin;
   bool undecided = false;
   for (index_t h = 0; h < kv_heads; ++h) undecided |= counts(s, h).undecided;
@@ -123,27 +123,27 @@ void grade_sequence(const importance_rule& rule, const Seen& seen, index_t s,
   for (index_t g = 0; g <= rule.sizes; ++g) lost[g] /= total;
 }
 
-template <class Executor, class Seen>
-void grade_tokens(const Executor& on, const importance_rule& rule, const Seen& seen,
+template <class Executor, class Layer>
+void grade_tokens(const Executor& threads, const importance_rule& rule, const Layer& layer,
                   const scores_view<>& scores, const view<grade, 3>& grades, double* lost,
-                  const view<kept_count, 2>& counts, const importance_scratch& scratch) noexcept {
-  const index_t elements = seen.sequences() * seen.kv_heads() * seen.capacity();
+                  const view<kept_tokens, 2>& counts, const importance_scratch& scratch) noexcept {
+  const index_t elements = layer.sequences() * layer.kv_heads() * layer.capacity();
   auto* sorted = static_cast<float*>(static_cast<void*>(scratch.memory));
-  for_each_item(on, seen.sequences(), elements * 32, [&](int, index_t s) {
-    grade_sequence(rule, seen, s, scores, grades, lost + s * (rule.sizes + 1), counts,
-                   sorted + s * seen.kv_heads() * seen.capacity());
+  for_each_item(threads, layer.sequences(), elements * 32, [&](int, index_t s) {
+    grade_sequence(rule, layer, s, scores, grades, lost + s * (rule.sizes + 1), counts,
+                   sorted + s * layer.kv_heads() * layer.capacity());
   });
 }
 
-template <class Executor, class Seen>
-void keep_grades(const Executor& on, const Seen& seen, const view<const grade, 3>& grades,
+template <class Executor, class Layer>
+void keep_grades(const Executor& threads, const Layer& layer, const view<const grade, 3>& grades,
                  const position_t* sizes, const kept_positions<>& kept) noexcept {
-  for_each_head(on, seen, 4, [&](int, index_t s, index_t h) {
-    const index_t tokens = seen.tokens(s);
+  for_each_head(threads, layer, 4, [&](int, index_t s, index_t h) {
+    const index_t tokens = layer.tokens(s);
     const grade* own = grades.at(s, h);
     position_writer writer(kept, s, h);
     for (index_t t = 0; t < tokens; ++t) {
-      if (own[t] <= sizes[s]) writer.take(t);
+      if (own[t] <= sizes[s]) writer.append(t);
     }
     writer.finish(tokens, kept.counts(s, h).undecided);
   });

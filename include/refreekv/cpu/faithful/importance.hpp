@@ -8,15 +8,15 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Whether the queries of a KV head's rows are finite: a soft cap would hide one that is not.
 template <class Query, class Keys>
-[[nodiscard]] bool are_finite(const query_observation<Query, Keys>& seen, index_t sequence,
+[[nodiscard]] bool are_finite(const query_layer<Query, Keys>& layer, index_t sequence,
                               index_t kv_head, index_t rows) noexcept {
-  const index_t heads = seen.q_heads() / seen.kv_heads();
+  const index_t heads = layer.q_heads() / layer.kv_heads();
   bool finite = true;
   for (index_t i = 0; i < heads * rows; ++i) {
     const Query* query =
-        seen.queries.at(sequence, seen.window() - rows + i % rows, kv_head * heads + i / rows);
-    for (index_t d = 0; d < seen.head_dim(); ++d) {
-      finite &= std::isfinite(widen(query[d * seen.queries.stride(3)]));
+        layer.queries.at(sequence, layer.window() - rows + i % rows, kv_head * heads + i / rows);
+    for (index_t d = 0; d < layer.head_dim(); ++d) {
+      finite &= std::isfinite(widen(query[d * layer.queries.stride(3)]));
     }
   }
   return finite;
@@ -24,12 +24,12 @@ template <class Query, class Keys>
 
 /// Reads the keys once: leaves the normaliser of each row, and in `anchor` the mean direction of
 /// the keys, of length 1, or 0 where they have none. Whether all rows have a softmax.
-template <class Seen, class Product>
-bool find_anchor(const Seen& seen, index_t sequence, index_t kv_head,
+template <class Layer, class Product>
+bool find_anchor(const Layer& layer, index_t sequence, index_t kv_head,
                  const head_rows<Product>& rows, const importance_scratch::weighing_parts& work,
                  row_normaliser* normalisers) noexcept {
-  const auto& what = observed(seen);
-  const index_t dims = seen.head_dim(), count = rows.count();
+  const auto& plain = detail::plain(layer);
+  const index_t dims = layer.head_dim(), count = rows.count();
   const index_t chunks = chunking{rows.window.tokens, 0}.count();
   double* anchor = work.anchor;
   std::fill_n(anchor, whole_registers(dims), 0.0);
@@ -38,14 +38,14 @@ bool find_anchor(const Seen& seen, index_t sequence, index_t kv_head,
   }
   for_each_chunk(rows.window, sequence, kv_head,
                  [&](index_t c, const key_block& block, const key_block& next) {
-                   const block_addresses keys(what.keys, block, next);
+                   const block_addresses keys(plain.keys, block, next);
                    if (!summarise(rows.queries, rows.window, block.tokens, keys, work.tile)) {
                      attend(rows.queries, rows.window, block.tokens, keys, work.tile);
                    }
                    for (index_t i = 0; i < count; ++i) {
                      work.statistics[i * chunks + c] = work.tile.statistics[i];
                    }
-                   for_each_row(what.keys, sequence, kv_head, block.tokens, work.row,
+                   for_each_row(plain.keys, sequence, kv_head, block.tokens, work.row,
                                 [&](index_t, const float* key) {
                                   const double length = length_of_row(key, dims);
                                   if (length <= 0) return;  // a key without a direction
@@ -60,13 +60,13 @@ bool find_anchor(const Seen& seen, index_t sequence, index_t kv_head,
   for (index_t d = 0; d < dims; ++d) square += anchor[d] * anchor[d];
   const double length = std::sqrt(square);
   for (index_t d = 0; d < dims; ++d) {
-    anchor[d] *= has_direction(length, rows.window.tokens) ? 1 / length : 0;
+    anchor[d] *= detail::has_direction(length, rows.window.tokens) ? 1 / length : 0;
   }
-  const auto& sinks = what.info.attention.sink_logits;
+  const auto& sinks = plain.info.attention.sink_logits;
   bool exist = true;
   for (index_t i = 0; i < count; ++i) {
     const index_t q_head = rows.queries.first_head + i / rows.window.rows;
-    normalisers[i] = normalise(
+    normalisers[i] = detail::normalise(
         work.statistics + i * chunks, chunks,
         sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
     exist &= normalisers[i].exists();
@@ -98,84 +98,89 @@ inline void add_spread(const float* logits, index_t heads, index_t rows, index_t
   }
 }
 
-template <class Executor, class Seen>
-void weigh_tokens(const Executor& on, const importance_rule& rule, const Seen& seen,
-                  const scores_view<>& scores, const view<kept_count, 2>& counts,
+template <class Executor, class Layer>
+void weigh_tokens(const Executor& threads, const importance_rule& rule, const Layer& layer,
+                  const scores_view<>& scores, const view<kept_tokens, 2>& counts,
                   const importance_scratch& scratch) noexcept {
-  const auto& what = observed(seen);
-  for_each_head(on, what, attention_work(what, rule.rows), [&](int worker, index_t s, index_t h) {
-    const auto work = scratch.weighing(worker, rule, seen);
-    const auto rows = scratch.pack_head(rule, seen, s, h, work.packed);
-    const index_t dims = seen.head_dim(), value_dims = seen.values.head_dim();
-    const query_window& window = rows.window;
-    const auto heads = static_cast<double>(rows.queries.heads);
-    bool& undecided = counts(s, h).undecided;
-    undecided = window.is_blind() || !are_finite(what, s, h, window.rows);
-    if (window.tokens == 0 || undecided) return;
-    undecided = !find_anchor(seen, s, h, rows, work, scratch.normalisers_of(rule, seen, s, h));
-    if (undecided) return;
+  const auto& plain = detail::plain(layer);
+  for_each_head(
+      threads, plain, attention_work(plain, rule.rows), [&](int worker, index_t s, index_t h) {
+        const auto work = scratch.weighing(worker, rule, layer);
+        const auto rows = scratch.pack_head(rule, layer, s, h, work.packed);
+        const index_t dims = layer.head_dim(), value_dims = layer.values.head_dim();
+        const query_window& window = rows.window;
+        const auto heads = static_cast<double>(rows.queries.heads);
+        bool& undecided = counts(s, h).undecided;
+        undecided = window.is_blind() || !are_finite(plain, s, h, window.rows);
+        if (window.tokens == 0 || undecided) return;
+        undecided =
+            !find_anchor(layer, s, h, rows, work, scratch.normalisers_of(rule, layer, s, h));
+        if (undecided) return;
 
-    const auto [begin, end] = importance_rule::seen_by(window);
-    const token_range typical = importance_rule::typical(window);
-    double squared_spread = 0;
-    for_each_chunk(window, s, h, [&](index_t, const key_block& block, const key_block& next) {
-      const index_t first = block.tokens.begin, last = block.tokens.end, count = last - first;
-      rows.fill_bare_logits(block_addresses(what.keys, block, next), work.tile);
+        const auto [begin, end] = importance_rule::seen_by(window);
+        const token_range typical = importance_rule::typical(window);
+        double squared_spread = 0;
+        for_each_chunk(window, s, h, [&](index_t, const key_block& block, const key_block& next) {
+          const index_t first = block.tokens.begin, last = block.tokens.end, count = last - first;
+          rows.fill_bare_logits(block_addresses(plain.keys, block, next), work.tile);
 
-      constexpr auto most = static_cast<std::size_t>(chunk_tokens);
-      float spread[most] = {};
-      add_spread(work.tile.values, rows.queries.heads, window.rows, count, spread);
-      for (index_t t = (std::max)(first, typical.begin); t < (std::min)(last, typical.end); ++t) {
-        const double mean = static_cast<double>(spread[t - first]) / heads;
-        squared_spread += mean * mean;
-      }
-
-      double peaks[most] = {};
-      for (index_t i = 0; i < rows.count(); ++i) {  // also of what no row sees
-        const float* logits = work.tile.values + i * tile_stride;
-        undecided |=
-            !Eigen::Map<const Eigen::ArrayXf>(logits, static_cast<Eigen::Index>(count)).allFinite();
-      }
-      for (index_t g = 0; g < rows.queries.heads; ++g) {
-        float peak[most] = {};
-        for (index_t r = 0; r < window.rows; ++r) {
-          float* attention = work.tile.values + (g * window.rows + r) * tile_stride;
-          rows.attend(g * window.rows + r, block.tokens, attention);
-          for (index_t t = 0; t < count; t += lane_count) {
-            store(larger(load(peak + t), load(attention + t)), peak + t);
+          constexpr auto most = static_cast<std::size_t>(chunk_tokens);
+          float spread[most] = {};
+          add_spread(work.tile.values, rows.queries.heads, window.rows, count, spread);
+          for (index_t t = (std::max)(first, typical.begin); t < (std::min)(last, typical.end);
+               ++t) {
+            const double mean = static_cast<double>(spread[t - first]) / heads;
+            squared_spread += mean * mean;
           }
-        }
-        const float* last_row = work.tile.values + ((g + 1) * window.rows - 1) * tile_stride;
-        for (index_t t = 0; t < count; ++t) {
-          peaks[t] +=
-              static_cast<double>(peak[t]) + rule.last_row * static_cast<double>(last_row[t]);
-        }
-      }
 
-      for_each_row(what.keys, s, h, block.tokens, work.row, [&](index_t t, const float* key) {
-        const double length = length_of_row(key, dims);
-        const double along = wide_dot(key, work.anchor, dims);
-        const double distance = length > 0 || std::isnan(length) ? 1 - along / length : 1;
-        double& weight = peaks[t - first];
-        weight = (weight / heads + rule.prior) * (distance < 0 ? 0 : distance);
-      });
-      for_each_row(seen.values, s, h, block.tokens, work.row, [&](index_t t, const float* value) {
-        scores(s, h, t) = static_cast<float>(peaks[t - first] * length_of_row(value, value_dims));
-      });
-    });
+          double peaks[most] = {};
+          for (index_t i = 0; i < rows.count(); ++i) {  // also of plain no row sees
+            const float* logits = work.tile.values + i * tile_stride;
+            undecided |= !Eigen::Map<const Eigen::ArrayXf>(logits, static_cast<Eigen::Index>(count))
+                              .allFinite();
+          }
+          for (index_t g = 0; g < rows.queries.heads; ++g) {
+            float peak[most] = {};
+            for (index_t r = 0; r < window.rows; ++r) {
+              float* attention = work.tile.values + (g * window.rows + r) * tile_stride;
+              rows.attend(g * window.rows + r, block.tokens, attention);
+              for (index_t t = 0; t < count; t += lane_count) {
+                store(larger(load(peak + t), load(attention + t)), peak + t);
+              }
+            }
+            const float* last_row = work.tile.values + ((g + 1) * window.rows - 1) * tile_stride;
+            for (index_t t = 0; t < count; ++t) {
+              peaks[t] +=
+                  static_cast<double>(peak[t]) + rule.last_row * static_cast<double>(last_row[t]);
+            }
+          }
 
-    // One row has no spread: then all heads count the same.
-    const double sigma =
-        window.rows > 1
-            ? std::sqrt(squared_spread / static_cast<double>(typical.end - typical.begin))
-            : 1;
-    for (index_t t = 0; t < begin; ++t) scores(s, h, t) = 0;
-    for (index_t t = begin; t < end; ++t) {
-      float& score = scores(s, h, t);
-      score = static_cast<float>(static_cast<double>(score) * sigma);
-      undecided |= !std::isfinite(score);
-    }
-  });
+          for_each_row(plain.keys, s, h, block.tokens, work.row, [&](index_t t, const float* key) {
+            const double length = length_of_row(key, dims);
+            const double along = wide_dot(key, work.anchor, dims);
+            const double distance = length > 0 || std::isnan(length) ? 1 - along / length : 1;
+            double& weight = peaks[t - first];
+            weight = (weight / heads + rule.prior) * (distance < 0 ? 0 : distance);
+          });
+          for_each_row(
+              layer.values, s, h, block.tokens, work.row, [&](index_t t, const float* value) {
+                scores(s, h, t) =
+                    static_cast<float>(peaks[t - first] * length_of_row(value, value_dims));
+              });
+        });
+
+        // One row has no spread: then all heads count the same.
+        const double sigma =
+            window.rows > 1
+                ? std::sqrt(squared_spread / static_cast<double>(typical.end - typical.begin))
+                : 1;
+        for (index_t t = 0; t < begin; ++t) scores(s, h, t) = 0;
+        for (index_t t = begin; t < end; ++t) {
+          float& score = scores(s, h, t);
+          score = static_cast<float>(static_cast<double>(score) * sigma);
+          undecided |= !std::isfinite(score);
+        }
+      });
 }
 
 }  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -40,10 +40,10 @@ void for_each_row(const Source& source, index_t sequence, index_t kv_head, token
 }
 
 /// How an observation's keys and queries are multiplied.
-template <class Seen>
-using observed_type = std::remove_cvref_t<decltype(observed(std::declval<const Seen&>()))>;
-template <class Seen>
-using observed_product = product_of<observed_type<Seen>>;
+template <class Layer>
+using observed_type = std::remove_cvref_t<decltype(detail::plain(std::declval<const Layer&>()))>;
+template <class Layer>
+using observed_product = product_of<observed_type<Layer>>;
 
 /// The rows that exist of one KV head's window, packed, and the attention of each.
 template <class Product>
@@ -74,12 +74,12 @@ struct head_rows {
     finish_logits(params, window, q_head, i % window.rows, tokens, logits);
     const row_normaliser& row = normalisers[i];
     // A sink's logit may be so large that no token's is within reach of its unit.
-    if (std::abs(row.unit) < unit_limit && params.sink_logits.data() == nullptr) {
+    if (std::abs(row.exponent) < exponent_limit && params.sink_logits.data() == nullptr) {
       attend_in_units(logits, count, row);
     } else {
-      const float unit = unit_of(logits, count);
-      exponentiate(logits, count, unit);
-      normalise_values(logits, count, unit, row);
+      const float exponent = exponent_of(logits, count);
+      exponentiate(logits, count, exponent);
+      normalise_values(logits, count, exponent, row);
     }
     const token_range visible = window.visible(i % window.rows);
     const index_t from = std::clamp(visible.begin, tokens.begin, tokens.end) - tokens.begin;
@@ -89,13 +89,13 @@ struct head_rows {
   }
 
   /// Turns logits [whole registers] into attention, that of the row's largest times 2^-62 or more.
-  /// Requires |unit| < unit_limit.
+  /// Requires |exponent| < exponent_limit.
   static void attend_in_units(float* logits, index_t count, const row_normaliser& row) noexcept {
-    const lanes lowest = splat((row.unit + lowest_power) * std::numbers::ln2_v<float>);
-    const lanes unit = splat(row.unit + integer_shift);
+    const lanes lowest = splat((row.exponent + lowest_power) * std::numbers::ln2_v<float>);
+    const lanes exponent = splat(row.exponent + integer_shift);
     const lanes share = splat(static_cast<float>(1 / row.sum));
     for (index_t t = 0; t < count; t += lane_count) {
-      store(exponential(larger(load(logits + t), lowest), unit) * share, logits + t);
+      store(exponential(larger(load(logits + t), lowest), exponent) * share, logits + t);
     }
   }
 };
@@ -115,50 +115,50 @@ struct importance_scratch {
     double* anchor;                ///< [whole_registers of the head_dim]
   };
 
-  template <class Seen>
-  static weighing_parts take_weighing(arena& from, const importance_rule& rule,
-                                      const Seen& seen) noexcept {
-    using product = observed_product<Seen>;
-    const index_t heads = seen.q_heads() / seen.kv_heads(), dims = seen.head_dim();
+  template <class Layer>
+  static weighing_parts carve_weighing(arena& from, const importance_rule& rule,
+                                       const Layer& layer) noexcept {
+    using product = observed_product<Layer>;
+    const index_t heads = layer.q_heads() / layer.kv_heads(), dims = layer.head_dim();
     weighing_parts p{};
-    p.packed = from.take<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
-    p.tile.gathered = from.take<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
-    p.tile.values = from.take<float>(heads, rule.rows, tile_stride);
-    p.tile.statistics = from.take<chunk_statistics>(heads, rule.rows);
+    p.packed = from.array<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
+    p.tile.gathered = from.array<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
+    p.tile.values = from.array<float>(heads, rule.rows, tile_stride);
+    p.tile.statistics = from.array<chunk_statistics>(heads, rule.rows);
     p.statistics =
-        from.take<chunk_statistics>(heads, rule.rows, chunking{seen.capacity(), 0}.count());
-    p.row = from.take<float>(whole_registers((std::max)(dims, seen.values.head_dim())));
-    p.anchor = from.take<double>(whole_registers(dims));
+        from.array<chunk_statistics>(heads, rule.rows, chunking{layer.capacity(), 0}.count());
+    p.row = from.array<float>(whole_registers((std::max)(dims, layer.values.head_dim())));
+    p.anchor = from.array<double>(whole_registers(dims));
     return p;
   }
-  template <class Seen>
+  template <class Layer>
   [[nodiscard]] weighing_parts weighing(index_t worker, const importance_rule& rule,
-                                        const Seen& seen) const noexcept {
+                                        const Layer& layer) const noexcept {
     arena carve(memory + worker * worker_bytes);
-    return take_weighing(carve, rule, seen);
+    return carve_weighing(carve, rule, layer);
   }
 
   /// The rows of a KV head that exist, which are packed.
-  template <class Seen>
-  [[nodiscard]] auto pack_head(const importance_rule& rule, const Seen& seen, index_t sequence,
+  template <class Layer>
+  [[nodiscard]] auto pack_head(const importance_rule& rule, const Layer& layer, index_t sequence,
                                index_t kv_head, void* packed) const noexcept {
-    using product = observed_product<Seen>;
-    const auto& what = observed(seen);
-    const query_window all = window_of(what, sequence, rule.rows);
-    const index_t heads = seen.q_heads() / seen.kv_heads(), rows = all.count();
+    using product = observed_product<Layer>;
+    const auto& plain = detail::plain(layer);
+    const query_window all = window_of(plain, sequence, rule.rows);
+    const index_t heads = layer.q_heads() / layer.kv_heads(), rows = all.count();
     auto* own = static_cast<typename product::packed*>(packed);
     for (index_t g = 0; g < heads; ++g) {
-      pack_queries(what, sequence, kv_head * heads + g, rows, own);
+      pack_queries(plain, sequence, kv_head * heads + g, rows, own);
     }
-    return head_rows<product>{all.part(all.first_row(), rows), queries_of(what, kv_head, own),
-                              normalisers_of(rule, seen, sequence, kv_head)};
+    return head_rows<product>{all.part(all.first_row(), rows), queries_of(plain, kv_head, own),
+                              normalisers_of(rule, layer, sequence, kv_head)};
   }
 
-  template <class Seen>
-  [[nodiscard]] row_normaliser* normalisers_of(const importance_rule& rule, const Seen& seen,
+  template <class Layer>
+  [[nodiscard]] row_normaliser* normalisers_of(const importance_rule& rule, const Layer& layer,
                                                index_t sequence, index_t kv_head) const noexcept {
-    const index_t heads = seen.q_heads() / seen.kv_heads();
-    return normalisers + (sequence * seen.kv_heads() + kv_head) * heads * rule.rows;
+    const index_t heads = layer.q_heads() / layer.kv_heads();
+    return normalisers + (sequence * layer.kv_heads() + kv_head) * heads * rule.rows;
   }
 };
 

@@ -8,10 +8,10 @@
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// One KV head of which the error of each size is measured.
-template <class Seen>
-class measured_head : public graded_head<Seen> {
+template <class Layer>
+class measured_head : public graded_head<Layer> {
  public:
-  using graded_head<Seen>::graded_head;
+  using graded_head<Layer>::graded_head;
 
   /// Into errors [sizes + 1] the relative error of each size's outputs, summed over the measured
   /// rows.
@@ -40,7 +40,7 @@ class measured_head : public graded_head<Seen> {
   }
 
  private:
-  using base = graded_head<Seen>;
+  using base = graded_head<Layer>;
   using base::drops, base::list, base::read_block, base::fit_block, base::for_each_block;
   using base::levels_, base::stride_, base::key_stride_, base::value_stride_, base::measured_;
   using base::measured_stride_;
@@ -133,7 +133,7 @@ class measured_head : public graded_head<Seen> {
       double sink = 0;  // what no token gets
       if (sinks.data() != nullptr) {
         const auto logit = static_cast<double>(sinks(rows_.queries.first_head + e / measured_));
-        sink = std::exp2(logit / std::numbers::ln2 - static_cast<double>(row.unit)) / row.sum;
+        sink = std::exp2(logit / std::numbers::ln2 - static_cast<double>(row.exponent)) / row.sum;
       }
       const double all = work_.shares[sizes * measured + e] + sink;
       const auto whole = output(sizes, e).template cast<double>() / all;
@@ -151,25 +151,25 @@ class measured_head : public graded_head<Seen> {
   }
 };
 
-template <class Executor, class Seen>
-void find_sizes(const Executor& on, const importance_rule& rule, const Seen& seen,
+template <class Executor, class Layer>
+void find_sizes(const Executor& threads, const importance_rule& rule, const Layer& layer,
                 const view<const grade, 3>& grades, const double* lost, position_t* sizes,
                 const importance_scratch& scratch) noexcept {
-  const index_t kv_heads = seen.kv_heads(), steps = index_t{rule.sizes} + 1;
+  const index_t kv_heads = layer.kv_heads(), steps = index_t{rule.sizes} + 1;
   const auto errors_of = [&](index_t s, index_t h) {
     return scratch.errors + (s * kv_heads + h) * steps;
   };
   if (rule.error_term) {
-    for_each_head(on, seen, attention_work(observed(seen), rule.rows),
+    for_each_head(threads, layer, attention_work(detail::plain(layer), rule.rows),
                   [&](int worker, index_t s, index_t h) {
                     if (!(lost[s * steps] > 0)) return;  // all sizes are the same
-                    measured_head<Seen>(rule, seen, s, h, scratch, worker, grades.at(s, h))
+                    measured_head<Layer>(rule, layer, s, h, scratch, worker, grades.at(s, h))
                         .measure(errors_of(s, h));
                   });
   }
-  for (index_t s = 0; s < seen.sequences(); ++s) {
+  for (index_t s = 0; s < layer.sequences(); ++s) {
     const index_t rows =
-        seen.q_heads() * rule.measured(window_of(observed(seen), s, rule.rows).count());
+        layer.q_heads() * rule.measured(window_of(detail::plain(layer), s, rule.rows).count());
     sizes[s] = static_cast<position_t>(rule.smallest([&](index_t size) {
       const double share = lost[s * steps + size];
       if (!rule.error_term || !(lost[s * steps] > 0)) return rule.is_enough(share, 0);

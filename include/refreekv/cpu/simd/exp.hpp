@@ -13,12 +13,12 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 inline constexpr float lowest_power = -62;
 
 /// Units of `exponential` are whole and less than this, either way.
-inline constexpr float unit_limit = 0x1p21f;
+inline constexpr float exponent_limit = 0x1p21f;
 
-/// exp(x) / 2^unit where that is below 2^127, given unit + integer_shift; NaN stays NaN. Requires
-/// x >= (unit + lowest_power) ln 2, so that no result is denormal. Within 2 units in the last place
-/// for |unit| up to 1000. Ours: x = n ln 2 + r, and on |r| <= ln 2 / 2 the polynomial of degree 6
-/// that starts with 1 + r and has the smallest relative error, 3.1e-9.
+/// exp(x) / 2^exponent where that is below 2^127, given exponent + integer_shift; NaN stays NaN.
+/// Requires x >= (exponent + lowest_power) ln 2, so that no result is denormal. Within 2 units in
+/// the last place for |exponent| up to 1000. Ours: x = n ln 2 + r, and on |r| <= ln 2 / 2 the
+/// polynomial of degree 6 that starts with 1 + r and has the smallest relative error, 3.1e-9.
 REFREEKV_ALWAYS_INLINE lanes exponential(const lanes& x, const lanes& shifted_unit) noexcept {
   const auto shifted = exactly<lanes>(x * std::numbers::log2e_v<float> + integer_shift);
   const lanes n = shifted - integer_shift;

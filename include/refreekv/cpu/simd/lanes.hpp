@@ -46,11 +46,9 @@ REFREEKV_ALWAYS_INLINE lanes two_to_the_difference(lanes a, lanes b) noexcept {
                               << 23);
 }
 
-namespace detail {
-
 template <std::size_t... i, class Index>
-REFREEKV_ALWAYS_INLINE lanes shuffle(lanes a, lanes b, Index index,
-                                     std::index_sequence<i...>) noexcept {
+REFREEKV_ALWAYS_INLINE lanes shuffle_lanes(lanes a, lanes b, Index index,
+                                           std::index_sequence<i...>) noexcept {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, index(int{i})...);
 #else
@@ -59,12 +57,10 @@ REFREEKV_ALWAYS_INLINE lanes shuffle(lanes a, lanes b, Index index,
 #endif
 }
 
-}  // namespace detail
-
 /// Lane i is lane index(i) of a and b in a row.
 template <class Index>
 REFREEKV_ALWAYS_INLINE lanes shuffle(lanes a, lanes b, Index index) noexcept {
-  return detail::shuffle(a, b, index, std::make_index_sequence<lane_count>());
+  return shuffle_lanes(a, b, index, std::make_index_sequence<lane_count>());
 }
 
 #else
@@ -89,7 +85,7 @@ REFREEKV_ALWAYS_INLINE lanes two_to_the_difference(const lanes& a, const lanes& 
 }
 
 template <class Index>
-REFREEKV_ALWAYS_INLINE lanes shuffle(const lanes& a, const lanes& b, Index index) noexcept {
+REFREEKV_ALWAYS_INLINE lanes shuffle_lanes(const lanes& a, const lanes& b, Index index) noexcept {
   lanes out;
   for (int i = 0; i < lane_count; ++i) {
     out[i] = index(i) < lane_count ? a[index(i)] : b[index(i) - lane_count];

@@ -28,9 +28,9 @@ struct key_segments {
   static constexpr std::uint32_t no_score = 0xffffffff;
 
   template <class Backend>
-  [[nodiscard]] static key_segments of(const Backend& on, index_t count,
+  [[nodiscard]] static key_segments of(const Backend& exec, index_t count,
                                        index_t capacity) noexcept {
-    return {count, capacity, bits_of(capacity), sorts_together(on, count, capacity)};
+    return {count, capacity, bits_of(capacity), sorts_together(exec, count, capacity)};
   }
   /// The bits that keys are sorted by.
   [[nodiscard]] int first_bit() const noexcept { return token_bits; }

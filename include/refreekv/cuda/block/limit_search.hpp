@@ -66,12 +66,12 @@ struct limit_parts {
   /// group do, how many have which digit next.
   unsigned* counts;
 
-  template <class Seen>
-  [[nodiscard]] static limit_parts take(arena& from, const importance_rule& rule, const Seen& seen,
-                                        index_t splits) noexcept {
-    return {from.take<limit_search>(seen.sequences(), seen.kv_heads()),
-            from.take<unsigned>(seen.sequences(), seen.kv_heads(), splits, index_t{rule.sizes},
-                                index_t{limit_search::bins})};
+  template <class Layer>
+  [[nodiscard]] static limit_parts carve(arena& from, const importance_rule& rule,
+                                         const Layer& layer, index_t splits) noexcept {
+    return {from.array<limit_search>(layer.sequences(), layer.kv_heads()),
+            from.array<unsigned>(layer.sequences(), layer.kv_heads(), splits, index_t{rule.sizes},
+                                 index_t{limit_search::bins})};
   }
 };
 

@@ -118,7 +118,7 @@ class mass_bins {
 
   /// `sum` is that of the values, up to rounding. Requires a normal number > 0.
   REFREEKV_DEVICE explicit mass_bins(double sum) noexcept
-      : scale_(power_of_two(static_cast<float>(60 - std::ilogb(sum)))) {}
+      : scale_(detail::power_of_two(static_cast<float>(60 - std::ilogb(sum)))) {}
 
   [[nodiscard]] REFREEKV_DEVICE weight of(float value) const noexcept {
     if (!(value > 0)) return 0;

@@ -22,27 +22,27 @@ template <thread_block Block>
 }
 
 /// Sums k / |k| over the tokens of each chunk, to directions [sequence, kv_head, chunk, head_dim].
-template <class Seen>
+template <class Layer>
 struct directions_body {
   struct shared {
     double sums[block_warps][warp_threads];
   };
-  Seen seen;
+  Layer layer;
   index_t rows;
   index_t chunks;
-  view<kept_count, 2, typename Seen::memory> counts;
+  view<kept_tokens, 2, typename Layer::memory> counts;
   double* directions;
   row_parts cut;  ///< of the chunks of a KV head
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
     const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
     if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
-    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
-      sum(block, s, sequence, kv_head, seen_part(window_of(seen, sequence, rows), tokens),
-          directions + ((sequence * kv_heads + kv_head) * chunks + chunk) * seen.head_dim());
+    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+      sum(block, s, sequence, kv_head, seen_part(window_of(layer, sequence, rows), tokens),
+          directions + ((sequence * kv_heads + kv_head) * chunks + chunk) * layer.head_dim());
     });
   }
 
@@ -50,10 +50,10 @@ struct directions_body {
   template <thread_block Block>
   REFREEKV_DEVICE void sum(Block& block, shared& s, index_t sequence, index_t kv_head,
                            token_range tokens, double* to) const noexcept {
-    const index_t dims = seen.head_dim(), first = tokens.begin + warp_of(block) * warp_threads;
+    const index_t dims = layer.head_dim(), first = tokens.begin + warp_of(block) * warp_threads;
     const int lane = lane_of(block);
     const int count = count_of_warp(block, tokens);
-    const double square = sum_of_row(block, seen.keys, sequence, kv_head, first, count,
+    const double square = sum_of_row(block, layer.keys, sequence, kv_head, first, count,
                                      [](index_t, double x) { return x * x; });
     // Of the length of the thread's own key; 0 of one without a direction.
     const double inverse = lane >= count || square <= 0 ? 0 : 1 / std::sqrt(square);
@@ -61,7 +61,7 @@ struct directions_body {
       double sum = 0;
       const index_t dim = strip + lane < dims ? strip + lane : dims - 1;
       for_each_element(
-          seen.keys, sequence, kv_head, dim, 0, count, 1, [&](int i) { return first + i; },
+          layer.keys, sequence, kv_head, dim, 0, count, 1, [&](int i) { return first + i; },
           [&](int i, float x) { sum += double{x} * block.warp_broadcast(inverse, i); });
       s.sums[warp_of(block)][lane] = sum;
       block.sync();
@@ -77,25 +77,25 @@ struct directions_body {
 
 /// Joins directions to anchors [sequence, kv_head, head_dim] of length 1, or 0 where they have
 /// none.
-template <class Seen>
+template <class Layer>
 struct anchor_body {
   using shared = warp_values<double>;
-  Seen seen;
+  Layer layer;
   index_t chunks;
-  view<kept_count, 2, typename Seen::memory> counts;
+  view<kept_tokens, 2, typename Layer::memory> counts;
   const double* directions;
   double* anchors;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), dims = seen.head_dim();
-    const index_t tokens = seen.tokens(sequence), count = chunking{tokens, 0}.count();
-    if (!block.sync_and(!counts(sequence, item % seen.kv_heads()).undecided)) return;
+    const index_t sequence = item / layer.kv_heads(), dims = layer.head_dim();
+    const index_t tokens = layer.tokens(sequence), count = chunking{tokens, 0}.count();
+    if (!block.sync_and(!counts(sequence, item % layer.kv_heads()).undecided)) return;
     double* to = anchors + item * dims;
     double square = 0;
     for (index_t d = block.rank(); d < dims; d += block_threads) {
@@ -107,7 +107,7 @@ struct anchor_body {
       square += sum * sum;
     }
     const double length = std::sqrt(block_reduce(block, s, square, plus{}));
-    const double factor = has_direction(length, tokens) ? 1 / length : 0;
+    const double factor = detail::has_direction(length, tokens) ? 1 / length : 0;
     for (index_t d = block.rank(); d < dims; d += block_threads) to[d] *= factor;
   }
 };

@@ -59,7 +59,7 @@ struct logit_cap {
     return c;
   }
   [[nodiscard]] REFREEKV_DEVICE float operator()(float x) const noexcept {
-    return cap > 0 ? softly_capped(x, cap, inverse, std::exp(double{x} * (2 * inverse))) : x;
+    return cap > 0 ? detail::soft_capped(x, cap, inverse, std::exp(double{x} * (2 * inverse))) : x;
   }
 };
 

@@ -8,25 +8,25 @@ namespace refreekv::inline v0::cuda_detail {
 
 /// Leaves the logarithms of what the rows' exponentials sum to, and tells which heads are undecided
 /// whatever their scores are.
-template <class Seen>
+template <class Layer>
 struct check_rows_body {
   struct shared {};
-  Seen seen;
+  Layer layer;
   index_t rows;
   const row_normaliser* normalisers;  ///< [sequence, q_head, rows]
   double* log_sums;                   ///< [sequence, q_head, rows]
-  view<kept_count, 2, typename Seen::memory> counts;
+  view<kept_tokens, 2, typename Layer::memory> counts;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), group = seen.q_heads() / seen.kv_heads();
-    const index_t kv_head = item % seen.kv_heads();
-    const query_window window = window_of(seen, sequence, rows);
+    const index_t sequence = item / layer.kv_heads(), group = layer.q_heads() / layer.kv_heads();
+    const index_t kv_head = item % layer.kv_heads();
+    const query_window window = window_of(layer, sequence, rows);
     bool good = true;
     for (index_t i = block.rank(); i < group * rows; i += block_threads) {
       if (i % rows < window.first_row()) continue;
@@ -38,9 +38,9 @@ struct check_rows_body {
     for (index_t i = warp_of(block); i < group * rows; i += block_warps) {
       if (i % rows < window.first_row()) continue;
       const auto* query =
-          seen.queries.at(sequence, seen.window() - rows + i % rows, kv_head * group + i / rows);
-      for (index_t d = lane_of(block); d < seen.head_dim(); d += warp_threads) {
-        good = good && std::fabs(widen(query[d * seen.queries.stride(3)])) < infinity;
+          layer.queries.at(sequence, layer.window() - rows + i % rows, kv_head * group + i / rows);
+      for (index_t d = lane_of(block); d < layer.head_dim(); d += warp_threads) {
+        good = good && std::fabs(widen(query[d * layer.queries.stride(3)])) < infinity;
       }
     }
     good = block.sync_and(good);

@@ -19,33 +19,33 @@ struct ranked_heads {
 };
 
 /// How the KV heads of a sequence are ranked.
-template <class Seen>
+template <class Layer>
 struct rankings {
   importance_rule rule;
-  Seen seen;
-  view<kept_count, 2, typename Seen::memory> counts;
+  Layer layer;
+  view<kept_tokens, 2, typename Layer::memory> counts;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool together() const noexcept {
     return rule.scope == cut_scope::kv_head;
   }
   /// Of each sequence.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t count() const noexcept {
-    return together() ? 1 : seen.kv_heads();
+    return together() ? 1 : layer.kv_heads();
   }
   [[nodiscard]] REFREEKV_DEVICE query_window window(index_t sequence) const noexcept {
-    return window_of(seen, sequence, rule.rows);
+    return window_of(layer, sequence, rule.rows);
   }
   [[nodiscard]] REFREEKV_DEVICE ranked_heads heads(index_t sequence,
                                                    index_t ranking) const noexcept {
     const token_range candidates = rule.candidates(window(sequence));
-    if (together()) return {0, seen.kv_heads(), candidates};
+    if (together()) return {0, layer.kv_heads(), candidates};
     return {ranking, 1, candidates};
   }
   /// Whether all heads of a sequence are decided.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE bool decided(Block& block, index_t sequence) const noexcept {
     bool decided = true;
-    for (index_t h = block.rank(); h < seen.kv_heads(); h += block_threads) {
+    for (index_t h = block.rank(); h < layer.kv_heads(); h += block_threads) {
       decided = decided && !counts(sequence, h).undecided;
     }
     return block.sync_and(decided);
@@ -62,14 +62,14 @@ struct rankings {
   return static_cast<grade>(n < rule.kept_by(g, candidates) ? g : g + 1);
 }
 
-template <class Seen>
+template <class Layer>
 struct start_search_body {
   struct shared {};
-  rankings<Seen> of;
+  rankings<Layer> of;
   limit_search* searches;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return of.seen.sequences() * of.count();
+    return of.layer.sequences() * of.count();
   }
 
   /// item: [sequence, ranking]
@@ -89,28 +89,28 @@ struct start_search_body {
 };
 
 /// Counts the digits of a split.
-template <class Seen>
+template <class Layer>
 struct count_digits_body {
   struct shared {
     unsigned counts[max_sizes * limit_search::bins];
     limit_groups groups;
   };
-  rankings<Seen> of;
-  scores_view<typename Seen::memory> scores;
+  rankings<Layer> of;
+  scores_view<typename Layer::memory> scores;
   search_digit digit;
   index_t splits;  ///< of the longest sequence
   limit_parts work;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return of.seen.sequences() * of.seen.kv_heads() * splits;
+    return of.layer.sequences() * of.layer.kv_heads() * splits;
   }
 
   /// item: [sequence, kv_head, split]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t head = item / splits, begin = item % splits * split_tokens;
-    const index_t kv_heads = of.seen.kv_heads(), sequence = head / kv_heads;
-    if (begin >= of.seen.tokens(sequence)) return;
+    const index_t kv_heads = of.layer.kv_heads(), sequence = head / kv_heads;
+    if (begin >= of.layer.tokens(sequence)) return;
     const limit_search& search = work.searches[of.together() ? sequence : head];
     if (!search.decides) return;
     const int groups = s.groups.find(block, search.begins[digit.before()], narrow(of.rule.sizes));
@@ -144,20 +144,20 @@ struct count_digits_body {
 };
 
 /// Finds the digit of each size. A block a group.
-template <class Seen>
+template <class Layer>
 struct find_digits_body {
   static constexpr int shares = block_threads / limit_search::bins;  // of what is summed
   struct shared {
     index_t counts[shares][limit_search::bins];
     limit_groups groups;
   };
-  rankings<Seen> of;
+  rankings<Layer> of;
   search_digit digit;
   index_t splits;
   limit_parts work;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return of.seen.sequences() * of.count() * of.rule.sizes;
+    return of.layer.sequences() * of.count() * of.rule.sizes;
   }
 
   /// item: [sequence, ranking, group]
@@ -181,11 +181,11 @@ struct find_digits_body {
   [[nodiscard]] REFREEKV_DEVICE index_t sum(index_t sequence, const ranked_heads& heads, int group,
                                             int bin, int share) const noexcept {
     const index_t stride = index_t{of.rule.sizes} * limit_search::bins;
-    const index_t used = (of.seen.tokens(sequence) + split_tokens - 1) / split_tokens;
+    const index_t used = (of.layer.tokens(sequence) + split_tokens - 1) / split_tokens;
     index_t sum = 0;
     for (index_t h = heads.first; h < heads.first + heads.count; ++h) {
       const unsigned* const own = work.counts +
-                                  (sequence * of.seen.kv_heads() + h) * splits * stride +
+                                  (sequence * of.layer.kv_heads() + h) * splits * stride +
                                   group * limit_search::bins + bin;
       // Heads begin by turns, as there may be one split alone.
       for (index_t i = (share + h) % shares; i < used; i += shares) sum += index_t{own[i * stride]};
@@ -210,16 +210,16 @@ struct find_digits_body {
 };
 
 /// Makes one limit of all sizes that end with equals. A thread a limit.
-template <class Seen>
+template <class Layer>
 struct write_limits_body {
   using shared = limit_groups;
-  rankings<Seen> of;
+  rankings<Layer> of;
   int last;  ///< which of a search's `begins` are all of a score
   const limit_search* searches;
   score_limits* limits;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return of.seen.sequences() * of.count();
+    return of.layer.sequences() * of.count();
   }
 
   /// item: [sequence, ranking]
@@ -256,26 +256,26 @@ struct write_limits_body {
 };
 
 /// Leaves the limits of each ranking, in as many steps as scores have digits.
-template <class Backend, class Seen>
-[[nodiscard]] status find_limits(const Backend& on, const rankings<Seen>& of,
-                                 const scores_view<typename Seen::memory>& scores,
+template <class Backend, class Layer>
+[[nodiscard]] status find_limits(const Backend& exec, const rankings<Layer>& of,
+                                 const scores_view<typename Layer::memory>& scores,
                                  const importance_scratch& scratch) noexcept {
   arena memory = scratch.carve();
-  const limit_parts work = limit_parts::take(memory, of.rule, of.seen, scratch.splits);
-  const start_search_body<Seen> start{of, work.searches};
-  status s = run_blocks(on, start.items(), start);
+  const limit_parts work = limit_parts::carve(memory, of.rule, of.layer, scratch.splits);
+  const start_search_body<Layer> start{of, work.searches};
+  status s = run_blocks(exec, start.items(), start);
   search_digit digit = search_digit::first();
   for (; s == status::ok; digit = digit.next()) {
-    const count_digits_body<Seen> count{of, scores, digit, scratch.splits, work};
-    s = run_blocks(on, count.items(), count);
+    const count_digits_body<Layer> count{of, scores, digit, scratch.splits, work};
+    s = run_blocks(exec, count.items(), count);
     if (s != status::ok) break;
-    const find_digits_body<Seen> find{of, digit, scratch.splits, work};
-    s = run_blocks(on, find.items(), find);
+    const find_digits_body<Layer> find{of, digit, scratch.splits, work};
+    s = run_blocks(exec, find.items(), find);
     if (digit.is_last()) break;
   }
   if (s != status::ok) return s;
-  const write_limits_body<Seen> write{of, digit.after(), work.searches, scratch.limits};
-  return run_blocks(on, write.items(), write);
+  const write_limits_body<Layer> write{of, digit.after(), work.searches, scratch.limits};
+  return run_blocks(exec, write.items(), write);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

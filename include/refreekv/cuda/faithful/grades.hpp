@@ -10,15 +10,15 @@ namespace refreekv::inline v0::cuda_detail {
 
 /// Grades the tokens, a thread each, but for equals that get different ones, and sums the scores of
 /// those that have a grade in each chunk.
-template <class Seen>
+template <class Layer>
 struct grade_body {
   struct shared {
     score_limits limits;
     double sums[block_warps][max_sizes];
   };
-  rankings<Seen> of;
-  scores_view<typename Seen::memory> scores;
-  view<grade, 3, typename Seen::memory> grades;
+  rankings<Layer> of;
+  scores_view<typename Layer::memory> scores;
+  view<grade, 3, typename Layer::memory> grades;
   const score_limits* limits;
   index_t chunks;
   double* sums;   ///< [sequence, kv_head, chunk, sizes]
@@ -27,7 +27,7 @@ struct grade_body {
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = of.seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t kv_heads = of.layer.kv_heads(), kv_head = item % kv_heads;
     const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
     const score_limits& own = limits[of.together() ? sequence : sequence * kv_heads + kv_head];
     const int count = own.count;
@@ -37,7 +37,7 @@ struct grade_body {
     const query_window window = of.window(sequence);
     const token_range candidates = of.rule.candidates(window);
     const index_t unseen = importance_rule::seen_by(window).begin;
-    for_each_chunk(of.seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+    for_each_chunk(of.layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
       const index_t token = tokens.begin + block.rank();
       const bool is_candidate =
           decides && token < tokens.end && token >= candidates.begin && token < candidates.end;
@@ -99,15 +99,15 @@ struct grade_body {
 
 /// Grades those equals that get different grades, in their order, and leaves lost [sequence,
 /// sizes + 1].
-template <class Seen>
+template <class Layer>
 struct lost_body {
   struct shared {
     warp_values<std::uint64_t> counts;
     double sums[block_threads];  ///< [part, sizes]: of what is summed, by turns
   };
-  rankings<Seen> of;
-  scores_view<typename Seen::memory> scores;
-  view<grade, 3, typename Seen::memory> grades;
+  rankings<Layer> of;
+  scores_view<typename Layer::memory> scores;
+  view<grade, 3, typename Layer::memory> grades;
   const score_limits* limits;
   index_t chunks;
   const double* sums;  ///< [sequence, kv_head, chunk, sizes]
@@ -116,7 +116,7 @@ struct lost_body {
   /// item: sequence
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t sequence) const noexcept {
-    const index_t kv_heads = of.seen.kv_heads(), sizes = of.rule.sizes;
+    const index_t kv_heads = of.layer.kv_heads(), sizes = of.rule.sizes;
     const bool decided = of.decided(block, sequence);
     for (index_t h = block.rank(); h < kv_heads && !decided; h += block_threads) {
       of.counts(sequence, h).undecided = true;
@@ -136,7 +136,7 @@ struct lost_body {
     const index_t parts = block_threads / sizes, size = block.rank() % sizes;
     const index_t part = block.rank() / sizes;
     double sum = 0;
-    const index_t count = chunking{of.seen.tokens(sequence), 0}.count();
+    const index_t count = chunking{of.layer.tokens(sequence), 0}.count();
     for (index_t h = 0; h < kv_heads; ++h) {
       const double* const head = sums + (sequence * kv_heads + h) * chunks * sizes + size;
       for (index_t c = part; c < count; c += parts) sum += head[c * sizes];
@@ -192,65 +192,65 @@ struct lost_body {
 };
 
 template <class Backend, class Valued>
-[[nodiscard]] status grade_tokens(const Backend& on, importance_rule rule, const Valued& valued,
+[[nodiscard]] status grade_tokens(const Backend& exec, importance_rule rule, const Valued& valued,
                                   const scores_view<typename Valued::memory>& scores,
                                   const view<grade, 3, typename Valued::memory>& grades,
                                   double* lost,
-                                  const view<kept_count, 2, typename Valued::memory>& counts,
+                                  const view<kept_tokens, 2, typename Valued::memory>& counts,
                                   const importance_scratch& scratch) noexcept {
-  const auto& seen = observed(valued);
-  using seen_type = std::remove_cvref_t<decltype(seen)>;
+  const auto& layer = detail::plain(valued);
+  using seen_type = std::remove_cvref_t<decltype(layer)>;
   rule.rows = scratch.rows;
   arena memory = scratch.carve();
-  double* const sums = scratch.take_grade_sums(memory, rule, seen);
-  const rankings<seen_type> of{rule, seen, counts};
-  status s = find_limits(on, of, scores, scratch);
+  double* const sums = scratch.carve_grade_sums(memory, rule, layer);
+  const rankings<seen_type> of{rule, layer, counts};
+  status s = find_limits(exec, of, scores, scratch);
   if (s != status::ok) return s;
-  const row_parts cut = row_parts::of(seen.sequences() * seen.kv_heads(), scratch.chunks);
+  const row_parts cut = row_parts::of(layer.sequences() * layer.kv_heads(), scratch.chunks);
   const grade_body<seen_type> grade_all{of,   scores, grades, scratch.limits, scratch.chunks,
                                         sums, cut};
-  s = run_blocks(on, cut.items(), grade_all);
+  s = run_blocks(exec, cut.items(), grade_all);
   if (s != status::ok) return s;
   const lost_body<seen_type> sum{of, scores, grades, scratch.limits, scratch.chunks, sums, lost};
-  return run_blocks(on, seen.sequences(), sum);
+  return run_blocks(exec, layer.sequences(), sum);
 }
 
 /// Keeps tokens of small grades.
-template <class Seen>
+template <class Layer>
 struct keep_grades_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   using shared = warp_values<std::uint64_t>;
-  Seen seen;
+  Layer layer;
   view<const grade, 3, memory> grades;
   const position_t* sizes;
   kept_positions<memory> kept;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), head = item % seen.kv_heads();
-    const index_t tokens = seen.tokens(sequence);
+    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
+    const index_t tokens = layer.tokens(sequence);
     const position_t size = sizes[sequence];
     const index_t held = write_where(block, s, kept, sequence, head, {0, tokens}, 0,
                                      [&](index_t t) { return grades(sequence, head, t) <= size; });
     if (block.rank() != 0) return;
-    kept_count& count = kept.counts(sequence, head);
+    kept_tokens& count = kept.counts(sequence, head);
     count = {static_cast<position_t>(held), static_cast<position_t>(tokens), count.undecided};
   }
 };
 
 template <class Backend, class Valued>
-[[nodiscard]] status keep_grades(const Backend& on, const Valued& valued,
+[[nodiscard]] status keep_grades(const Backend& exec, const Valued& valued,
                                  const view<const grade, 3, typename Valued::memory>& grades,
                                  const position_t* sizes,
                                  const kept_positions<typename Valued::memory>& kept) noexcept {
-  const auto& seen = observed(valued);
-  const keep_grades_body<std::remove_cvref_t<decltype(seen)>> body{seen, grades, sizes, kept};
-  return run_blocks(on, body.items(), body);
+  const auto& layer = detail::plain(valued);
+  const keep_grades_body<std::remove_cvref_t<decltype(layer)>> body{layer, grades, sizes, kept};
+  return run_blocks(exec, body.items(), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

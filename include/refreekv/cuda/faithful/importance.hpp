@@ -9,27 +9,27 @@
 namespace refreekv::inline v0::cuda_detail {
 
 /// Scores but for what their head's logits make of them all, a thread a token, and what that is.
-template <class Seen, class Values, int Rows>
+template <class Layer, class Values, int Rows>
 struct weigh_body {
   struct shared {
-    cuda_detail::tile<Seen, Rows> tile;
+    cuda_detail::tile<Layer, Rows> tile;
     warp_values<double> sums;
   };
-  Seen seen;
+  Layer layer;
   Values values;
   double last_row, prior;
-  scores_view<typename Seen::memory> scores;
-  view<kept_count, 2, typename Seen::memory> counts;
+  scores_view<typename Layer::memory> scores;
+  view<kept_tokens, 2, typename Layer::memory> counts;
   importance_scratch scratch;
   row_parts cut;  ///< of the chunks of a KV head
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
     const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
     if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
-    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
       weigh(block, s, sequence, kv_head, chunk, tokens);
     });
   }
@@ -45,8 +45,8 @@ struct weigh_body {
   template <thread_block Block>
   REFREEKV_DEVICE void weigh(Block& block, shared& s, index_t sequence, index_t kv_head,
                              index_t chunk, token_range whole) const noexcept {
-    const index_t head = sequence * seen.kv_heads() + kv_head;
-    const token_range tokens = seen_part(window_of(seen, sequence, scratch.rows), whole);
+    const index_t head = sequence * layer.kv_heads() + kv_head;
+    const token_range tokens = seen_part(window_of(layer, sequence, scratch.rows), whole);
     if (whole.begin + block.rank() < tokens.begin) {
       scores(sequence, kv_head, whole.begin + block.rank()) = 0;
     }
@@ -55,17 +55,17 @@ struct weigh_body {
     double squared_spread = 0;
     if (tokens.begin < tokens.end) {
       const looks look = look_at(block, s, sequence, kv_head, tokens);
-      const double heads = static_cast<double>(seen.q_heads() / seen.kv_heads());
+      const double heads = static_cast<double>(layer.q_heads() / layer.kv_heads());
       const double share = weigh_rows(block, sequence, kv_head, tokens);
       if (is_there) {
         scores(sequence, kv_head, token) = static_cast<float>((look.peak / heads + prior) * share);
-        const query_window window = window_of(seen, sequence, scratch.rows);
+        const query_window window = window_of(layer, sequence, scratch.rows);
         const token_range typical = importance_rule::typical(window);
         if (token >= typical.begin && token < typical.end) {
           squared_spread = look.spread / heads * (look.spread / heads);
         }
         if (scratch.attention != nullptr) {
-          scratch.attention[head * seen.capacity() + token] =
+          scratch.attention[head * layer.capacity() + token] =
               static_cast<float>(look.attention / (heads * static_cast<double>(window.count())));
         }
       }
@@ -77,27 +77,27 @@ struct weigh_body {
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE looks look_at(Block& block, shared& s, index_t sequence,
                                               index_t kv_head, token_range tokens) const noexcept {
-    const index_t group = seen.q_heads() / seen.kv_heads();
+    const index_t group = layer.q_heads() / layer.kv_heads();
     const index_t token = tokens.begin + block.rank();
     looks all{};
     REFREEKV_NO_UNROLL
     for (index_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-      row_span span = rows_there(window_of(seen, sequence, scratch.rows), h, 1);
+      row_span span = rows_there(window_of(layer, sequence, scratch.rows), h, 1);
       // Relative to the first row: squares of logits that lie close together would cancel.
       float origin = 0, sum = 0, squares = 0, peak = 0, last = 0;
       tile_place at{narrow(sequence), narrow(kv_head), span, 0, tokens};
       REFREEKV_NO_UNROLL
       for (at.first = 0; at.first < span.count(); at.first += Rows) {
-        multiply<any_lanes>(block, s.tile, seen, scratch.rows, at);
+        multiply<any_lanes>(block, s.tile, layer, scratch.rows, at);
         block.sync();
         float attention = 0;
-        const query_window window = window_of(seen, sequence, scratch.rows);
-        const logit_cap cap = logit_cap::of(seen.info.attention.soft_cap);
+        const query_window window = window_of(layer, sequence, scratch.rows);
+        const logit_cap cap = logit_cap::of(layer.info.attention.soft_cap);
         REFREEKV_NO_UNROLL
         for (int i = 0; i < Rows && at.first + i < span.count() && token < tokens.end; ++i) {
           const int t = block.rank();
           const float x = cap(key_reader<keys_type>::product(s.tile.keys[t], s.tile.values[i][t]) *
-                              seen.info.attention.scale);
+                              layer.info.attention.scale);
           if (at.first + i == 0) origin = x;
           sum += x - origin;
           squares += (x - origin) * (x - origin);
@@ -105,8 +105,8 @@ struct weigh_body {
           const token_range visible = window.visible(row);
           if (token < visible.begin || token >= visible.end) continue;
           const double log_sum =
-              scratch.log_sums[(sequence * seen.q_heads() + h) * scratch.rows + row];
-          const float a = attention_of(x, log_sum, seen.info.attention, window, h, row, token);
+              scratch.log_sums[(sequence * layer.q_heads() + h) * scratch.rows + row];
+          const float a = attention_of(x, log_sum, layer.info.attention, window, h, row, token);
           peak = larger{}(peak, a);
           if (row == scratch.rows - 1) last = a;
           attention += a;
@@ -129,11 +129,11 @@ struct weigh_body {
                                                   token_range tokens) const noexcept {
     const index_t first = tokens.begin + warp_of(block) * warp_threads;
     const double* anchor =
-        scratch.anchors + (sequence * seen.kv_heads() + kv_head) * seen.head_dim();
+        scratch.anchors + (sequence * layer.kv_heads() + kv_head) * layer.head_dim();
     const int count = count_of_warp(block, tokens);
-    const double square = sum_of_row(block, seen.keys, sequence, kv_head, first, count,
+    const double square = sum_of_row(block, layer.keys, sequence, kv_head, first, count,
                                      [](index_t, double x) { return x * x; });
-    const double along = sum_of_row(block, seen.keys, sequence, kv_head, first, count,
+    const double along = sum_of_row(block, layer.keys, sequence, kv_head, first, count,
                                     [&](index_t d, double x) { return x * anchor[d]; });
     const double value_square = sum_of_row(block, values, sequence, kv_head, first, count,
                                            [](index_t, double x) { return x * x; });
@@ -141,28 +141,28 @@ struct weigh_body {
     return (distance < 0 ? 0 : distance) * std::sqrt(value_square);
   }
 
-  using keys_type = std::remove_cvref_t<decltype(std::declval<Seen>().keys)>;
+  using keys_type = std::remove_cvref_t<decltype(std::declval<Layer>().keys)>;
 };
 
 /// Multiplies scores by what their head's logits make of them all, and tells of those that are not
 /// finite.
-template <class Seen>
+template <class Layer>
 struct spread_scores_body {
   using shared = warp_values<double>;
-  Seen seen;
-  scores_view<typename Seen::memory> scores;
-  view<kept_count, 2, typename Seen::memory> counts;
+  Layer layer;
+  scores_view<typename Layer::memory> scores;
+  view<kept_tokens, 2, typename Layer::memory> counts;
   importance_scratch scratch;
   row_parts cut;  ///< of the chunks of a KV head
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = seen.kv_heads(), kv_head = item % kv_heads;
+    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
     const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
     const index_t head = sequence * kv_heads + kv_head;
     if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
-    const query_window window = window_of(seen, sequence, scratch.rows);
+    const query_window window = window_of(layer, sequence, scratch.rows);
     if (window.tokens == 0) return;
     double spread = 0;
     for (index_t c = block.rank(); c < chunking{window.tokens, 0}.count(); c += block_threads) {
@@ -174,7 +174,7 @@ struct spread_scores_body {
     const double sigma = window.count() > 1
                              ? std::sqrt(spread / static_cast<double>(typical.end - typical.begin))
                              : 1;
-    for_each_chunk(seen, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
       const index_t token = seen_part(window, tokens).begin + block.rank();
       bool finite = true;
       if (token < tokens.end) {
@@ -188,22 +188,22 @@ struct spread_scores_body {
   }
 };
 
-template <class Seen>
+template <class Layer>
 struct join_bad_body {
   struct shared {};
-  Seen seen;
-  view<kept_count, 2, typename Seen::memory> counts;
+  Layer layer;
+  view<kept_tokens, 2, typename Layer::memory> counts;
   importance_scratch scratch;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), tokens = seen.tokens(sequence);
-    bool& undecided = counts(sequence, item % seen.kv_heads()).undecided;
+    const index_t sequence = item / layer.kv_heads(), tokens = layer.tokens(sequence);
+    bool& undecided = counts(sequence, item % layer.kv_heads()).undecided;
     if (tokens == 0 || !block.sync_and(!undecided)) return;
     bool good = true;
     for (index_t c = block.rank(); c < chunking{tokens, 0}.count(); c += block_threads) {
@@ -215,46 +215,46 @@ struct join_bad_body {
 };
 
 template <class Backend, class Valued>
-[[nodiscard]] status weigh_tokens(const Backend& on, const importance_rule& rule,
+[[nodiscard]] status weigh_tokens(const Backend& exec, const importance_rule& rule,
                                   const Valued& valued,
                                   const scores_view<typename Valued::memory>& scores,
-                                  const view<kept_count, 2, typename Valued::memory>& counts,
+                                  const view<kept_tokens, 2, typename Valued::memory>& counts,
                                   const importance_scratch& scratch) noexcept {
-  const auto& seen = observed(valued);
-  using seen_type = std::remove_cvref_t<decltype(seen)>;
+  const auto& layer = detail::plain(valued);
+  using seen_type = std::remove_cvref_t<decltype(layer)>;
   using values_type = std::remove_cvref_t<decltype(valued.values)>;
   const index_t rows = scratch.rows;
   arena normalising_memory = scratch.carve(), directions_memory = scratch.carve();
   const attention_scratch normalising =
-      importance_scratch::take_normalising(normalising_memory, rule, seen);
-  double* directions = scratch.take_directions(directions_memory, seen);
-  const row_parts cut = row_parts::of_chunks(seen.sequences() * seen.kv_heads(), scratch.chunks);
+      importance_scratch::carve_normalising(normalising_memory, rule, layer);
+  double* directions = scratch.carve_directions(directions_memory, layer);
+  const row_parts cut = row_parts::of_chunks(layer.sequences() * layer.kv_heads(), scratch.chunks);
 
-  status s = normalise_rows(on, rows, bad_rows::stay, seen, normalising);
+  status s = normalise_rows(exec, rows, bad_rows::stay, layer, normalising);
   if (s != status::ok) return s;
-  const check_rows_body<seen_type> check{seen, rows, normalising.normalisers, scratch.log_sums,
+  const check_rows_body<seen_type> check{layer, rows, normalising.normalisers, scratch.log_sums,
                                          counts};
-  s = run_blocks(on, check.items(), check);
+  s = run_blocks(exec, check.items(), check);
   if (s != status::ok) return s;
-  const directions_body<seen_type> sums{seen, rows, scratch.chunks, counts, directions, cut};
-  s = run_blocks(on, cut.items(), sums);
+  const directions_body<seen_type> sums{layer, rows, scratch.chunks, counts, directions, cut};
+  s = run_blocks(exec, cut.items(), sums);
   if (s != status::ok) return s;
-  const anchor_body<seen_type> anchor{seen, scratch.chunks, counts, directions, scratch.anchors};
-  s = run_blocks(on, anchor.items(), anchor);
+  const anchor_body<seen_type> anchor{layer, scratch.chunks, counts, directions, scratch.anchors};
+  s = run_blocks(exec, anchor.items(), anchor);
   if (s != status::ok) return s;
   s = with_tile<few_rows<seen_type>>(rows, [&](auto tile) {
     const weigh_body<seen_type, values_type, tile()> weigh{
-        scaled(seen), valued.values, rule.last_row, rule.prior, scores, counts, scratch, cut};
-    return run_blocks(on, cut.items(), weigh);
+        scaled(layer), valued.values, rule.last_row, rule.prior, scores, counts, scratch, cut};
+    return run_blocks(exec, cut.items(), weigh);
   });
   if (s != status::ok) return s;
-  const spread_scores_body<seen_type> spread{seen, scores, counts, scratch, cut};
-  s = run_blocks(on, cut.items(), spread);
+  const spread_scores_body<seen_type> spread{layer, scores, counts, scratch, cut};
+  s = run_blocks(exec, cut.items(), spread);
   if (s != status::ok) return s;
-  const join_bad_body<seen_type> join{seen, counts, scratch};
-  s = run_blocks(on, join.items(), join);
+  const join_bad_body<seen_type> join{layer, counts, scratch};
+  s = run_blocks(exec, join.items(), join);
   if (s != status::ok || !rule.stand_ins) return s;
-  return fit_maps(on, rule, seen, scratch);
+  return fit_maps(exec, rule, layer, scratch);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

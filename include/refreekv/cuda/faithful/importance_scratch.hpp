@@ -84,76 +84,76 @@ struct importance_scratch {
   std::byte* shared;     ///< for one of what follows at a time
 
   /// Of normalise_rows.
-  template <class Seen>
-  [[nodiscard]] static attention_scratch take_normalising(arena& from, const importance_rule& rule,
-                                                          const Seen& seen) noexcept {
-    return attention_scratch::take(from, rule.rows, seen);
+  template <class Layer>
+  [[nodiscard]] static attention_scratch carve_normalising(arena& from, const importance_rule& rule,
+                                                           const Layer& layer) noexcept {
+    return attention_scratch::carve(from, rule.rows, layer);
   }
   /// [sequence, kv_head, chunk, head_dim]: sums of directions.
-  template <class Seen>
-  [[nodiscard]] double* take_directions(arena& from, const Seen& seen) const noexcept {
-    return from.take<double>(seen.sequences(), seen.kv_heads(), chunks, seen.head_dim());
+  template <class Layer>
+  [[nodiscard]] double* carve_directions(arena& from, const Layer& layer) const noexcept {
+    return from.array<double>(layer.sequences(), layer.kv_heads(), chunks, layer.head_dim());
   }
   /// [sequence, kv_head, chunk, sizes]: sums of the scores of each grade.
-  template <class Seen>
-  [[nodiscard]] double* take_grade_sums(arena& from, const importance_rule& rule,
-                                        const Seen& seen) const noexcept {
-    return from.take<double>(seen.sequences(), seen.kv_heads(), chunks, index_t{rule.sizes});
+  template <class Layer>
+  [[nodiscard]] double* carve_grade_sums(arena& from, const importance_rule& rule,
+                                         const Layer& layer) const noexcept {
+    return from.array<double>(layer.sequences(), layer.kv_heads(), chunks, index_t{rule.sizes});
   }
   /// [sequence, kv_head, order + 1, order]: see regression.
-  template <class Seen>
-  [[nodiscard]] double* take_normal(arena& from, const Seen& seen) const noexcept {
-    const index_t of_head = seen.q_heads() / seen.kv_heads() * rows, dims = seen.head_dim();
+  template <class Layer>
+  [[nodiscard]] double* carve_normal(arena& from, const Layer& layer) const noexcept {
+    const index_t of_head = layer.q_heads() / layer.kv_heads() * rows, dims = layer.head_dim();
     const index_t order = of_head < dims ? of_head : dims;
-    return from.take<double>(seen.sequences(), seen.kv_heads(), order + 1, order);
+    return from.array<double>(layer.sequences(), layer.kv_heads(), order + 1, order);
   }
   /// [sequence, kv_head, split, measured row, dim of values + 1]: see outputs_body.
-  template <class Seen>
-  [[nodiscard]] double* take_outputs(arena& from, const Seen& seen) const noexcept {
-    return from.take<double>(seen.sequences(), outputs.count, seen.q_heads(), measured,
-                             seen.values.head_dim() + 1);
+  template <class Layer>
+  [[nodiscard]] double* carve_outputs(arena& from, const Layer& layer) const noexcept {
+    return from.array<double>(layer.sequences(), outputs.count, layer.q_heads(), measured,
+                              layer.values.head_dim() + 1);
   }
 
-  template <class Seen>
-  [[nodiscard]] static importance_scratch take(arena& from, const importance_rule& rule,
-                                               const Seen& seen) noexcept {
-    const index_t sequences = seen.sequences(), kv_heads = seen.kv_heads();
+  template <class Layer>
+  [[nodiscard]] static importance_scratch carve(arena& from, const importance_rule& rule,
+                                                const Layer& layer) noexcept {
+    const index_t sequences = layer.sequences(), kv_heads = layer.kv_heads();
     importance_scratch s{};
     arena normalising, directions, search, sums, normal, of_rows;
-    s.rows = take_normalising(normalising, rule, seen).window;
-    s.chunks = chunking{seen.capacity(), 0}.count();
-    s.splits = (seen.capacity() + split_tokens - 1) / split_tokens;
-    s.blocks = rule.blocks(seen.capacity());
+    s.rows = carve_normalising(normalising, rule, layer).window;
+    s.chunks = chunking{layer.capacity(), 0}.count();
+    s.splits = (layer.capacity() + split_tokens - 1) / split_tokens;
+    s.blocks = rule.blocks(layer.capacity());
     s.measured = rule.measured(s.rows);
-    s.outputs = output_splits::of(seen.q_heads() / kv_heads * s.measured, seen.capacity());
-    s.log_sums = from.take<double>(sequences, seen.q_heads(), s.rows);
-    s.anchors = from.take<double>(sequences, kv_heads, seen.head_dim());
-    s.spreads = from.take<double>(sequences, kv_heads, s.chunks);
-    s.bad = from.take<std::uint8_t>(sequences, kv_heads, s.chunks);
-    s.ranges = from.take<size_range>(sequences);
-    s.limits = from.take<score_limits>(sequences,
-                                       rule.scope == cut_scope::kv_head ? index_t{1} : kv_heads);
-    (void)s.take_directions(directions, seen);
-    (void)limit_parts::take(search, rule, seen, s.splits);
-    (void)s.take_grade_sums(sums, rule, seen);
+    s.outputs = output_splits::of(layer.q_heads() / kv_heads * s.measured, layer.capacity());
+    s.log_sums = from.array<double>(sequences, layer.q_heads(), s.rows);
+    s.anchors = from.array<double>(sequences, kv_heads, layer.head_dim());
+    s.spreads = from.array<double>(sequences, kv_heads, s.chunks);
+    s.bad = from.array<std::uint8_t>(sequences, kv_heads, s.chunks);
+    s.ranges = from.array<size_range>(sequences);
+    s.limits = from.array<score_limits>(sequences,
+                                        rule.scope == cut_scope::kv_head ? index_t{1} : kv_heads);
+    (void)s.carve_directions(directions, layer);
+    (void)limit_parts::carve(search, rule, layer, s.splits);
+    (void)s.carve_grade_sums(sums, rule, layer);
     if (rule.stand_ins) {
-      s.attention = from.take<float>(sequences, kv_heads, seen.capacity());
-      s.map = from.take<float>(sequences, seen.q_heads(), s.rows, seen.head_dim());
-      s.slots = from.take<position_t>(sequences, kv_heads, s.blocks + 1);
-      s.standing = from.take<position_t>(sequences, kv_heads);
-      (void)s.take_normal(normal, seen);
+      s.attention = from.array<float>(sequences, kv_heads, layer.capacity());
+      s.map = from.array<float>(sequences, layer.q_heads(), s.rows, layer.head_dim());
+      s.slots = from.array<position_t>(sequences, kv_heads, s.blocks + 1);
+      s.standing = from.array<position_t>(sequences, kv_heads);
+      (void)s.carve_normal(normal, layer);
     }
     if (rule.error_term) {
       s.whole =
-          from.take<double>(sequences, seen.q_heads(), s.measured, seen.values.head_dim() + 1);
-      s.row_errors = from.take<double>(sequences, seen.q_heads(), s.measured);
-      (void)s.take_outputs(of_rows, seen);
+          from.array<double>(sequences, layer.q_heads(), s.measured, layer.values.head_dim() + 1);
+      s.row_errors = from.array<double>(sequences, layer.q_heads(), s.measured);
+      (void)s.carve_outputs(of_rows, layer);
     }
     std::size_t bytes = 0;
     for (const arena* part : {&normalising, &directions, &search, &sums, &normal, &of_rows}) {
       bytes = part->bytes() > bytes ? part->bytes() : bytes;
     }
-    s.shared = from.take<std::byte>(bytes);
+    s.shared = from.array<std::byte>(bytes);
     return s;
   }
 

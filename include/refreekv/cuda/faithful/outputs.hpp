@@ -17,19 +17,19 @@ namespace refreekv::inline v0::cuda_detail {
 }
 
 /// Tokens that a size drops, or all that any row sees.
-template <class Seen>
+template <class Layer>
 struct dropped_tokens {
   static constexpr bool masked = true;
   static constexpr double sign = 1;
-  graded_sizes<typename Seen::memory> graded;
+  graded_sizes<typename Layer::memory> graded;
   bool all;
 
   [[nodiscard]] REFREEKV_DEVICE bool is_open(index_t sequence) const noexcept {
     return graded.is_open(sequence);
   }
-  [[nodiscard]] REFREEKV_DEVICE index_t count(const Seen& seen, index_t sequence,
+  [[nodiscard]] REFREEKV_DEVICE index_t count(const Layer& layer, index_t sequence,
                                               index_t /*kv_head*/) const noexcept {
-    return seen.tokens(sequence);
+    return layer.tokens(sequence);
   }
   [[nodiscard]] REFREEKV_DEVICE bool holds(index_t sequence, index_t kv_head,
                                            index_t token) const noexcept {
@@ -38,17 +38,17 @@ struct dropped_tokens {
 };
 
 /// Stand-ins, which take from what is lost. They have no position, and every row sees them.
-template <class Seen>
+template <class Layer>
 struct standing_rows {
   static constexpr bool masked = false;
   static constexpr double sign = -1;
   const size_range* ranges;
-  view<position_t, 2, typename Seen::memory> counts;
+  view<position_t, 2, typename Layer::memory> counts;
 
   [[nodiscard]] REFREEKV_DEVICE bool is_open(index_t sequence) const noexcept {
     return ranges[sequence].is_open();
   }
-  [[nodiscard]] REFREEKV_DEVICE index_t count(const Seen&, index_t sequence,
+  [[nodiscard]] REFREEKV_DEVICE index_t count(const Layer&, index_t sequence,
                                               index_t kv_head) const noexcept {
     return counts(sequence, kv_head);
   }
@@ -61,10 +61,10 @@ struct standing_rows {
 /// outputs [sequence, kv_head, split, measured row, dim of values + 1]; on top of what is there
 /// where stand-ins take from it. In double from one chunk to the next, in float within a part of
 /// one.
-template <class Seen, class Keys, class Values, class Tokens, int Rows>
+template <class Layer, class Keys, class Values, class Tokens, int Rows>
 struct outputs_body {
   using rows_type =
-      query_observation<std::remove_cvref_t<decltype(*std::declval<Seen>().queries.data())>, Keys>;
+      query_layer<std::remove_cvref_t<decltype(*std::declval<Layer>().queries.data())>, Keys>;
   struct shared {
     cuda_detail::tile<rows_type, Rows> tile;
     position_t list[block_threads];
@@ -73,7 +73,7 @@ struct outputs_body {
   };
 
   importance_rule rule;
-  Seen seen;
+  Layer layer;
   Keys keys;
   Values values;
   Tokens tokens;
@@ -83,34 +83,34 @@ struct outputs_body {
   double* outputs;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t group() const noexcept {
-    return seen.q_heads() / seen.kv_heads();
+    return layer.q_heads() / layer.kv_heads();
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tiles() const noexcept {
     return row_tiles<Rows>(group() * measured);
   }
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * splits.count * seen.kv_heads() * tiles();
+    return layer.sequences() * splits.count * layer.kv_heads() * tiles();
   }
 
   /// item: [sequence, split, kv_head, tile]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t tile = item % tiles(), kv_head = item / tiles() % seen.kv_heads();
-    const index_t split = item / tiles() / seen.kv_heads() % splits.count;
-    const index_t sequence = item / tiles() / seen.kv_heads() / splits.count;
-    if (!tokens.is_open(sequence) || split >= splits.used(seen.tokens(sequence))) return;
+    const index_t tile = item % tiles(), kv_head = item / tiles() % layer.kv_heads();
+    const index_t split = item / tiles() / layer.kv_heads() % splits.count;
+    const index_t sequence = item / tiles() / layer.kv_heads() / splits.count;
+    if (!tokens.is_open(sequence) || split >= splits.used(layer.tokens(sequence))) return;
     const stepped_span span =
-        measured_rows(rule, window_of(seen, sequence, rule.rows), kv_head, group());
+        measured_rows(rule, window_of(layer, sequence, rule.rows), kv_head, group());
     listed_place<stepped_span> at{
         narrow(sequence), narrow(kv_head), span, narrow(tile * Rows), 0, s.list};
     if (at.first >= span.count()) return;
     const index_t width = values.head_dim() + 1;
-    double* const to = outputs + (((sequence * seen.kv_heads() + kv_head) * splits.count + split) *
+    double* const to = outputs + (((sequence * layer.kv_heads() + kv_head) * splits.count + split) *
                                       group() * measured +
                                   at.first) *
                                      width;
     if constexpr (Tokens::masked) clear(block, at, to);
-    const index_t all = tokens.count(seen, sequence, kv_head), begin = split * splits.tokens;
+    const index_t all = tokens.count(layer, sequence, kv_head), begin = split * splits.tokens;
     const index_t end = all < begin + splits.tokens ? all : begin + splits.tokens;
     REFREEKV_NO_UNROLL
     for (index_t first = begin; first < end; first += chunk_tokens) {
@@ -146,11 +146,11 @@ struct outputs_body {
   /// Fills the tile with attention.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void look(Block& block, shared& s, const Place& at) const noexcept {
-    multiply<any_lanes>(block, s.tile, rows_type{seen.queries, keys, seen.info}, rule.rows, at);
+    multiply<any_lanes>(block, s.tile, rows_type{layer.queries, keys, layer.info}, rule.rows, at);
     block.sync();
-    const auto& params = seen.info.attention;
+    const auto& params = layer.info.attention;
     const logit_cap cap = logit_cap::of(params.soft_cap);
-    const query_window window = window_of(seen, at.sequence, rule.rows);
+    const query_window window = window_of(layer, at.sequence, rule.rows);
     const int t = block.rank();
     REFREEKV_NO_UNROLL
     for (int i = 0; i < Rows && t < at.count; ++i) {
@@ -162,7 +162,7 @@ struct outputs_body {
       }
       const index_t row = at.span.row_of(of), q_head = at.span.q_head_of(of);
       const float x = cap(key_reader<Keys>::product(s.tile.keys[t], value) * params.scale);
-      const double log_sum = log_sums[(at.sequence * seen.q_heads() + q_head) * rule.rows + row];
+      const double log_sum = log_sums[(at.sequence * layer.q_heads() + q_head) * rule.rows + row];
       if constexpr (Tokens::masked) {
         const token_range visible = window.visible(row);
         const index_t token = at.token(t);

@@ -11,45 +11,45 @@ namespace refreekv::inline v0::cuda_detail {
 /// The regression's matrix, X^T X of the rows x of a KV head or, where those are fewer than
 /// dimensions, X X^T: of rows that do not exist it has zeros. (X^T X + l I)^-1 X^T is X^T (X X^T +
 /// l I)^-1.
-template <class Seen>
+template <class Layer>
 struct regression {
-  Seen seen;
+  Layer layer;
   index_t rows;    ///< of each query head
   double* memory;  ///< [sequence, kv_head, order + 1, order]: of each the matrix, and a column
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t rows_of_head() const noexcept {
-    return seen.q_heads() / seen.kv_heads() * rows;
+    return layer.q_heads() / layer.kv_heads() * rows;
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_dual() const noexcept {
-    return rows_of_head() < seen.head_dim();
+    return rows_of_head() < layer.head_dim();
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t order() const noexcept {
-    return is_dual() ? rows_of_head() : seen.head_dim();
+    return is_dual() ? rows_of_head() : layer.head_dim();
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t heads() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
   /// head: [sequence, kv_head]
   [[nodiscard]] REFREEKV_DEVICE double* matrix(index_t head) const noexcept {
     return memory + head * (order() + 1) * order();
   }
   [[nodiscard]] REFREEKV_DEVICE bool exists(index_t head, index_t row) const noexcept {
-    return row % rows >= window_of(seen, head / seen.kv_heads(), rows).first_row();
+    return row % rows >= window_of(layer, head / layer.kv_heads(), rows).first_row();
   }
   /// An element of a row [q_head, row], as it is multiplied with a key. Requires that it exists.
   [[nodiscard]] REFREEKV_DEVICE double x(index_t head, index_t row, index_t dim) const noexcept {
-    const index_t group = seen.q_heads() / seen.kv_heads();
-    return double{seen.info.attention.scale *
-                  widen(seen.queries(head / seen.kv_heads(), seen.window() - rows + row % rows,
-                                     head % seen.kv_heads() * group + row / rows, dim))};
+    const index_t group = layer.q_heads() / layer.kv_heads();
+    return double{layer.info.attention.scale *
+                  widen(layer.queries(head / layer.kv_heads(), layer.window() - rows + row % rows,
+                                      head % layer.kv_heads() * group + row / rows, dim))};
   }
 };
 
 /// Fills the lower half of each matrix, a warp a row of it.
-template <class Seen>
+template <class Layer>
 struct normal_body {
   struct shared {};
-  regression<Seen> of;
+  regression<Layer> of;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
     return (of.order() + block_warps - 1) / block_warps;
@@ -68,7 +68,7 @@ struct normal_body {
           if (of.exists(head, r)) sum += of.x(head, r, i) * of.x(head, r, j);
         }
       } else if (of.exists(head, i) && of.exists(head, j)) {
-        for (index_t d = 0; d < of.seen.head_dim(); ++d) {
+        for (index_t d = 0; d < of.layer.head_dim(); ++d) {
           sum += of.x(head, i, d) * of.x(head, j, d);
         }
       }
@@ -80,21 +80,21 @@ struct normal_body {
 /// What is added to a matrix' diagonal, ridge * tr / head_dim; 0 where there is no regression. In
 /// double, as all of this: the quotient of the largest and the smallest eigenvalue is up to
 /// head_dim / ridge.
-template <class Seen, thread_block Block>
+template <class Layer, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE double ridge_of(Block& block, warp_values<double>& shared,
-                                              const regression<Seen>& of, index_t head,
+                                              const regression<Layer>& of, index_t head,
                                               double ridge) noexcept {
   double trace = 0;
   for (index_t i = block.rank(); i < of.order(); i += block_threads) {
     trace += of.matrix(head)[i * of.order() + i];
   }
   trace = block_reduce(block, shared, trace, plus{});
-  return trace > 0 && trace < HUGE_VAL ? ridge * trace / static_cast<double>(of.seen.head_dim())
+  return trace > 0 && trace < HUGE_VAL ? ridge * trace / static_cast<double>(of.layer.head_dim())
                                        : 0;
 }
 
-template <class Seen, thread_block Block>
-REFREEKV_DEVICE void clear_matrix(const Block& block, const regression<Seen>& of,
+template <class Layer, thread_block Block>
+REFREEKV_DEVICE void clear_matrix(const Block& block, const regression<Layer>& of,
                                   index_t head) noexcept {
   for (index_t i = block.rank(); i < of.order() * of.order(); i += block_threads) {
     of.matrix(head)[i] = 0;
@@ -104,7 +104,7 @@ REFREEKV_DEVICE void clear_matrix(const Block& block, const regression<Seen>& of
 /// Each matrix becomes -(matrix + l I)^-1, both halves of it, or 0, by a sweep of one row and
 /// column after the other, which leaves it symmetric. A thread has every 16-th row and column of
 /// the lower half.
-template <class Seen>
+template <class Layer>
 struct small_inverse_body {
   static constexpr int side = 16, strips = 8, most_order = side * strips;
   static constexpr int resident_blocks = 1;
@@ -113,7 +113,7 @@ struct small_inverse_body {
     double columns[2][most_order];  // by turns
     warp_values<double> sums;
   };
-  regression<Seen> of;
+  regression<Layer> of;
   double ridge;
 
   [[nodiscard]] constexpr index_t items() const noexcept { return of.heads(); }
@@ -187,10 +187,10 @@ struct small_inverse_body {
 };
 
 /// The same of a matrix that is too large for registers.
-template <class Seen>
+template <class Layer>
 struct inverse_body {
   using shared = warp_values<double>;
-  regression<Seen> of;
+  regression<Layer> of;
   double ridge;
 
   [[nodiscard]] constexpr index_t items() const noexcept { return of.heads(); }
@@ -231,10 +231,10 @@ struct inverse_body {
 };
 
 /// The map [sequence, q_head, rows, head_dim], from inverse matrices. A warp a row.
-template <class Seen>
+template <class Layer>
 struct map_body {
   struct shared {};
-  regression<Seen> of;
+  regression<Layer> of;
   float* map;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
@@ -243,7 +243,7 @@ struct map_body {
 
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t row = item * block_warps + warp_of(block), dims = of.seen.head_dim();
+    const index_t row = item * block_warps + warp_of(block), dims = of.layer.head_dim();
     const index_t head = row / of.rows_of_head(), own = row % of.rows_of_head();
     if (head >= of.heads() || !of.exists(head, own)) return;
     const double* const matrix = of.matrix(head);
@@ -263,24 +263,24 @@ struct map_body {
 
 /// Leaves the map of each KV head, -(X^T X + l I)^-1 X^T: what a key's logits are too large by, in
 /// all rows, times this is how it is to change.
-template <class Backend, class Seen>
-[[nodiscard]] status fit_maps(const Backend& on, const importance_rule& rule, const Seen& seen,
+template <class Backend, class Layer>
+[[nodiscard]] status fit_maps(const Backend& exec, const importance_rule& rule, const Layer& layer,
                               const importance_scratch& scratch) noexcept {
   arena memory = scratch.carve();
-  const regression<Seen> of{scaled(seen), scratch.rows, scratch.take_normal(memory, seen)};
-  const normal_body<Seen> sums{of};
-  status s = run_blocks(on, sums.items(), sums);
+  const regression<Layer> of{scaled(layer), scratch.rows, scratch.carve_normal(memory, layer)};
+  const normal_body<Layer> sums{of};
+  status s = run_blocks(exec, sums.items(), sums);
   if (s != status::ok) return s;
-  if (of.order() <= small_inverse_body<Seen>::most_order) {
-    const small_inverse_body<Seen> inverse{of, rule.ridge};
-    s = run_blocks(on, inverse.items(), inverse);
+  if (of.order() <= small_inverse_body<Layer>::most_order) {
+    const small_inverse_body<Layer> inverse{of, rule.ridge};
+    s = run_blocks(exec, inverse.items(), inverse);
   } else {
-    const inverse_body<Seen> inverse{of, rule.ridge};
-    s = run_blocks(on, inverse.items(), inverse);
+    const inverse_body<Layer> inverse{of, rule.ridge};
+    s = run_blocks(exec, inverse.items(), inverse);
   }
   if (s != status::ok) return s;
-  const map_body<Seen> map{of, scratch.map};
-  return run_blocks(on, map.items(), map);
+  const map_body<Layer> map{of, scratch.map};
+  return run_blocks(exec, map.items(), map);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

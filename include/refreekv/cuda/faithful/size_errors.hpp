@@ -31,33 +31,33 @@ struct start_sizes {
 /// Sums outputs over the splits of a sequence: a warp a measured row. Where `whole` is not known
 /// yet, that is what they are; otherwise outputs are what is lost of it, and row_errors [sequence,
 /// q_head, measured] become |o' - o| / |o|.
-template <class Seen>
+template <class Layer>
 struct join_outputs_body {
   struct shared {};
   importance_rule rule;
-  Seen seen;
+  Layer layer;
   index_t dims;  ///< of the values
   const double* outputs;
   bool first;
   importance_scratch scratch;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t rows_of_head() const noexcept {
-    return seen.q_heads() / seen.kv_heads() * scratch.measured;
+    return layer.q_heads() / layer.kv_heads() * scratch.measured;
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
     return (rows_of_head() + block_warps - 1) / block_warps;
   }
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads() * parts();
+    return layer.sequences() * layer.kv_heads() * parts();
   }
 
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t head = item / parts(), sequence = head / seen.kv_heads();
-    const index_t kv_head = head % seen.kv_heads(), group = seen.q_heads() / seen.kv_heads();
+    const index_t head = item / parts(), sequence = head / layer.kv_heads();
+    const index_t kv_head = head % layer.kv_heads(), group = layer.q_heads() / layer.kv_heads();
     if (!scratch.ranges[sequence].is_open()) return;
-    const query_window window = window_of(seen, sequence, rule.rows);
+    const query_window window = window_of(layer, sequence, rule.rows);
     const stepped_span span = measured_rows(rule, window, kv_head, group);
     const int row = narrow(item % parts() * block_warps + warp_of(block));
     if (row >= span.count()) return;
@@ -75,9 +75,9 @@ struct join_outputs_body {
       return;
     }
     const index_t q_head = span.q_head_of(row);
-    const auto& sinks = seen.info.attention.sink_logits;
+    const auto& sinks = layer.info.attention.sink_logits;
     const double* const log_sums =
-        scratch.log_sums + (sequence * seen.q_heads() + q_head) * scratch.rows;
+        scratch.log_sums + (sequence * layer.q_heads() + q_head) * scratch.rows;
     const double sink =  // what no token gets
         sinks.data() != nullptr ? std::exp(double{sinks(q_head)} - log_sums[span.row_of(row)]) : 0;
     const double all = whole[dims] + sink, left = all - sum_of(dims);
@@ -97,11 +97,11 @@ struct join_outputs_body {
 };
 
 /// Takes one step of bisection.
-template <class Seen>
+template <class Layer>
 struct step_sizes_body {
   using shared = warp_values<double>;
   importance_rule rule;
-  Seen seen;
+  Layer layer;
   const double* lost;
   position_t* sizes;
   importance_scratch scratch;
@@ -111,17 +111,17 @@ struct step_sizes_body {
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t sequence) const noexcept {
     size_range range = scratch.ranges[sequence];
     if (!range.is_open()) return;
-    const index_t group = seen.q_heads() / seen.kv_heads(), rows = group * scratch.measured;
-    const index_t there = group * rule.measured(window_of(seen, sequence, rule.rows).count());
+    const index_t group = layer.q_heads() / layer.kv_heads(), rows = group * scratch.measured;
+    const index_t there = group * rule.measured(window_of(layer, sequence, rule.rows).count());
     double error = 0;
-    for (index_t i = block.rank(); i < seen.kv_heads() * there; i += block_threads) {
-      error += scratch.row_errors[(sequence * seen.kv_heads() + i / there) * rows + i % there];
+    for (index_t i = block.rank(); i < layer.kv_heads() * there; i += block_threads) {
+      error += scratch.row_errors[(sequence * layer.kv_heads() + i / there) * rows + i % there];
     }
     error = block_reduce(block, s, error, plus{});
     if (block.rank() != 0) return;
     const position_t middle = range.middle();
     const bool enough = rule.is_enough(lost[sequence * (index_t{rule.sizes} + 1) + middle],
-                                       error / static_cast<double>(seen.kv_heads() * there));
+                                       error / static_cast<double>(layer.kv_heads() * there));
     (enough ? range.high : range.low) = middle;
     scratch.ranges[sequence] = range;
     sizes[sequence] = range.middle();
@@ -131,7 +131,7 @@ struct step_sizes_body {
 /// What find_sizes sums outputs of.
 template <class Valued>
 struct size_measure {
-  using seen_type = std::remove_cvref_t<decltype(observed(std::declval<const Valued&>()))>;
+  using seen_type = std::remove_cvref_t<decltype(detail::plain(std::declval<const Valued&>()))>;
   using keys_type = std::remove_cvref_t<decltype(std::declval<seen_type>().keys)>;
   using memory = typename Valued::memory;
 
@@ -141,14 +141,14 @@ struct size_measure {
   double* outputs;
 
   template <class Backend, class Keys, class Values, class Tokens>
-  [[nodiscard]] status add(const Backend& on, const Keys& keys, const Values& values,
+  [[nodiscard]] status add(const Backend& exec, const Keys& keys, const Values& values,
                            const Tokens& tokens) const noexcept {
-    const seen_type& seen = observed(valued);
+    const seen_type& layer = detail::plain(valued);
     using rows_type = typename outputs_body<seen_type, Keys, Values, Tokens, 1>::rows_type;
     return with_tile<few_rows<rows_type>>(
-        seen.q_heads() / seen.kv_heads() * scratch.measured, [&](auto tile) {
+        layer.q_heads() / layer.kv_heads() * scratch.measured, [&](auto tile) {
           const outputs_body<seen_type, Keys, Values, Tokens, tile()> body{rule,
-                                                                           scaled(seen),
+                                                                           scaled(layer),
                                                                            keys,
                                                                            values,
                                                                            tokens,
@@ -156,54 +156,56 @@ struct size_measure {
                                                                            scratch.outputs,
                                                                            scratch.measured,
                                                                            outputs};
-          return run_blocks(on, body.items(), body);
+          return run_blocks(exec, body.items(), body);
         });
   }
   template <class Backend>
-  [[nodiscard]] status add_tokens(const Backend& on, const graded_sizes<memory>& graded,
+  [[nodiscard]] status add_tokens(const Backend& exec, const graded_sizes<memory>& graded,
                                   bool all) const noexcept {
-    return add(on, observed(valued).keys, valued.values, dropped_tokens<seen_type>{graded, all});
+    return add(exec, detail::plain(valued).keys, valued.values,
+               dropped_tokens<seen_type>{graded, all});
   }
   template <class Backend>
-  [[nodiscard]] status add_stand_ins(const Backend& on,
+  [[nodiscard]] status add_stand_ins(const Backend& exec,
                                      const stand_in_rows<memory>& rows) const noexcept {
-    return add(on, dense<float, memory>(rows.keys), dense<float, memory>(rows.values),
+    return add(exec, dense<float, memory>(rows.keys), dense<float, memory>(rows.values),
                standing_rows<seen_type>{scratch.ranges, rows.counts});
   }
   template <class Backend>
-  [[nodiscard]] status join(const Backend& on, bool first) const noexcept {
+  [[nodiscard]] status join(const Backend& exec, bool first) const noexcept {
     const join_outputs_body<seen_type> body{
-        rule, observed(valued), valued.values.head_dim(), outputs, first, scratch};
-    return run_blocks(on, body.items(), body);
+        rule, detail::plain(valued), valued.values.head_dim(), outputs, first, scratch};
+    return run_blocks(exec, body.items(), body);
   }
 };
 
 template <class Backend, class Valued>
-[[nodiscard]] status find_sizes(const Backend& on, importance_rule rule, const Valued& valued,
+[[nodiscard]] status find_sizes(const Backend& exec, importance_rule rule, const Valued& valued,
                                 const view<const grade, 3, typename Valued::memory>& grades,
                                 const double* lost, position_t* sizes,
                                 const stand_in_rows<typename Valued::memory>& to,
                                 const importance_scratch& scratch) noexcept {
-  const auto& seen = observed(valued);
+  const auto& layer = detail::plain(valued);
   rule.rows = scratch.rows;
   const start_sizes start{rule, lost, scratch.ranges, sizes};
-  status s = run_blocks(on, blocks_for(seen.sequences()),
-                        for_each_body<start_sizes>{seen.sequences(), start});
+  status s = run_blocks(exec, blocks_for(layer.sequences()),
+                        for_each_body<start_sizes>{layer.sequences(), start});
   if (s != status::ok || !rule.error_term) return s;
 
   arena memory = scratch.carve();
-  const size_measure<Valued> measure{rule, valued, scratch, scratch.take_outputs(memory, valued)};
+  const size_measure<Valued> measure{rule, valued, scratch, scratch.carve_outputs(memory, valued)};
   const graded_sizes<typename Valued::memory> graded{grades, sizes, scratch.ranges};
-  s = measure.add_tokens(on, graded, true);
-  if (s == status::ok) s = measure.join(on, true);
-  const step_sizes_body<std::remove_cvref_t<decltype(seen)>> step{rule, seen, lost, sizes, scratch};
+  s = measure.add_tokens(exec, graded, true);
+  if (s == status::ok) s = measure.join(exec, true);
+  const step_sizes_body<std::remove_cvref_t<decltype(layer)>> step{rule, layer, lost, sizes,
+                                                                   scratch};
   for (index_t open = index_t{rule.sizes} + 1; open > 1 && s == status::ok; open -= open / 2) {
-    s = measure.add_tokens(on, graded, false);
+    s = measure.add_tokens(exec, graded, false);
     if (s == status::ok && rule.stand_ins)
-      s = fit_open(on, rule, valued, graded, to, false, scratch);
-    if (s == status::ok && rule.stand_ins) s = measure.add_stand_ins(on, to);
-    if (s == status::ok) s = measure.join(on, false);
-    if (s == status::ok) s = run_blocks(on, seen.sequences(), step);
+      s = fit_open(exec, rule, valued, graded, to, false, scratch);
+    if (s == status::ok && rule.stand_ins) s = measure.add_stand_ins(exec, to);
+    if (s == status::ok) s = measure.join(exec, false);
+    if (s == status::ok) s = run_blocks(exec, layer.sequences(), step);
   }
   return s;
 }

@@ -25,9 +25,9 @@ struct graded_sizes {
 };
 
 /// How many of a block of positions' tokens a size drops. O(tokens of the block).
-template <class Seen>
+template <class Layer>
 struct dropped_of_blocks {
-  graded_sizes<typename Seen::memory> graded;
+  graded_sizes<typename Layer::memory> graded;
   index_t sequence, kv_head, tokens, block_tokens;
   int size;
 
@@ -46,11 +46,11 @@ struct dropped_of_blocks {
 
 /// Gives a stand-in to each block of positions of which something is dropped: slots [sequence,
 /// kv_head, block + 1] become where those of a block begin.
-template <class Seen>
+template <class Layer>
 struct slots_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   using shared = warp_values<std::uint64_t>;
-  Seen seen;
+  Layer layer;
   index_t block_tokens;
   graded_sizes<memory> graded;
   index_t blocks;  ///< of the longest sequence
@@ -59,16 +59,16 @@ struct slots_body {
   view<position_t, 2, memory> counts;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), kv_head = item % seen.kv_heads();
+    const index_t sequence = item / layer.kv_heads(), kv_head = item % layer.kv_heads();
     if (!graded.is_open(sequence)) return;
-    const dropped_of_blocks<Seen> of{
-        graded, sequence, kv_head, seen.tokens(sequence), block_tokens, graded.sizes[sequence]};
+    const dropped_of_blocks<Layer> of{
+        graded, sequence, kv_head, layer.tokens(sequence), block_tokens, graded.sizes[sequence]};
     position_t* const own = slots + item * (blocks + 1);
     std::uint64_t before = 0, dropped = 0;
     for (index_t first = 0; first < of.count(); first += block_threads) {
@@ -93,11 +93,11 @@ struct slots_body {
 
 /// Gives all KV heads of a sequence as many stand-ins as any has: those with fewer have several for
 /// each of the first blocks that lose more than one token.
-template <class Seen>
+template <class Layer>
 struct even_slots_body {
-  using memory = typename Seen::memory;
+  using memory = typename Layer::memory;
   using shared = warp_values<std::uint64_t>;
-  Seen seen;
+  Layer layer;
   index_t block_tokens;
   graded_sizes<memory> graded;
   index_t blocks;
@@ -106,20 +106,20 @@ struct even_slots_body {
   view<position_t, 2, memory> counts;
 
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads();
+    return layer.sequences() * layer.kv_heads();
   }
 
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / seen.kv_heads(), kv_head = item % seen.kv_heads();
+    const index_t sequence = item / layer.kv_heads(), kv_head = item % layer.kv_heads();
     position_t most = 0;
-    for (index_t h = 0; h < seen.kv_heads(); ++h) {
-      most = larger{}(most, standing[sequence * seen.kv_heads() + h]);
+    for (index_t h = 0; h < layer.kv_heads(); ++h) {
+      most = larger{}(most, standing[sequence * layer.kv_heads() + h]);
     }
     if (standing[item] == most) return;
-    const dropped_of_blocks<Seen> of{
-        graded, sequence, kv_head, seen.tokens(sequence), block_tokens, graded.sizes[sequence]};
+    const dropped_of_blocks<Layer> of{
+        graded, sequence, kv_head, layer.tokens(sequence), block_tokens, graded.sizes[sequence]};
     position_t* const own = slots + item * (blocks + 1);
     const auto spare = static_cast<std::uint64_t>(most - standing[item]);
     std::uint64_t before = 0;

@@ -10,14 +10,14 @@ namespace refreekv::inline v0::cuda_detail {
 /// Fits the rows that stand in for what is dropped. With a and S of the tokens that one stands for,
 /// a being their mean attention, normalised: its value is sum a v, and its key is k0 = sum a k
 /// moved to where its logits come near log sum exp S, in the ridge regression over all rows.
-template <class Seen, class Values, int Rows>
+template <class Layer, class Values, int Rows>
 struct fit_body {
-  using memory = typename Seen::memory;
-  using keys_type = std::remove_cvref_t<decltype(std::declval<Seen>().keys)>;
+  using memory = typename Layer::memory;
+  using keys_type = std::remove_cvref_t<decltype(std::declval<Layer>().keys)>;
   static constexpr int most_together = block_warps;
 
   struct shared {
-    cuda_detail::tile<Seen, Rows> tile;
+    cuda_detail::tile<Layer, Rows> tile;
     position_t list[block_threads];                ///< tokens that are dropped
     float weights[block_threads];                  ///< of those, which sum to 1 in each stand-in
     int block_begins[most_together + 1];           ///< of each block of positions in the list
@@ -33,7 +33,7 @@ struct fit_body {
     const int* begins;  ///< [count + 1]: in the list
   };
 
-  Seen seen;
+  Layer layer;
   Values values;
   index_t block_tokens;
   graded_sizes<memory> graded;
@@ -49,19 +49,19 @@ struct fit_body {
     return (scratch.blocks + together() - 1) / together();
   }
   [[nodiscard]] constexpr index_t items() const noexcept {
-    return seen.sequences() * seen.kv_heads() * parts();
+    return layer.sequences() * layer.kv_heads() * parts();
   }
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_head = item % seen.kv_heads(), part = item / seen.kv_heads() % parts();
-    const index_t sequence = item / seen.kv_heads() / parts(), first = part * together();
+    const index_t kv_head = item % layer.kv_heads(), part = item / layer.kv_heads() % parts();
+    const index_t sequence = item / layer.kv_heads() / parts(), first = part * together();
     if (!graded.is_open(sequence) || to.counts(sequence, kv_head) == 0) return;
-    const index_t left = (seen.tokens(sequence) + block_tokens - 1) / block_tokens - first;
+    const index_t left = (layer.tokens(sequence) + block_tokens - 1) / block_tokens - first;
     if (left <= 0) return;
     const position_t* const slots =
-        scratch.slots + (sequence * seen.kv_heads() + kv_head) * (scratch.blocks + 1) + first;
+        scratch.slots + (sequence * layer.kv_heads() + kv_head) * (scratch.blocks + 1) + first;
     const int count = slots[left < together() ? left : together()] - slots[0];
     if (count == 0) return;
     list(block, s, sequence, kv_head, first * block_tokens, slots, count);
@@ -80,7 +80,7 @@ struct fit_body {
     const index_t token = first + block.rank();
     const int width = narrow(block_tokens), blocks = narrow(together());
     const int own = block.rank() / width;
-    const bool dropped = own < blocks && token < seen.tokens(sequence) &&
+    const bool dropped = own < blocks && token < layer.tokens(sequence) &&
                          graded.drops(sequence, kv_head, token, graded.sizes[sequence]);
     const auto sums = block_prefix_sum(block, s.counts, dropped ? 1 : 0);
     const int at = sums.own - 1;
@@ -107,17 +107,17 @@ struct fit_body {
   template <thread_block Block>
   REFREEKV_DEVICE void fit(Block& block, shared& s, const fitted& own) const noexcept {
     weigh(block, s, own);
-    add_rows(block, s, own, seen.keys, to.keys);
+    add_rows(block, s, own, layer.keys, to.keys);
     add_rows(block, s, own, values, to.values);
     block.sync();
-    const row_span span = rows_there(window_of(seen, own.sequence, scratch.rows), own.kv_head,
-                                     seen.q_heads() / seen.kv_heads());
+    const row_span span = rows_there(window_of(layer, own.sequence, scratch.rows), own.kv_head,
+                                     layer.q_heads() / layer.kv_heads());
     listed_place<row_span> at{
         own.sequence,          own.kv_head, span, 0, own.begins[own.count] - own.begins[0],
         s.list + own.begins[0]};
     REFREEKV_NO_UNROLL
     for (at.first = 0; at.first < span.count(); at.first += Rows) {
-      multiply<any_lanes>(block, s.tile, seen, scratch.rows, at);
+      multiply<any_lanes>(block, s.tile, layer, scratch.rows, at);
       block.sync();
       find_gaps(block, s, own, at);
       block.sync();
@@ -130,7 +130,7 @@ struct fit_body {
   template <thread_block Block>
   REFREEKV_DEVICE void weigh(Block& block, shared& s, const fitted& own) const noexcept {
     const float* const attention =
-        scratch.attention + (own.sequence * seen.kv_heads() + own.kv_head) * seen.capacity();
+        scratch.attention + (own.sequence * layer.kv_heads() + own.kv_head) * layer.capacity();
     if (const int n = warp_of(block); n < own.count) {
       const int begin = own.begins[n] + lane_of(block), end = own.begins[n + 1];
       double total = 0;
@@ -177,7 +177,7 @@ struct fit_body {
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void find_gaps(Block& block, shared& s, const fitted& own,
                                  const Place& at) const noexcept {
-    const logit_cap cap = logit_cap::of(seen.info.attention.soft_cap);
+    const logit_cap cap = logit_cap::of(layer.info.attention.soft_cap);
     REFREEKV_NO_UNROLL
     for (int p = warp_of(block); p < Rows * own.count; p += block_warps) {
       const int row = p % Rows, n = p / Rows;
@@ -188,7 +188,7 @@ struct fit_body {
       for (int i = own.begins[n] + lane_of(block); i < end; i += warp_threads) {
         float& value = s.tile.values[row][i - first];
         const float x = key_reader<keys_type>::product(s.tile.keys[i - first], value) *
-                        seen.info.attention.scale;
+                        layer.info.attention.scale;
         start += double{s.weights[i]} * double{x};
         value = cap(x);
         peak = larger{}(peak, value);
@@ -200,7 +200,7 @@ struct fit_body {
       start = block.warp_reduce(start, plus{});
       const double wanted = double{peak} + std::log(double{block.warp_reduce(sum, plus{})});
       if (lane_of(block) == 0) {
-        s.gaps[row][n] = static_cast<float>(start - uncapped(wanted, cap.cap));
+        s.gaps[row][n] = static_cast<float>(start - detail::uncapped(wanted, cap.cap));
       }
     }
   }
@@ -210,15 +210,16 @@ struct fit_body {
   REFREEKV_DEVICE void move(const Block& block, const shared& s, const fitted& own,
                             const Place& at) const noexcept {
     const int left = at.span.count() - at.first, rows = left < Rows ? left : Rows;
-    const index_t dims = seen.head_dim();
+    const index_t dims = layer.head_dim();
     for_each_place(block, own, dims, [&](int n, index_t d) {
       float sum = 0;
       REFREEKV_UNROLL
       for (int i = 0; i < Rows; ++i) {
         if (i >= rows) break;
         const int of = at.first + i;
-        const index_t row = (own.sequence * seen.q_heads() + at.span.q_head_of(of)) * scratch.rows +
-                            at.span.row_of(of);
+        const index_t row =
+            (own.sequence * layer.q_heads() + at.span.q_head_of(of)) * scratch.rows +
+            at.span.row_of(of);
         sum += s.gaps[i][n] * scratch.map[row * dims + d];
       }
       to.keys.at(own.sequence, own.kv_head, own.slot + n)[d] += sum;
@@ -229,38 +230,39 @@ struct fit_body {
 /// Fits the stand-ins of the sequences that are open: one for each block of positions, or as many
 /// in all KV heads.
 template <class Backend, class Valued>
-[[nodiscard]] status fit_open(const Backend& on, const importance_rule& rule, const Valued& valued,
+[[nodiscard]] status fit_open(const Backend& exec, const importance_rule& rule,
+                              const Valued& valued,
                               const graded_sizes<typename Valued::memory>& graded,
                               const stand_in_rows<typename Valued::memory>& to, bool evenly,
                               const importance_scratch& scratch) noexcept {
-  const auto& seen = observed(valued);
-  using seen_type = std::remove_cvref_t<decltype(seen)>;
+  const auto& layer = detail::plain(valued);
+  using seen_type = std::remove_cvref_t<decltype(layer)>;
   using values_type = std::remove_cvref_t<decltype(valued.values)>;
-  const slots_body<seen_type> slots{seen,          rule.block,       graded,   scratch.blocks,
+  const slots_body<seen_type> slots{layer,         rule.block,       graded,   scratch.blocks,
                                     scratch.slots, scratch.standing, to.counts};
-  status s = run_blocks(on, slots.items(), slots);
+  status s = run_blocks(exec, slots.items(), slots);
   if (s == status::ok && evenly) {
-    const even_slots_body<seen_type> even{seen,          rule.block,       graded,   scratch.blocks,
+    const even_slots_body<seen_type> even{layer,         rule.block,       graded,   scratch.blocks,
                                           scratch.slots, scratch.standing, to.counts};
-    s = run_blocks(on, even.items(), even);
+    s = run_blocks(exec, even.items(), even);
   }
   if (s != status::ok) return s;
   return with_tile<most_rows<seen_type>>(
-      seen.q_heads() / seen.kv_heads() * scratch.rows, [&](auto tile) {
+      layer.q_heads() / layer.kv_heads() * scratch.rows, [&](auto tile) {
         const fit_body<seen_type, values_type, tile()> fit{
-            scaled(seen), valued.values, rule.block, graded, to, scratch};
-        return run_blocks(on, fit.items(), fit);
+            scaled(layer), valued.values, rule.block, graded, to, scratch};
+        return run_blocks(exec, fit.items(), fit);
       });
 }
 
 template <class Backend, class Valued>
-[[nodiscard]] status fit_stand_ins(const Backend& on, const importance_rule& rule,
+[[nodiscard]] status fit_stand_ins(const Backend& exec, const importance_rule& rule,
                                    const Valued& valued,
                                    const view<const grade, 3, typename Valued::memory>& grades,
                                    const position_t* sizes,
                                    const stand_in_rows<typename Valued::memory>& to,
                                    const importance_scratch& scratch) noexcept {
-  return fit_open(on, rule, valued, {grades, sizes, nullptr}, to, rule.scope == cut_scope::layer,
+  return fit_open(exec, rule, valued, {grades, sizes, nullptr}, to, rule.scope == cut_scope::layer,
                   scratch);
 }
 

@@ -43,10 +43,10 @@ struct write_stand_ins_body {
   struct shared {};
 
   Source source;
-  view<const kept_count, 2, memory> kept;
+  view<const kept_tokens, 2, memory> kept;
   view<const float, 4, memory> rows;  ///< [sequence, kv_head, stand_in, head_dim]
   view<const position_t, 2, memory> counts;
-  compaction how;
+  compaction mode;
   row_parts cut;  ///< of the elements of a KV head
 
   /// item: [sequence, kv_head, part]
@@ -55,7 +55,7 @@ struct write_stand_ins_body {
     const index_t head = item / cut.parts, part = item % cut.parts;
     const index_t sequence = head / source.kv_heads(), kv_head = head % source.kv_heads();
     const index_t count = counts(sequence, kv_head), dims = source.head_dim();
-    const index_t first = first_stand_in(kept(sequence, kv_head), count, how);
+    const index_t first = first_stand_in(kept(sequence, kv_head), count, mode);
     for (index_t i = part * block_threads + block.rank(); i < count * dims;
          i += cut.parts * block_threads) {
       const index_t row = i / dims, d = i % dims;
@@ -77,14 +77,14 @@ struct write_stand_ins_body {
 
 template <class Backend, kv_source Source>
 [[nodiscard]] status write_stand_ins(
-    const Backend& on, const Source& source,
-    const view<const kept_count, 2, typename Source::memory>& kept,
+    const Backend& exec, const Source& source,
+    const view<const kept_tokens, 2, typename Source::memory>& kept,
     const view<const float, 4, typename Source::memory>& rows,
-    const view<const position_t, 2, typename Source::memory>& counts, compaction how) noexcept {
+    const view<const position_t, 2, typename Source::memory>& counts, compaction mode) noexcept {
   const row_parts cut = row_parts::of(source.sequences() * source.kv_heads(),
                                       blocks_for(rows.extent(2) * source.head_dim()));
-  const write_stand_ins_body<Source> body{source, kept, rows, counts, how, cut};
-  return run_blocks(on, cut.items(), body);
+  const write_stand_ins_body<Source> body{source, kept, rows, counts, mode, cut};
+  return run_blocks(exec, cut.items(), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "refreekv/attention/observation.hpp"
+#include "refreekv/attention/layer.hpp"
 
 #include "catch.hpp"
 #include "layouts.hpp"
@@ -14,21 +14,21 @@ std::string why(const char* reason) { return reason == nullptr ? "" : reason; }
 TEST_CASE("an observation has the sizes of its tensors", "[observation]") {
   const problem p(2, 3, 8, 5, {7, 9});
   const dense_cache<float> cache(p.keys);
-  const auto seen = observe(p.query_view(), cache.source());
-  static_assert(attention_observation<std::decay_t<decltype(seen)>>);
-  CHECK(seen.sequences() == 2);
-  CHECK(seen.q_heads() == 6);
-  CHECK(seen.kv_heads() == 2);
-  CHECK(seen.window() == 5);
-  CHECK(seen.head_dim() == 8);
-  CHECK(seen.tokens(0) == 7);
-  CHECK(seen.capacity() >= 9);
-  CHECK(seen.scale() == Approx(1 / std::sqrt(8.0)));
-  CHECK(why(seen.invalid()) == "");
+  const auto layer = observe(p.query_view(), cache.source());
+  static_assert(attention_layer<std::decay_t<decltype(layer)>>);
+  CHECK(layer.sequences() == 2);
+  CHECK(layer.q_heads() == 6);
+  CHECK(layer.kv_heads() == 2);
+  CHECK(layer.window() == 5);
+  CHECK(layer.head_dim() == 8);
+  CHECK(layer.tokens(0) == 7);
+  CHECK(layer.capacity() >= 9);
+  CHECK(layer.scale() == Approx(1 / std::sqrt(8.0)));
+  CHECK(why(layer.invalid()) == "");
 
   const auto alone = observe(cache.source());
-  static_assert(observation<std::decay_t<decltype(alone)>>);
-  static_assert(!attention_observation<std::decay_t<decltype(alone)>>);
+  static_assert(model_layer<std::decay_t<decltype(alone)>>);
+  static_assert(!attention_layer<std::decay_t<decltype(alone)>>);
   CHECK(alone.q_heads() == 2);
   CHECK(why(alone.invalid()) == "");
 }
@@ -71,7 +71,7 @@ TEST_CASE("counts and ends of rows that cannot be are refused in words", "[obser
   const problem p(2, 2, 8, 3, {7, 0});
   const dense_cache<float> cache(p.keys);
   const auto refused = [&](std::vector<position_t> counts, std::vector<position_t> ends) {
-    layer_info<> info{.layer = 5};
+    layer_info<> info{.index = 5};
     if (!counts.empty()) info.rows.counts = {counts.data(), {static_cast<index_t>(counts.size())}};
     if (!ends.empty()) {
       info.rows.ends = {ends.data(), {static_cast<index_t>(ends.size()) / 3, 3}};

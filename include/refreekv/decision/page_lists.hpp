@@ -22,10 +22,10 @@ using shared_pages_view = view<const std::uint8_t, 2, Memory>;
 /// What plan_pages says about each sequence.
 template <class Memory = host_memory>
 struct page_plans {
-  view<page_plan, 1, Memory> plans;  ///< [sequence], for release_pages
-  kept_ranges<Memory> moves;         ///< [sequence, 1], for compact with sinks_up: ranges that
-                                     ///< touch nothing where sinks stay
-  kept_ranges<Memory> remaining;     ///< [sequence, 1], for write_masks: see kept_slots
+  view<page_plan, 1, Memory> plans;    ///< [sequence], for release_pages
+  kept_ranges<Memory> compact_ranges;  ///< [sequence, 1], for compact with sinks_up: ranges that
+                                       ///< touch nothing where sinks stay
+  kept_ranges<Memory> mask_ranges;     ///< [sequence, 1], for write_masks: see kept_slots
 };
 
 /// What is kept, in slots of the page table that has lost the plan's pages. Slots [0, tokens) are

@@ -32,7 +32,7 @@ template <class Memory = host_memory>
 struct layer_info {
   /// 0-based. Rules that treat layers differently ask for it; it has no default, as every layer
   /// would be the first one.
-  index_t layer = unknown_layer;
+  index_t index = unknown_layer;
   attention_params<Memory> attention = {};
   window_rows<Memory> rows = {};
 };
@@ -40,74 +40,74 @@ struct layer_info {
 /// One layer of a ragged batch. All sizes are of the whole batch but tokens(sequence).
 /// - `invalid()`: null, or what is wrong with the description, in words. O(tables).
 template <class O>
-concept observation = requires(const O& seen, index_t sequence) {
+concept model_layer = requires(const O& layer, index_t sequence) {
   typename O::memory;
-  { seen.sequences() } -> std::same_as<index_t>;
-  { seen.q_heads() } -> std::same_as<index_t>;
-  { seen.kv_heads() } -> std::same_as<index_t>;
-  { seen.capacity() } -> std::same_as<index_t>;
-  { seen.tokens(sequence) } -> std::same_as<index_t>;
-  { seen.invalid() } -> std::same_as<const char*>;
-  { seen.info } -> std::convertible_to<layer_info<typename O::memory>>;
+  { layer.sequences() } -> std::same_as<index_t>;
+  { layer.q_heads() } -> std::same_as<index_t>;
+  { layer.kv_heads() } -> std::same_as<index_t>;
+  { layer.capacity() } -> std::same_as<index_t>;
+  { layer.tokens(sequence) } -> std::same_as<index_t>;
+  { layer.invalid() } -> std::same_as<const char*>;
+  { layer.info } -> std::convertible_to<layer_info<typename O::memory>>;
 };
 
 /// An observation that shows attention: the last `window()` rows of each query head.
 template <class O>
-concept attention_observation = observation<O> && requires(const O& seen) {
-  { seen.window() } -> std::same_as<index_t>;
+concept attention_layer = model_layer<O> && requires(const O& layer) {
+  { layer.window() } -> std::same_as<index_t>;
 };
 
 /// An observation of keys whose tokens are split over ranks: see shard.hpp.
 template <class O>
-concept sharded = observation<O> && requires(const O& seen) {
-  requires sharded_source<std::remove_cvref_t<decltype(seen.keys)>>;
+concept sharded_layer = model_layer<O> && requires(const O& layer) {
+  requires sharded_source<std::remove_cvref_t<decltype(layer.keys)>>;
 };
+
+namespace detail {
 
 /// Whether the chunk that begins with that token is on this rank.
 template <class O>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool has_chunk_at(
-    [[maybe_unused]] const O& seen, [[maybe_unused]] index_t sequence,
+    [[maybe_unused]] const O& layer, [[maybe_unused]] index_t sequence,
     [[maybe_unused]] index_t token) noexcept {
-  if constexpr (sharded<O>) {
-    return seen.keys.owns(sequence, token);
+  if constexpr (sharded_layer<O>) {
+    return layer.keys.owns(sequence, token);
   } else {
     return true;
   }
 }
 
-namespace detail {
-
 template <class O>
-[[nodiscard]] constexpr const char* invalid_layer(const O& seen) noexcept {
-  if (seen.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
-  if (seen.sequences() > max_count) return "a batch may have 2^31 - 1 sequences at most";
-  if (seen.info.layer < unknown_layer) return "layer must be >= 0";
-  if (seen.kv_heads() < 1) return "kv_heads must be >= 1";
-  if (seen.q_heads() < 1 || seen.q_heads() > max_count) return "q_heads must be in [1, 2^31 - 1]";
-  if (seen.q_heads() % seen.kv_heads() != 0) return "q_heads must be a multiple of kv_heads";
+[[nodiscard]] constexpr const char* invalid_layer(const O& layer) noexcept {
+  if (layer.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
+  if (layer.sequences() > max_count) return "a batch may have 2^31 - 1 sequences at most";
+  if (layer.info.index < unknown_layer) return "layer_info::index must be >= 0";
+  if (layer.kv_heads() < 1) return "kv_heads must be >= 1";
+  if (layer.q_heads() < 1 || layer.q_heads() > max_count) return "q_heads must be in [1, 2^31 - 1]";
+  if (layer.q_heads() % layer.kv_heads() != 0) return "q_heads must be a multiple of kv_heads";
   return nullptr;
 }
 
 template <class O>
-[[nodiscard]] constexpr const char* invalid_window(const O& seen) noexcept {
-  const auto& [counts, ends] = seen.info.rows;
-  if (counts.data() != nullptr && (counts.malformed() || counts.extent(0) != seen.sequences())) {
+[[nodiscard]] constexpr const char* invalid_window(const O& layer) noexcept {
+  const auto& [counts, ends] = layer.info.rows;
+  if (counts.data() != nullptr && (counts.malformed() || counts.extent(0) != layer.sequences())) {
     return "row counts must be [sequence]";
   }
-  if (ends.data() != nullptr &&
-      (ends.malformed() || ends.extent(0) != seen.sequences() || ends.extent(1) != seen.window())) {
+  if (ends.data() != nullptr && (ends.malformed() || ends.extent(0) != layer.sequences() ||
+                                 ends.extent(1) != layer.window())) {
     return "row ends must be [sequence, window]";
   }
   if constexpr (std::same_as<typename O::memory, host_memory>) {
-    for (index_t s = 0; s < seen.sequences(); ++s) {
-      if (counts.data() != nullptr && (counts(s) < 0 || counts(s) > seen.window())) {
+    for (index_t s = 0; s < layer.sequences(); ++s) {
+      if (counts.data() != nullptr && (counts(s) < 0 || counts(s) > layer.window())) {
         return "a row count is outside [0, window]";
       }
-      if (seen.tokens(s) == 0) continue;
-      if (counts.data() == nullptr && seen.window() < 1) return "a window of no rows";
-      const index_t there = counts.data() == nullptr ? seen.window() : index_t{counts(s)};
-      for (index_t r = seen.window() - there; ends.data() != nullptr && r < seen.window(); ++r) {
-        if (ends(s, r) < 1 || ends(s, r) > seen.tokens(s))
+      if (layer.tokens(s) == 0) continue;
+      if (counts.data() == nullptr && layer.window() < 1) return "a window of no rows";
+      const index_t there = counts.data() == nullptr ? layer.window() : index_t{counts(s)};
+      for (index_t r = layer.window() - there; ends.data() != nullptr && r < layer.window(); ++r) {
+        if (ends(s, r) < 1 || ends(s, r) > layer.tokens(s))
           return "a row end is outside [1, tokens]";
       }
     }
@@ -115,34 +115,34 @@ template <class O>
   return nullptr;
 }
 
+/// The observation without what rides on it.
+template <model_layer Layer>
+[[nodiscard]] constexpr const auto& plain(const Layer& layer) noexcept {
+  if constexpr (requires { typename Layer::plain_type; }) {
+    return detail::plain(static_cast<const typename Layer::plain_type&>(layer));
+  } else {
+    return layer;
+  }
+}
+
 }  // namespace detail
 
-/// The last `rows` rows of a sequence's window. Requires 0 <= rows <= seen.window().
-template <class Seen>
-[[nodiscard]] REFREEKV_HOST_DEVICE constexpr query_window window_of(const Seen& seen,
+/// The last `rows` rows of a sequence's window. Requires 0 <= rows <= layer.window().
+template <class Layer>
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr query_window window_of(const Layer& layer,
                                                                     index_t sequence,
                                                                     index_t rows) noexcept {
-  query_window window{seen.tokens(sequence), rows, seen.info.attention.sliding_window};
-  const auto& [counts, ends] = seen.info.rows;
+  query_window window{layer.tokens(sequence), rows, layer.info.attention.sliding_window};
+  const auto& [counts, ends] = layer.info.rows;
   if (counts.data() != nullptr) {
     const index_t there = counts(sequence);
     window.missing = there < 0 ? rows : there < rows ? rows - there : 0;
   }
   if (ends.data() != nullptr) {
-    window.ends = ends.at(sequence, seen.window() - rows);
+    window.ends = ends.at(sequence, layer.window() - rows);
     window.ends_stride = ends.stride(1);
   }
   return window;
-}
-
-/// The observation without what rides on it.
-template <observation Seen>
-[[nodiscard]] constexpr const auto& observed(const Seen& seen) noexcept {
-  if constexpr (requires { typename Seen::observed; }) {
-    return observed(static_cast<const typename Seen::observed&>(seen));
-  } else {
-    return seen;
-  }
 }
 
 }  // namespace refreekv::inline v0

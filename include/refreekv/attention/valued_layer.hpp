@@ -2,33 +2,33 @@
 // The values of a layer, for policies that look at more than keys.
 #pragma once
 
-#include "refreekv/attention/observation.hpp"
+#include "refreekv/attention/layer.hpp"
 #include "refreekv/cache/fit.hpp"
 
 namespace refreekv::inline v0 {
 
 /// An observation of keys and queries, and the values that belong to the keys. The two may differ
 /// in type, layout and head_dim, and values may be a part of the keys (MLA).
-template <observation Seen, kv_source Values>
-struct valued_observation : Seen {
-  using observed = Seen;
+template <model_layer Layer, kv_source Values>
+struct valued_layer : Layer {
+  using plain_type = Layer;
 
   Values values;
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (const char* why = Seen::invalid()) return why;
+    if (const char* why = Layer::invalid()) return why;
     return detail::differ(values, this->keys);
   }
 };
 
-template <observation Seen, kv_source Values>
-  requires requires(const Seen& seen) {
-    seen.queries;
-    requires kv_source<std::remove_cvref_t<decltype(seen.keys)>>;
+template <model_layer Layer, kv_source Values>
+  requires requires(const Layer& layer) {
+    layer.queries;
+    requires kv_source<std::remove_cvref_t<decltype(layer.keys)>>;
   }
-[[nodiscard]] constexpr auto with_values(const Seen& seen, const Values& values) noexcept {
+[[nodiscard]] constexpr auto with_values(const Layer& layer, const Values& values) noexcept {
   detail::check_source<Values>();
-  return valued_observation<Seen, Values>{{seen}, values};
+  return valued_layer<Layer, Values>{{layer}, values};
 }
 
 }  // namespace refreekv::inline v0
