@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <refreekv/compact.hpp>
+#include <refreekv/local_ranges.hpp>
 #include <refreekv/policy/refreekv.hpp>
 #include <refreekv/select.hpp>
 #include <stdexcept>
