@@ -52,53 +52,62 @@ struct state {
   auto attach(const auto&, const auto& layer) { return layer; }
 };
 
-/// Every policy with the options that matter; a new one is a line here.
+/// A policy for problems of some hundred tokens and a window of 3.
+template <class Policy>
+Policy made_small(Policy policy) {
+  if constexpr (requires { policy.budget; }) policy.budget = 40;
+  if constexpr (requires { policy.window = 3u; }) policy.window = std::min(policy.window, 3u);
+  if constexpr (requires { policy.recent = 3u; }) policy.recent = 3u;
+  if constexpr (requires { policy.layers; }) policy.layers = layers;
+  return policy;
+}
+
+/// Every policy, and some again with the options that matter.
 template <class F>
 void for_each_policy(const F& f) {
   const auto frobenius = row_average::frobenius;
   const pooling most{pool_kind::max, 7};
-  f("refreekv", policy::refreekv{});
+  std::apply([&](const auto&... each) { (f(each.name, made_small(each)), ...); }, all_policies{});
   f("refreekv, window 3", policy::refreekv{.window = 3});
   f("refreekv, all options", policy::refreekv{.threshold = 0.1,
                                               .window = 3,
                                               .average = frobenius,
                                               .norm = norm_scope::full_row,
                                               .scope = cut_scope::kv_head});
-  f("faithful", policy::faithful{.window = 3});
   f("faithful, KV heads of one length",
     policy::faithful{.tolerance = 0.2, .error_term = false, .scope = cut_scope::layer});
   f("faithful, no stand-ins", policy::faithful{.tolerance = 0.3, .window = 2, .stand_ins = false});
-  f("streaming_llm", policy::streaming_llm{.sinks = 4, .budget = 44});
-  f("streaming_llm, room", policy::streaming_llm{.sinks = 2, .budget = 302, .incoming = 100});
+  f("streaming_llm, incoming", policy::streaming_llm{.sinks = 2, .budget = 302, .incoming = 100});
   f("h2o", policy::h2o{.budget = 60, .recent = 30, .window = 3});
   f("h2o, shares",
     policy::h2o{
         .budget = token_budget::share(0.5), .recent = token_budget::share(0.1), .window = 2});
-  f("snapkv", policy::snapkv{.budget = 50, .window = 3});
   f("snapkv, max", policy::snapkv{.budget = token_budget::share(0.3), .window = 2, .pool = most});
   f("snapkv, shared by KV heads", policy::snapkv{.budget = 50, .window = 3, .head_floor = 0.2});
-  f("pyramidkv", policy::pyramidkv{.budget = 40, .window = 3, .layers = layers});
-  f("cake", policy::cake{.budget = 40, .window = 3, .layers = layers});
   f("cake_decode", policy::cake_decode{.budget = 40, .recent = 3});
-  f("tova", policy::tova{.budget = 40});
-  f("attention_ranked", policy::attention_ranked{.threshold = 0.05, .window = 3, .recent = 3});
-  f("twilight", policy::twilight{.mass = 0.8});
+  f("attention_ranked, 5 %", policy::attention_ranked{.threshold = 0.05, .window = 3, .recent = 3});
+  f("twilight, 80 %", policy::twilight{.mass = 0.8});
   f("twilight, sink start", policy::twilight{.mass = 0.8, .sink_start = true});
 }
 
-/// Those that have a budget, with one that holds all.
+/// Policies with a budget, or recent tokens, that hold all.
 template <class F>
 void for_each_large_budget(const F& f) {
-  const token_budget all = token_budget::share(1);
-  f("streaming_llm", policy::streaming_llm{.budget = all});
-  f("h2o", policy::h2o{.budget = all, .recent = 3, .window = 3});
+  std::apply(
+      [&](const auto&... each) {
+        const auto with_all = [&](auto policy) {
+          if constexpr (requires { policy.budget; }) {
+            policy.budget = token_budget::share(1);
+            f(policy.name, policy);
+          }
+        };
+        (with_all(made_small(each)), ...);
+      },
+      all_policies{});
   f("h2o, more than there is", policy::h2o{.budget = 4000, .recent = 3, .window = 3});
-  f("snapkv", policy::snapkv{.budget = all, .window = 3});
-  f("snapkv, shared by KV heads", policy::snapkv{.budget = all, .window = 3, .head_floor = 0});
-  f("pyramidkv", policy::pyramidkv{.budget = all, .window = 3, .layers = layers});
-  f("cake", policy::cake{.budget = all, .window = 3, .layers = layers});
+  f("snapkv, shared by KV heads",
+    policy::snapkv{.budget = token_budget::share(1), .window = 3, .head_floor = 0});
   f("cake_decode", policy::cake_decode{.budget = 300, .recent = 3});
-  f("tova", policy::tova{.budget = all});
   f("attention_ranked", policy::attention_ranked{.window = 3, .recent = 300});
 }
 
@@ -106,6 +115,10 @@ void for_each_large_budget(const F& f) {
 struct safe_tokens {
   index_t first, last;
 };
+template <class Policy>
+safe_tokens safe(const Policy&, index_t) {
+  return {0, 0};
+}
 safe_tokens safe(const policy::refreekv& policy, index_t) { return {policy.sinks, 0}; }
 safe_tokens safe(const policy::faithful& policy, index_t n) {
   return {policy.sinks, std::max<index_t>(1, std::min<index_t>(policy.recent, n / 4))};
@@ -120,7 +133,6 @@ safe_tokens safe(const policy::cake& policy, index_t) { return {0, policy.window
 safe_tokens safe(const policy::cake_decode& policy, index_t) { return {0, policy.recent}; }
 safe_tokens safe(const policy::tova&, index_t) { return {0, 1}; }
 safe_tokens safe(const policy::attention_ranked& policy, index_t) { return {0, policy.recent}; }
-safe_tokens safe(const policy::twilight&, index_t) { return {0, 0}; }
 
 /// What is kept, whatever form the policy says it in.
 struct outcome {
@@ -440,13 +452,16 @@ TEST_CASE("a workspace one byte short is refused and nothing is written", "[cont
   const dense_cache<float> keys(p.keys);
   const auto plain = observe(p.query_view(), keys.source(), p.info());
   int refused = 0;
-  for_each_case([&](const auto& policy, const auto& exec) {
+  for_each_case([&]<class Policy>(const Policy& policy, const auto& exec) {
     state s;
-    if (workspace_size(policy, exec, s.attach(policy, plain)) == 0) return;  // cannot be short
-    CHECK(run(policy, exec, plain, 1).status == status::small_workspace);
-    ++refused;
+    if constexpr (std::same_as<Policy, policy::streaming_llm>) {
+      CHECK(workspace_size(policy, exec, s.attach(policy, plain)) == 0);  // cannot be short
+    } else {
+      CHECK(run(policy, exec, plain, 1).status == status::small_workspace);
+      ++refused;
+    }
   });
-  CHECK(refused == 2 * 18);  // all but streaming_llm, on two backends
+  CHECK(refused > 0);
 }
 
 TEST_CASE("an empty batch is no work", "[contract]") {

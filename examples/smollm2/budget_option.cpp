@@ -33,10 +33,10 @@ std::optional<double> parse_share(const std::string& text) {
   return share;
 }
 
-refreekv::token_budget parse_budget(const std::string& text) {
+refreekv::token_budget parse_budget(const std::string& text, const std::string& option) {
   if (const auto tokens = number_in<refreekv::count_t>(text)) return *tokens;
   if (const auto share = parse_share(text)) return refreekv::token_budget::share(*share);
-  throw usage_error("--budget: '" + text + "' is neither a number of tokens nor a share such as " +
+  throw usage_error(option + ": '" + text + "' is neither a number of tokens nor a share such as " +
                     "0.5 or 50%");
 }
 

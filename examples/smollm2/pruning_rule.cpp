@@ -9,7 +9,7 @@ const char* why_invalid(const pruning_rule& rule) {
         if constexpr (std::same_as<decltype(r), const keep_everything&>) {
           return nullptr;
         } else {
-          return r.invalid();
+          return refreekv::why_invalid(r);
         }
       },
       rule);

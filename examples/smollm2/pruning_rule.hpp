@@ -5,16 +5,20 @@
 #include <concepts>
 #include <cstddef>
 #include <refreekv/refreekv.hpp>
+#include <tuple>
 #include <variant>
 
 namespace smollm2 {
 
 struct keep_everything {};
-using pruning_rule =
-    std::variant<refreekv::policy::refreekv, refreekv::policy::faithful,
-                 refreekv::policy::streaming_llm, refreekv::policy::h2o, refreekv::policy::snapkv,
-                 refreekv::policy::pyramidkv, refreekv::policy::cake, refreekv::policy::tova,
-                 refreekv::policy::attention_ranked, refreekv::policy::twilight, keep_everything>;
+
+template <class Policies>
+struct rule_of;
+template <class... Policies>
+struct rule_of<std::tuple<Policies...>> {
+  using type = std::variant<Policies..., keep_everything>;
+};
+using pruning_rule = rule_of<refreekv::all_policies>::type;
 
 // A policy whose decision is a prefix and a suffix of each layer.
 template <class Rule>

@@ -13,9 +13,11 @@ template <class Policy, model_layer Layer>
 [[nodiscard]] constexpr const char* why_invalid(
     const Policy& policy, const Layer& layer,
     const decision_of<Policy, typename Layer::memory>& kept) noexcept {
-  if (const char* why = policy.invalid()) return why;
+  if (const char* why = why_invalid(policy)) return why;
   if (const char* why = layer.invalid()) return why;
-  if (const char* why = policy.invalid(layer)) return why;
+  if constexpr (requires { policy.invalid(layer); }) {
+    if (const char* why = policy.invalid(layer)) return why;
+  }
   if constexpr (requires { policy.invalid(layer, kept); }) {
     if (const char* why = policy.invalid(layer, kept)) return why;
   }
@@ -30,7 +32,7 @@ template <class Policy, backend Backend, model_layer Layer>
   requires policy_for<Policy, Backend, Layer>
 [[nodiscard]] std::size_t workspace_size(const Policy& policy, const Backend& exec,
                                          const Layer& layer) noexcept {
-  if (policy.invalid() != nullptr || layer.invalid() != nullptr) return 0;
+  if (why_invalid(policy) != nullptr || layer.invalid() != nullptr) return 0;
   arena count;
   (void)detail::method_of(policy, layer).carve(count, exec, layer);
   return count.bytes();

@@ -193,10 +193,10 @@ TEST_CASE("values that are 0 say nothing: all stay", "[faithful]") {
 
 TEST_CASE("options of faithful outside their range are named", "[faithful]") {
   const auto names = [](const policy::faithful& policy, const std::string& option) {
-    const char* why = policy.invalid();
+    const char* why = why_invalid(policy);
     return why != nullptr && begins(why, option);
   };
-  CHECK(policy::faithful{}.invalid() == nullptr);
+  CHECK(why_invalid(policy::faithful{}) == nullptr);
   for (const double bad : {-0.1, 1.1, std::nan("")}) {
     CHECK(names({.tolerance = bad}, "tolerance"));
     CHECK(names({.last_row = bad == 1.1 ? 101 : bad}, "last_row"));

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every option outside its range, and every observation that does not fit, is refused by name.
+#include <fstream>
+#include <iterator>
+#include <tuple>
+
 #include "layouts.hpp"
 #include "ranked_selection.hpp"
 
@@ -18,12 +22,127 @@ std::string why(const Policy& policy, const Layer& layer) {
   const status s = select(policy, divided<1>(), layer, guarded.kept(), scratch);
   CHECK(s == (reason == nullptr ? status::ok : status::invalid_argument));
   CHECK((workspace_size(policy, divided<1>(), layer) == 0) ==
-        (policy.invalid() != nullptr || layer.invalid() != nullptr));
+        (why_invalid(policy) != nullptr || layer.invalid() != nullptr));
   const std::string text = reason == nullptr ? "" : reason;
   return text.substr(0, text.find(' '));
 }
 
+template <class F>
+void for_each_policy_type(const F& f) {
+  std::apply([&](const auto&... each) { (f(each), ...); }, all_policies{});
+  f(policy::cake_decode{});
+}
+
+/// Converts to the type of any member.
+struct anything {
+  template <class T>
+  operator T() const;
+};
+
+/// How many members an aggregate has.
+template <class T, class... Given>
+consteval std::size_t members() {
+  if constexpr (requires { T{Given{}..., anything{}}; }) {
+    return members<T, Given..., anything>();
+  } else {
+    return sizeof...(Given);
+  }
+}
+
+/// Values of an option, and whether they are allowed.
+template <class Policy>
+std::vector<std::pair<double, bool>> values_of(const option<Policy, double>& of) {
+  const auto& [low, high, words] = of.range;
+  return {{low, true},
+          {high, true},
+          {std::nextafter(low, -HUGE_VAL), false},
+          {high < HUGE_VAL ? std::nextafter(high, HUGE_VAL) : std::nan(""), false},
+          {std::nan(""), false}};
+}
+template <class Policy>
+std::vector<std::pair<count_t, bool>> values_of(const option<Policy, count_t>& of) {
+  const auto low = static_cast<count_t>(of.range.low), high = static_cast<count_t>(of.range.high);
+  return {{low, true}, {high, true}, {low - 1, false}, {high + 1, false}, {wrapped, false}};
+}
+template <class Policy>
+std::vector<std::pair<token_budget, bool>> values_of(const option<Policy, token_budget>&) {
+  return {{token_budget(0), true},           {token_budget(max_count), true},
+          {token_budget::share(1), true},    {token_budget(-1), false},
+          {token_budget::share(1.1), false}, {token_budget::share(std::nan("")), false}};
+}
+template <class Policy>
+std::vector<std::pair<pooling, bool>> values_of(const option<Policy, pooling>&) {
+  return {{{pool_kind::max, 1}, true},
+          {{pool_kind::average, 7}, true},
+          {{pool_kind::average, 0}, false},
+          {{pool_kind::max, 4}, false},
+          {{pool_kind::max, wrapped}, false}};
+}
+template <class Policy>
+std::vector<std::pair<bool, bool>> values_of(const option<Policy, bool>&) {
+  return {{false, true}, {true, true}};
+}
+template <class Policy, class E>
+  requires std::is_enum_v<E>
+std::vector<std::pair<E, bool>> values_of(const option<Policy, E>&) {
+  std::vector<std::pair<E, bool>> all;
+  for (const auto& choice : choices_of(E{})) all.push_back({choice.value, true});
+  return all;
+}
+
 }  // namespace
+
+TEST_CASE("every option is refused outside its range, by name, and allowed inside", "[policy]") {
+  for_each_policy_type([]<class Policy>(Policy) {
+    INFO(Policy::name);
+    CHECK(why_invalid(Policy{}) == nullptr);
+    CHECK(std::tuple_size_v<std::remove_cvref_t<decltype(Policy::options)>> == members<Policy>());
+    for_each_option<Policy>([](const auto& option) {
+      INFO(option.name);
+      for (const auto& [value, allowed] : values_of(option)) {
+        Policy policy;
+        policy.*option.member = value;
+        const char* why = why_invalid(policy);
+        CHECK((why == nullptr) == allowed);
+        if (why != nullptr) {
+          CHECK(std::string(why).starts_with(option.name));
+          CHECK(std::string(why).ends_with(option.range.words));
+        }
+      }
+    });
+  });
+}
+
+TEST_CASE("choices have different names and values", "[policy]") {
+  for_each_policy_type([]<class Policy>(Policy) {
+    for_each_option<Policy>([](const auto& option) {
+      if constexpr (requires(Policy policy) { choices_of(policy.*option.member); }) {
+        const auto choices = choices_of(Policy{}.*option.member);
+        for (std::size_t i = 0; i < choices.size(); ++i) {
+          for (std::size_t k = 0; k < i; ++k) {
+            CHECK(std::string(choices[i].name) != choices[k].name);
+            CHECK(choices[i].value != choices[k].value);
+          }
+        }
+      }
+    });
+  });
+}
+
+TEST_CASE("the README's table has every policy", "[policy]") {
+  std::ifstream file(REFREEKV_README);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  REQUIRE(!text.empty());
+  std::apply(
+      [&](const auto&... each) {
+        for (const std::string name : {each.name...}) {
+          INFO(name);
+          CHECK(text.find("| [`" + name + "`](include/refreekv/policy/" + name + ".hpp) |") !=
+                std::string::npos);
+        }
+      },
+      all_policies{});
+}
 
 TEST_CASE("options outside their range are named", "[policy]") {
   problem p(2, 2, 8, 40, {30});

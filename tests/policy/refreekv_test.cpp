@@ -34,7 +34,7 @@ TEST_CASE("the defaults are the paper's", "[refreekv]") {
   CHECK(policy.norm == norm_scope::candidates);
   CHECK(policy.scope == cut_scope::layer);
   CHECK(policy.full_layers == 2);
-  CHECK(policy.invalid() == nullptr);
+  CHECK(why_invalid(policy) == nullptr);
 }
 
 TEST_CASE("the position-ranked toy data of the released code comes out", "[refreekv][golden]") {

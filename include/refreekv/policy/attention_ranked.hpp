@@ -21,13 +21,14 @@ struct attention_ranked {
   count_t recent = 8;       ///< last tokens, which stay
   count_t full_layers = 2;  ///< first layers that are never pruned
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!(threshold >= 0 && threshold <= 1)) return "threshold must be in [0, 1]";
-    if (window < 1 || window > max_count) return "window must be >= 1";
-    if (recent > max_count) return "recent must be >= 0";
-    if (full_layers > max_count) return "full_layers must be >= 0";
-    return nullptr;
-  }
+  static constexpr const char* name = "attention_ranked";
+  static constexpr std::tuple options{
+      option{"threshold", &attention_ranked::threshold, "share of the norm that may be lost",
+             any_share},
+      option{"window", &attention_ranked::window, "last queries that rank tokens", at_least_one},
+      option{"recent", &attention_ranked::recent, "last tokens that always stay"},
+      option{"full_layers", &attention_ranked::full_layers, "first layers that are never pruned"}};
+
   /// The observation says which layer it is of, unless full_layers is 0.
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {

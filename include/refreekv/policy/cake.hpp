@@ -31,15 +31,17 @@ struct cake {
   double tau1 = 1, tau2 = 1;  ///< preference = entropy^(1 / tau1) * variance^(1 / tau2); positive
   pooling pool = {pool_kind::average, 5};
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
-    if (window < 1 || window > max_count) return "window must be >= 1";
-    if (layers < 1 || layers > max_count) return "layers must be >= 1";
-    if (!(gamma >= 0 && gamma <= 1e30)) return "gamma must be >= 0";
-    if (!(tau1 > 0 && tau2 > 0)) return "tau1 and tau2 must be > 0";
-    if (!pool.valid()) return "pool.width must be odd";
-    return nullptr;
-  }
+  static constexpr const char* name = "cake";
+  static constexpr std::tuple options{
+      option{"budget", &cake::budget, "tokens of the mean layer, those of the window included"},
+      option{"window", &cake::window, "last queries that give scores, and last tokens that stay",
+             at_least_one},
+      option{"layers", &cake::layers, "of the model", at_least_one},
+      option{"gamma", &cake::gamma, "weight of the variance", option_range{0, 1e30, ">= 0"}},
+      option{"tau1", &cake::tau1, "temperature of the entropy", positive},
+      option{"tau2", &cake::tau2, "temperature of the variance", positive},
+      option{"pool", &cake::pool, "how scores of neighbours are pooled"}};
+
   /// The observation says which layer it is of.
   template <model_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
@@ -164,15 +166,12 @@ struct cake_decode {
   count_t recent = 32;   ///< last tokens, which stay: cake's window
   pooling pool = {pool_kind::average, 5};
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (budget > max_count) return "budget must be >= 0";
-    if (recent > max_count) return "recent must be >= 0";
-    if (!pool.valid()) return "pool.width must be odd";
-    return nullptr;
-  }
-  [[nodiscard]] constexpr const char* invalid(const attention_layer auto&) const noexcept {
-    return nullptr;
-  }
+  static constexpr const char* name = "cake_decode";
+  static constexpr std::tuple options{
+      option{"budget", &cake_decode::budget, "tokens that stay, the recent ones not included"},
+      option{"recent", &cake_decode::recent, "last tokens that always stay"},
+      option{"pool", &cake_decode::pool, "how scores of neighbours are pooled"}};
+
   [[nodiscard]] constexpr auto method(const attention_layer auto& layer) const noexcept {
     return score_ranking<cake_decode>{detail::most_rows(layer, 1), pool, false, *this};
   }

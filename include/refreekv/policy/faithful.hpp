@@ -45,19 +45,29 @@ struct faithful {
   /// all keep the same number, for engines with one length a layer, at a price in fidelity.
   cut_scope scope = cut_scope::kv_head;
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!(tolerance >= 0 && tolerance <= 1)) return "tolerance must be in [0, 1]";
-    if (sinks > max_count) return "sinks must be >= 0";
-    if (recent > max_count) return "recent must be >= 0";
-    if (window < 1 || window > max_count) return "window must be >= 1";
-    if (!(last_row >= 0 && last_row <= 100)) return "last_row must be in [0, 100]";
-    if (!(prior >= 1e-6 && prior <= 1)) return "prior must be in [1e-6, 1]";
-    if (block < 1 || block > chunk_tokens) return "block must be in [1, 256]";
-    if (sizes < 1 || sizes > max_sizes) return "sizes must be in [1, 64]";
-    if (error_rows < 1 || error_rows > max_count) return "error_rows must be >= 1";
-    if (!(ridge >= 1e-6 && ridge <= 1)) return "ridge must be in [1e-6, 1]";
-    return nullptr;
-  }
+  static constexpr const char* name = "faithful";
+  static constexpr std::tuple options{
+      option{"tolerance", &faithful::tolerance, "largest sqrt(error * lost scores) of a layer",
+             any_share},
+      option{"sinks", &faithful::sinks, "first tokens that always stay"},
+      option{"recent", &faithful::recent, "last tokens that stay"},
+      option{"window", &faithful::window, "last queries that are looked at", at_least_one},
+      option{"last_row", &faithful::last_row, "weight of the last query beside the window's peak",
+             option_range{0, 100, "in [0, 100]"}},
+      option{"prior", &faithful::prior, "attention that every token counts as having had",
+             option_range{1e-6, 1, "in [1e-6, 1]"}},
+      option{"block", &faithful::block, "positions that share a stand-in",
+             option_range{1, chunk_tokens, "in [1, 256]"}},
+      option{"sizes", &faithful::sizes, "sizes that a layer chooses from",
+             option_range{1, max_sizes, "in [1, 64]"}},
+      option{"error_rows", &faithful::error_rows, "the error is measured on every so many rows",
+             at_least_one},
+      option{"ridge", &faithful::ridge, "of the regression that finds the keys of stand-ins",
+             option_range{1e-6, 1, "in [1e-6, 1]"}},
+      option{"stand_ins", &faithful::stand_ins, "rows stand in for dropped tokens"},
+      option{"error_term", &faithful::error_term, "the error of the outputs decides, too"},
+      option{"scope", &faithful::scope, "kv_head: KV heads keep different numbers of tokens"}};
+
   template <attention_layer Layer>
     requires requires(const Layer& layer) { layer.values; }
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {

@@ -26,12 +26,12 @@ struct h2o {
   count_t window =
       all_queries;  ///< last queries that give scores, at least 1; all there are if fewer
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
-    if (!recent.valid()) return "recent must be >= 0 tokens, or a share of the budget in [0, 1]";
-    if (window < 1 || window > max_count) return "window must be >= 1";
-    return nullptr;
-  }
+  static constexpr const char* name = "h2o";
+  static constexpr std::tuple options{
+      option{"budget", &h2o::budget, "tokens that stay, the recent ones included"},
+      option{"recent", &h2o::recent, "last tokens that always stay, or their share of the budget",
+             option_range{0, 0, ">= 0 tokens, or a share of the budget in [0, 1]"}},
+      option{"window", &h2o::window, "last queries that give scores", at_least_one}};
 
   /// With scores a share would be one of what the last step left.
   template <attention_layer Layer>

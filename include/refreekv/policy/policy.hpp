@@ -4,6 +4,7 @@
 
 #include "refreekv/backend/backend.hpp"
 #include "refreekv/backend/collective.hpp"
+#include "refreekv/policy/options.hpp"
 
 namespace refreekv::inline v0 {
 
@@ -40,24 +41,28 @@ template <class Policy, class Layer>
   }
 }
 
-/// An aggregate of options whose defaults are the paper's, with
-/// - `decision<Memory>`: what it writes, kept_ranges or kept_positions.
-/// - `invalid()`: null, or which option is outside its range; `invalid(layer)` the same, given what
-///   there is to see.
-/// - `groups(layer)`: for kept_ranges, decisions about each sequence: 1 or kv_heads.
-/// - `take(arena, backend, layer)`: carves what `select` works in; its size depends on the extents
-///   of `layer` alone, not on lengths.
-/// - `select(backend, layer, buffers, kept, reduce)`: decides; arguments are validated.
-/// - or, for both, `method(layer)`: an object that has them, for what several policies share.
-/// - `takes_shards`: a constant, true where it decides without the keys of other ranks.
-/// A policy is written on the primitives of ops<Backend> only.
+/// A policy: an aggregate of options whose defaults are the paper's. It is written on the
+/// primitives of ops<Backend> alone. Its members:
+/// - `name`: a constant, as command lines and bindings spell it.
+/// - `decision<Memory>`: the type of its result, kept_ranges, kept_positions or
+///   kept_with_stand_ins.
+/// - `options`: a constant, the tuple of its `option`s. A policy outside the library may instead
+///   have `invalid()`, which returns null, or what is wrong with its options, in words.
+/// - `invalid(layer)`, optional: null, or why the policy cannot decide about this layer.
+///   `invalid(layer, kept)`, optional: the same for the memory of the result.
+/// - `groups(layer)`, of kept_ranges: the number of decisions about each sequence, 1 or kv_heads.
+/// - `carve(arena, backend, layer)`: returns the buffers of `select`. Their size depends on the
+///   extents of `layer` alone, not on its lengths.
+/// - `select(backend, layer, buffers, kept, ranks)`: decides. Its arguments have been validated.
+/// - `method(layer)`, in place of the last two: returns an object that has them. Several policies
+///   share one.
+/// - `takes_shards`, optional: a constant, true where the policy needs no key of another rank.
 template <class P, class Backend, class Layer>
 concept policy_for =
     backend<Backend> && model_layer<Layer> && detail::sees_enough<P, Layer> &&
     requires(const P& policy, const Backend& exec, const Layer& layer, arena& from,
              const decision_of<P, typename Layer::memory>& kept) {
-      { policy.invalid() } -> std::same_as<const char*>;
-      { policy.invalid(layer) } -> std::same_as<const char*>;
+      { why_invalid(policy) } -> std::same_as<const char*>;
       {
         detail::method_of(policy, layer)
             .select(exec, layer, detail::method_of(policy, layer).carve(from, exec, layer), kept,

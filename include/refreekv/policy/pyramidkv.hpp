@@ -20,6 +20,12 @@ enum class pyramid_step {
   exact,
 };
 
+[[nodiscard]] constexpr auto choices_of(pyramid_step) noexcept {
+  return std::array{choice{"between_layers", pyramid_step::between_layers},
+                    choice{"over_layers", pyramid_step::over_layers},
+                    choice{"exact", pyramid_step::exact}};
+}
+
 struct pyramidkv {
   template <class Memory>
   using decision = kept_positions<Memory>;
@@ -36,14 +42,18 @@ struct pyramidkv {
   count_t layers = 32;  ///< of the model; the observation says which one it is
   pyramid_step step = pyramid_step::between_layers;
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
-    if (window < 1 || window > max_count) return "window must be >= 1";
-    if (!pool.valid()) return "pool.width must be odd";
-    if (beta < 1 || beta > max_count) return "beta must be >= 1";
-    if (layers < 1 || layers > max_count) return "layers must be >= 1";
-    return nullptr;
-  }
+  static constexpr const char* name = "pyramidkv";
+  static constexpr std::tuple options{
+      option{"budget", &pyramidkv::budget,
+             "tokens of the mean layer, those of the window included"},
+      option{"window", &pyramidkv::window,
+             "last queries that give scores, and last tokens that stay", at_least_one},
+      option{"pool", &pyramidkv::pool, "how scores of neighbours are pooled"},
+      option{"beta", &pyramidkv::beta, "how steeply budgets fall from layer to layer",
+             at_least_one},
+      option{"layers", &pyramidkv::layers, "of the model", at_least_one},
+      option{"step", &pyramidkv::step, "how budgets become whole numbers"}};
+
   /// The observation says which layer it is of.
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {

@@ -24,13 +24,15 @@ struct refreekv {
   cut_scope scope = cut_scope::layer;
   count_t full_layers = 2;  ///< first layers that are never pruned (the paper's appendix B)
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!(threshold >= 0 && threshold <= 1)) return "threshold must be in [0, 1]";
-    if (sinks > max_count) return "sinks must be >= 0";
-    if (window < 1 || window > max_count) return "window must be >= 1";
-    if (full_layers > max_count) return "full_layers must be >= 0";
-    return nullptr;
-  }
+  static constexpr const char* name = "refreekv";
+  static constexpr std::tuple options{
+      option{"threshold", &refreekv::threshold, "share of the norm that may be lost", any_share},
+      option{"sinks", &refreekv::sinks, "first tokens that always stay"},
+      option{"window", &refreekv::window, "last queries that are looked at", at_least_one},
+      option{"average", &refreekv::average, "how the rows of the window become one energy"},
+      option{"norm", &refreekv::norm, "what the norm is taken over"},
+      option{"scope", &refreekv::scope, "which query heads share a cut"},
+      option{"full_layers", &refreekv::full_layers, "first layers that are never pruned"}};
 
   /// The observation says which layer it is of, unless full_layers is 0; the parts of a shard must
   /// be whole chunks.

@@ -36,16 +36,15 @@ struct snapkv {
   /// nothing to decide on, all keep all of its sequence, and nothing is shared.
   double head_floor = 1;
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
-    if (window < 1 || window > max_count) return "window must be >= 1";
-    if (!pool.valid()) return "pool.width must be odd";
-    if (!(head_floor >= 0 && head_floor <= 1)) return "head_floor must be in [0, 1]";
-    return nullptr;
-  }
-  [[nodiscard]] constexpr const char* invalid(const attention_layer auto&) const noexcept {
-    return nullptr;
-  }
+  static constexpr const char* name = "snapkv";
+  static constexpr std::tuple options{
+      option{"budget", &snapkv::budget, "tokens that stay, those of the window included"},
+      option{"window", &snapkv::window, "last queries that give scores, and last tokens that stay",
+             at_least_one},
+      option{"pool", &snapkv::pool, "how scores of neighbours are pooled"},
+      option{"head_floor", &snapkv::head_floor, "share of the budget that is each KV head's own",
+             any_share}};
+
   [[nodiscard]] constexpr auto method(const attention_layer auto& layer) const noexcept {
     return score_ranking<snapkv>{detail::most_rows(layer, window), pool, false, *this};
   }

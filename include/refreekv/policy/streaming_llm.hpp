@@ -22,15 +22,12 @@ struct streaming_llm {
   token_budget budget = 516;  ///< tokens, sinks included
   count_t incoming = 0;       ///< tokens about to come that must fit
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (sinks > max_count) return "sinks must be >= 0";
-    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
-    if (incoming > max_count) return "incoming must be >= 0";
-    return nullptr;
-  }
-  [[nodiscard]] constexpr const char* invalid(const model_layer auto&) const noexcept {
-    return nullptr;
-  }
+  static constexpr const char* name = "streaming_llm";
+  static constexpr std::tuple options{
+      option{"sinks", &streaming_llm::sinks, "first tokens that always stay"},
+      option{"budget", &streaming_llm::budget, "tokens that stay, sinks included"},
+      option{"incoming", &streaming_llm::incoming, "tokens about to come that must fit"}};
+
   [[nodiscard]] constexpr index_t groups(const model_layer auto&) const noexcept { return 1; }
 
   struct buffers {};

@@ -16,13 +16,9 @@ struct tova {
 
   token_budget budget = 512;  ///< tokens, the last one included: that stays whatever the budget is
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!budget.valid()) return "budget must be >= 0 tokens, or a share in [0, 1]";
-    return nullptr;
-  }
-  [[nodiscard]] constexpr const char* invalid(const attention_layer auto&) const noexcept {
-    return nullptr;
-  }
+  static constexpr const char* name = "tova";
+  static constexpr std::tuple options{
+      option{"budget", &tova::budget, "tokens that stay, the last one included"}};
 
   template <class Backend>
   struct buffers {

@@ -25,12 +25,14 @@ struct twilight {
   bool sink_start = false;
   count_t full_layers = 2;  ///< first layers that attend to all
 
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (!(mass >= 0 && mass <= 1)) return "mass must be in [0, 1]";
-    if (selector_budget < 1 || selector_budget > max_count) return "selector_budget must be >= 1";
-    if (full_layers > max_count) return "full_layers must be >= 0";
-    return nullptr;
-  }
+  static constexpr const char* name = "twilight";
+  static constexpr std::tuple options{
+      option{"mass", &twilight::mass, "share of the attention that stays", any_share},
+      option{"selector_budget", &twilight::selector_budget,
+             "tokens in the pages that the selector keeps", at_least_one},
+      option{"sink_start", &twilight::sink_start, "the set of the published kernel"},
+      option{"full_layers", &twilight::full_layers, "first layers that attend to all"}};
+
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
     return detail::needs_layer(layer, full_layers);

@@ -85,7 +85,7 @@ REFREEKV_ALWAYS_INLINE lanes two_to_the_difference(const lanes& a, const lanes& 
 }
 
 template <class Index>
-REFREEKV_ALWAYS_INLINE lanes shuffle_lanes(const lanes& a, const lanes& b, Index index) noexcept {
+REFREEKV_ALWAYS_INLINE lanes shuffle(const lanes& a, const lanes& b, Index index) noexcept {
   lanes out;
   for (int i = 0; i < lane_count; ++i) {
     out[i] = index(i) < lane_count ? a[index(i)] : b[index(i) - lane_count];

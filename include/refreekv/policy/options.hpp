@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Options of policies as data: a name, a range and a sentence for each, from which range checks,
+// command lines and bindings are made.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+
+#include "refreekv/backend/norm_scan.hpp"
+#include "refreekv/backend/token_scores.hpp"
+#include "refreekv/policy/budget.hpp"
+
+namespace refreekv::inline v0 {
+
+/// The numbers that an option may be, and how an error message names them. NaN is never allowed.
+struct option_range {
+  double low;
+  double high;
+  const char* words;  ///< follows "must be"
+};
+inline constexpr option_range any_share{0, 1, "in [0, 1]"};
+inline constexpr option_range any_count{0, max_count, ">= 0"};
+inline constexpr option_range at_least_one{1, max_count, ">= 1"};
+inline constexpr option_range positive{std::numeric_limits<double>::denorm_min(), HUGE_VAL, "> 0"};
+
+/// The range of an option that names none.
+template <class T>
+inline constexpr option_range default_range = any_count;
+template <>
+inline constexpr option_range default_range<token_budget>{0, 0,
+                                                          ">= 0 tokens, or a share in [0, 1]"};
+template <>
+inline constexpr option_range default_range<pooling>{0, 0, "odd"};
+
+/// One option of a policy. T is double, count_t, bool, token_budget, pooling, or an enumeration
+/// with `choices_of`. A range is one of numbers: the other types have their own.
+template <class Policy, class T>
+struct option {
+  using type = T;
+
+  const char* name;  ///< of the member
+  T Policy::*member;
+  const char* help;  ///< one sentence or phrase, without a full stop
+  option_range range;
+  std::array<char, 96> error = {};  ///< the message of a value outside the range
+
+  constexpr option(const char* name_, T Policy::*member_, const char* help_,
+                   option_range range_ = default_range<T>) noexcept
+      : name(name_), member(member_), help(help_), range(range_) {
+    std::size_t length = 0;
+    const auto append = [&](const char* text) {
+      while (*text != 0) error[length++] = *text++;
+    };
+    append(name);
+    append(std::is_same_v<T, pooling> ? ".width must be " : " must be ");
+    append(range.words);
+  }
+
+  /// Null, or why the policy's value is not allowed, in words that begin with the option's name.
+  [[nodiscard]] constexpr const char* why_invalid(const Policy& policy) const noexcept {
+    const T& value = policy.*member;
+    bool valid = true;
+    if constexpr (requires { value.valid(); }) {
+      valid = value.valid();
+    } else if constexpr (std::is_same_v<T, double> || std::is_same_v<T, count_t>) {
+      const auto number = static_cast<double>(value);
+      valid = number >= range.low && number <= range.high;
+    }
+    return valid ? nullptr : error.data();
+  }
+};
+
+/// A value of an enumeration and the name by which command lines and bindings know it.
+template <class E>
+struct choice {
+  const char* name;
+  E value;
+};
+template <class E>
+choice(const char*, E) -> choice<E>;
+
+/// All values of an enumeration, found by argument-dependent lookup.
+[[nodiscard]] constexpr auto choices_of(row_average) noexcept {
+  return std::array{choice{"mean", row_average::mean}, choice{"frobenius", row_average::frobenius}};
+}
+[[nodiscard]] constexpr auto choices_of(norm_scope) noexcept {
+  return std::array{choice{"candidates", norm_scope::candidates},
+                    choice{"full_row", norm_scope::full_row}};
+}
+[[nodiscard]] constexpr auto choices_of(cut_scope) noexcept {
+  return std::array{choice{"layer", cut_scope::layer}, choice{"kv_head", cut_scope::kv_head}};
+}
+[[nodiscard]] constexpr auto choices_of(pool_kind) noexcept {
+  return std::array{choice{"average", pool_kind::average}, choice{"max", pool_kind::max}};
+}
+
+/// A policy whose options are data: `Policy::options`, a tuple of `option`.
+template <class Policy>
+concept has_options =
+    requires { std::tuple_size<std::remove_cvref_t<decltype(Policy::options)>>{}; };
+
+/// Calls f(option) for each option of a policy, in the order of its members.
+template <has_options Policy, class F>
+constexpr void for_each_option(const F& f) {
+  std::apply([&](const auto&... each) { (f(each), ...); }, Policy::options);
+}
+
+/// Null, or which option of a policy is outside its range, in words. A policy without `options` may
+/// have `invalid()`, which returns the same. O(options).
+template <class Policy>
+  requires has_options<Policy> || requires(const Policy& policy) { policy.invalid(); }
+[[nodiscard]] constexpr const char* why_invalid(const Policy& policy) noexcept {
+  if constexpr (has_options<Policy>) {
+    const char* why = nullptr;
+    for_each_option<Policy>([&](const auto& each) {
+      if (why == nullptr) why = each.why_invalid(policy);
+    });
+    return why;
+  } else {
+    return policy.invalid();
+  }
+}
+
+}  // namespace refreekv::inline v0
