@@ -9,7 +9,7 @@ namespace refreekv::inline v0 {
 /// How a compaction makes kept tokens contiguous. Stored keys are already rotated, so the order of
 /// slots does not matter to attention.
 enum class compaction {
-  sinks_up,     ///< the kept prefix moves up to the suffix: the last slot stays tokens - 1 (ours)
+  sinks_up,     ///< kept tokens move up to the suffix: the last slot stays tokens - 1 (ours)
   suffix_down,  ///< kept tokens move down to slot 0 and on
 };
 
