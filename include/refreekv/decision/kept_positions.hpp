@@ -10,8 +10,8 @@ namespace refreekv::inline v0 {
 struct kept_tokens {
   position_t count = 0;
   position_t tokens = 0;
-  /// No decision was possible: NaN or Inf in a query or a key, or no row of attention. All tokens stay. It
-  /// may also be set where a decision would have kept all tokens anyway.
+  /// No decision was possible: NaN or Inf in a query or a key, or no query or attention row. All
+  /// tokens stay. The flag may also be set where a decision would have kept all tokens anyway.
   bool undecided = false;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr position_t length() const noexcept { return count; }

@@ -18,7 +18,8 @@ struct kept_range {
   /// Largest attention that any query row gives to the dropped tokens, over the window's rows and
   /// this rank's heads. The row's output changes by at most 2 * dropped_mass * max |v|. (ours)
   float dropped_mass = 0;
-  /// No decision was possible: NaN or Inf in a query or a key, or no row of attention. All tokens stay.
+  /// No decision was possible: NaN or Inf in a query or a key, or no query or attention row. All
+  /// tokens stay.
   bool undecided = false;
 
   /// Number of tokens that stay: the physical length.
@@ -38,6 +39,7 @@ struct kept_range {
   [[nodiscard]] constexpr double kept_fraction() const noexcept {
     return tokens == 0 ? 1.0 : static_cast<double>(length()) / tokens;
   }
+  /// Whether the token at a position stays.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool keeps(index_t position) const noexcept {
     return position < sinks || position >= cut;
   }

@@ -10,6 +10,7 @@ namespace refreekv::inline v0 {
 /// first, is page i of the sequence. Null if no page is shared.
 using shared_pages = const std::uint8_t*;
 
+/// Whether others use a page, too. O(1).
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_shared(shared_pages shared,
                                                             index_t page) noexcept {
   return shared != nullptr && (shared[page / 8] >> (page % 8) & 1) != 0;
