@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Finds memory that a compaction would write more than once. A compaction goes over every source
 // and every (sequence, kv_head) as if all rows were different memory.
+//
 // The checks find what a host can see without reading a cache: overlapping rows of two sources, an
 // axis with stride 0, a page that is listed twice. For device memory they see only strides and base
 // pointers.

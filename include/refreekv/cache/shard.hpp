@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Context parallelism: the keys of one of several ranks, which split the tokens of a sequence.
+//
 // A rank reads its own chunks and writes zeros for all others. A token_exchange sums the ranks'
 // bits: at most one rank holds a non-zero value of each word, so the sum is a gather. From there on
 // each rank computes what a single rank would. So all ranks reach the decision of a single rank,
@@ -40,11 +41,11 @@ struct element_of<Source> {
 
 }  // namespace detail
 
-/// The keys of whole sequences, of which `source` holds one rank's tokens. Tokens are numbered
-/// along the whole sequence, so causal masks, sliding windows and ALiBi are unchanged. Requires
-/// that every rank observes it with the same last queries and has the same heads, and that the
-/// parts of all ranks cover each sequence exactly once. See also `token_exchange`. (context
-/// parallelism; what is exchanged is ours)
+/// The keys of whole sequences; `source` holds one rank's tokens. Tokens are numbered along the
+/// whole sequence, so causal masks, sliding windows and ALiBi are unchanged. Requires that every
+/// rank observes it with the same last queries and has the same heads. Requires that the parts of
+/// all ranks cover each sequence exactly once. See also `token_exchange`. (context parallelism; the
+/// exchanged data are ours)
 template <key_source Source>
 class shard {
  public:

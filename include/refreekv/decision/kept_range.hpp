@@ -50,9 +50,9 @@ struct kept_range {
 template <class Memory = host_memory>
 using kept_ranges = view<kept_range, 2, Memory>;
 
-/// The smallest range that keeps what either keeps, for engines whose layers or heads share one
-/// length. Requires both to be of one sequence. loss and dropped_mass are the larger of the two:
-/// upper bounds. O(1).
+/// The smallest range that contains both, for engines whose layers or heads share one length.
+/// Requires both to be of one sequence. loss and dropped_mass are the larger of the two: upper
+/// bounds. O(1).
 [[nodiscard]] constexpr kept_range unite(const kept_range& a, const kept_range& b) noexcept {
   const position_t sinks = a.sinks > b.sinks ? a.sinks : b.sinks;
   const position_t cut = a.cut < b.cut ? a.cut : b.cut;

@@ -40,8 +40,8 @@ struct page_choice {
   page_plan stay = {};
   page_plan move = {};
 
-  /// Returns the better plan. Requires the numbers of unshared pages: of those that `stay` removes,
-  /// that `move` removes, and that `move` writes.
+  /// Returns `move` if it frees more pages and writes no shared page, else `stay`. Requires the
+  /// numbers of unshared pages: removed by `stay`, removed by `move`, and written by `move`.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr page_plan best(
       index_t stay_private, index_t move_private, index_t written_private) const noexcept {
     const bool moves =
