@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Finds memory that a compaction would write more than once: it goes over every source and every
-// (sequence, kv_head) as if all rows were different memory.
+// Finds memory that a compaction would write more than once. A compaction goes over every source
+// and every (sequence, kv_head) as if all rows were different memory.
 //
-// What is found is what a host can see without reading a cache: rows of two sources that overlap,
-// an axis that moves with stride 0, a page twice. Of device memory only strides and base pointers
-// are.
+// The checks find what a host can see without reading a cache: overlapping rows of two sources, an
+// axis with stride 0, a page that is listed twice. For device memory they see only strides and base
+// pointers.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 namespace refreekv::inline v0::detail {
 
-/// Slots of one (sequence, kv_head) that a compaction writes; empty where nothing moves.
+/// The slots of one (sequence, kv_head) that a compaction writes; empty if nothing moves.
 [[nodiscard]] constexpr token_range written_slots(const view<const kept_range, 2>& kept,
                                                   index_t sequence, index_t kv_head,
                                                   compaction mode) noexcept {
@@ -48,8 +48,8 @@ namespace refreekv::inline v0::detail {
   return {(std::min)(moved.begin, first), (std::max)(moved.end, first + count)};
 }
 
-/// Whether two rows, of `a_dims` and `b_dims` elements, have a byte in common. Where the strides of
-/// their dimensions differ this is not looked at.
+/// Whether two rows, of `a_dims` and `b_dims` elements, have a byte in common. Returns false
+/// without a check if their strides along head_dim differ.
 template <class A, class B>
 [[nodiscard]] bool rows_overlap(const token_run<A>& a, index_t a_dims, const token_run<B>& b,
                                 index_t b_dims) noexcept {
@@ -57,7 +57,7 @@ template <class A, class B>
   constexpr auto a_size = static_cast<index_t>(sizeof(A)), b_size = static_cast<index_t>(sizeof(B));
   const index_t a_stride = a_dims == 1 ? 0 : a.dim_stride * a_size;
   const index_t b_stride = b_dims == 1 ? 0 : b.dim_stride * b_size;
-  // From a's first byte to b's; pointers into different arrays may not be subtracted.
+  // Bytes from a's first byte to b's. Pointers into different arrays may not be subtracted.
   const auto offset = static_cast<index_t>(static_cast<std::intptr_t>(
       reinterpret_cast<std::uintptr_t>(b.data) - reinterpret_cast<std::uintptr_t>(a.data)));
   if (a_stride == a_size && b_stride == b_size) {
@@ -65,7 +65,7 @@ template <class A, class B>
   }
   if (a_dims > 1 && b_dims > 1 && a_stride != b_stride) return false;
   const index_t stride = a_dims == 1 ? b_stride : a_stride;
-  // Some i of a and k of b with -b_size < offset + (k - i) * stride < a_size.
+  // Overlap: some i of a and k of b have -b_size < offset + (k - i) * stride < a_size.
   const auto touches = [&](index_t steps) {
     const index_t distance = offset + steps * stride;
     return -b_size < distance && distance < a_size && steps > -a_dims && steps < b_dims;
@@ -75,9 +75,10 @@ template <class A, class B>
   return touches(nearest - 1) || touches(nearest) || touches(nearest + 1);
 }
 
-/// A row that tells where a source's memory is: of a last token, as prefixes and null blocks may be
-/// shared, or on a device, where lengths and tables are not read, of the first slot of its tensor.
-/// No pointer where none is known.
+/// A row that shows where a source's memory is. On the host it is the last token of the first
+/// sequence that is not empty, because prefixes and null blocks may be shared. On a device it is
+/// the first slot of the tensor, because lengths and tables are not read. Its pointer is null if no
+/// row is known.
 template <kv_source Source>
 [[nodiscard]] constexpr auto landmark(const Source& source) noexcept {
   using run = token_run<typename Source::element_type>;
@@ -91,7 +92,8 @@ template <kv_source Source>
   return run{};
 }
 
-/// Null, or that two sources are the same memory, or one a part of the other's rows.
+/// Null, or the error that two sources share memory: they are equal, or one is a part of the rows
+/// of the other.
 template <kv_source First, kv_source... Others>
 [[nodiscard]] constexpr const char* share_memory(const First& first,
                                                  const Others&... others) noexcept {
@@ -109,10 +111,10 @@ template <kv_source First, kv_source... Others>
   }
 }
 
-/// Null, or that a page which is written is in the tables once more. for_each(f) calls f(id,
-/// whether it is written) for each page in use. Twice O(pages in use), but with more than 1,024
-/// written pages once more for each 262,144 ids between the first and the last of them. No
-/// allocation.
+/// Null, or the error that a written page is listed more than once. for_each(f) calls f(id, whether
+/// it is written) for each page in use. Calls for_each twice; with more than 1,024 written pages
+/// once, and twice more for each 262,144 ids between the smallest and the largest written id. One
+/// call is O(pages in use). No allocation.
 template <class ForEach>
 [[nodiscard]] const char* page_written_twice(const ForEach& for_each) noexcept {
   constexpr index_t few = 1024, span = index_t{1} << 18;
@@ -135,7 +137,7 @@ template <class ForEach>
   if (count <= few) {
     std::sort(ids, ids + count);
     twice = std::adjacent_find(ids, ids + count) != ids + count;
-    std::for_each(ids, ids + count, mark);  // several ids may have one mark
+    std::for_each(ids, ids + count, mark);  // several ids may share a mark
     for_each([&](index_t id, bool is_written) {
       twice = twice || (!is_written && is_marked(id) && std::binary_search(ids, ids + count, id));
     });
@@ -161,8 +163,9 @@ template <class ForEach>
 inline constexpr const char* heads_share_rows =
     "KV heads share rows (a stride of 0?), which would move twice: pass one of them";
 
-/// Null, or that a source names memory twice that a compaction writes. written(s, h): its slots.
-/// O(sequences * kv_heads), and what the source's own check takes.
+/// Null, or the error that a source names memory more than once that a compaction writes.
+/// written(s, h) returns the slots that it writes. O(sequences * kv_heads), plus the cost of the
+/// source's own check.
 template <kv_source Source, class Written>
 [[nodiscard]] constexpr const char* written_twice(const Source& source,
                                                   const Written& written) noexcept {
@@ -170,7 +173,7 @@ template <kv_source Source, class Written>
   const index_t dims = source.head_dim();
   struct {
     index_t sequence = -1, kv_head = 0, slot = 0;
-  } last;  // what moved before
+  } last;  // first moved head of the last sequence that moved
   for (index_t s = 0; s < source.sequences(); ++s) {
     run last_head{};
     for (index_t h = 0; h < source.kv_heads(); ++h) {
@@ -181,7 +184,8 @@ template <kv_source Source, class Written>
       if (dims > 0 && range.end - range.begin > 1 && row.tokens > 1 && row.token_stride == 0) {
         return "tokens share a row (a stride of 0?)";
       }
-      // Sequences may share what nobody writes; of pages the source knows more.
+      // Sequences may share rows that are not written. Sources with a `written_twice` of their own
+      // (pages) know more, and check this themselves.
       const auto shares = [&](index_t slot) {
         return slot < source.tokens(last.sequence) && slot < source.tokens(s) &&
                rows_overlap(source.run_at(last.sequence, last.kv_head, slot), dims,
@@ -203,7 +207,7 @@ template <kv_source Source, class Written>
   }
 }
 
-/// Null, or that compacting the source would write memory twice.
+/// Null, or the error that compacting the source would write memory twice.
 template <kv_source Source, class Kept>
 [[nodiscard]] constexpr const char* moves_twice(const Source& source, const Kept& kept,
                                                 compaction mode) noexcept {
@@ -216,7 +220,7 @@ template <kv_source Source, class Kept>
   return nullptr;
 }
 
-/// Null, or in what compacting the sources would write memory twice.
+/// Null, or the error that compacting the sources would write memory twice.
 template <class Kept, kv_source... Sources>
 [[nodiscard]] constexpr const char* aliased(const Kept& kept, compaction mode,
                                             const Sources&... sources) noexcept {

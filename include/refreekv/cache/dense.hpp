@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keys or the values of one layer in one strided tensor.
+// A source in one strided tensor: the keys or the values of one layer.
 #pragma once
 
 #include "refreekv/cache/source.hpp"
 
 namespace refreekv::inline v0 {
 
-/// One strided tensor per cache.
+/// A cache in one strided tensor.
 template <class T, class Memory = host_memory>
 class dense {
  public:
   using element_type = T;
   using memory = Memory;
 
-  /// rows: [sequence, kv_head, token, head_dim], axes in any order in memory.
+  /// rows: [sequence, kv_head, token, head_dim], axes in any order in memory. lengths: [sequence],
+  /// in tokens; optional.
   constexpr explicit dense(view<T, 4, Memory> rows, lengths_view<Memory> lengths = {}) noexcept
       : rows_(rows), lengths_(lengths) {}
   template <class Length>
@@ -44,10 +45,11 @@ class dense {
     return {rows_.at(sequence, kv_head, token), tokens(sequence) - token, rows_.stride(2),
             rows_.stride(3)};
   }
-  /// Where the tensor begins: known without lengths or tables, which a device may have.
+  /// The first row of the tensor. Needs no lengths or tables, which may be in device memory.
   [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
     return {rows_.data(), 0, rows_.stride(2), rows_.stride(3)};
   }
+  /// Whether all KV heads are the same memory.
   [[nodiscard]] constexpr bool repeats_heads() const noexcept {
     return kv_heads() > 1 && rows_.stride(1) == 0;
   }

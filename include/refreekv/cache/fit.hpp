@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether a decision fits the caches that it is about: null, or what is wrong, in words.
+// Checks of a decision against the caches that it is for. Each returns null, or the error in words.
 #pragma once
 
 #include "refreekv/cache/source.hpp"
@@ -8,7 +8,8 @@
 
 namespace refreekv::inline v0::detail {
 
-/// Of ranges that are about a source's sequences.
+/// Checks ranges [sequence, 1 or kv_head] against a source. On the host each range must have as
+/// many tokens as its sequence.
 template <kv_source Source>
 [[nodiscard]] constexpr const char* unfit(
     const view<const kept_range, 2, typename Source::memory>& kept, const Source& source) noexcept {
@@ -20,7 +21,7 @@ template <kv_source Source>
   return unfit_tokens(kept, [&](index_t s, index_t tokens) { return tokens == source.tokens(s); });
 }
 
-/// Of positions.
+/// As `unfit` of ranges, but for positions [sequence, kv_head, ...].
 template <kv_source Source>
 [[nodiscard]] constexpr const char* unfit(const kept_positions<typename Source::memory>& kept,
                                           const Source& source) noexcept {
@@ -29,7 +30,8 @@ template <kv_source Source>
   return unfit_tokens(kept, [&](index_t s, index_t tokens) { return tokens == source.tokens(s); });
 }
 
-/// Whether `values` hold the same sequences as `keys`.
+/// Null, or in what `values` and `keys` differ: sequences, kv_heads, or on the host tokens.
+/// O(sequences).
 template <kv_source Values, key_source Keys>
 [[nodiscard]] constexpr const char* differ(const Values& values, const Keys& keys) noexcept {
   if (const char* why = values.invalid()) return why;
@@ -43,7 +45,7 @@ template <kv_source Values, key_source Keys>
   return nullptr;
 }
 
-/// Whether stand-ins have their place in the sources they are written to. O(sequences * kv_heads).
+/// Checks that stand-ins fit the sources to which they are written. O(sequences * kv_heads).
 template <kv_source Keys, kv_source Values>
 [[nodiscard]] constexpr const char* unfit(const kept_with_stand_ins<typename Keys::memory>& kept,
                                           const Keys& keys, const Values& values) noexcept {

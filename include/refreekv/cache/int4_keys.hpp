@@ -1,29 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys in 4 bits a dimension, as Twilight (arXiv 2502.02770) reads them in place of the keys.
+// Keys in 4 bits per dimension, which Twilight (arXiv 2502.02770) reads in place of the keys.
 #pragma once
 
 #include "refreekv/cache/source.hpp"
 
 namespace refreekv::inline v0 {
 
-/// Keys in 4 bits a dimension. An engine keeps them beside its cache and lets `quantise` add what
-/// is new; they are observed in place of the keys. They are compacted as two sources of their own:
-/// codes of (head_dim + 1) / 2 bytes, ranges of 2 floats. Centres stay where they are.
+/// Keys in 4 bits per dimension. An engine keeps them beside its cache, adds new tokens with
+/// `quantise`, and observes them in place of the keys. They are compacted as two sources: codes, of
+/// (head_dim + 1) / 2 bytes per token, and ranges, of 2 floats per token. Centres do not move.
 template <class Memory = host_memory>
 struct int4_keys {
   using memory = Memory;
 
-  /// [sequence, kv_head, token, (head_dim + 1) / 2]: dimension 2 i in the low half of byte i. The
-  /// last axis is contiguous.
+  /// [sequence, kv_head, token, (head_dim + 1) / 2] bytes: dimension 2 i is in the low half of byte
+  /// i, 2 i + 1 in its high half. The last axis is contiguous.
   view<std::uint8_t, 4, Memory> codes;
-  /// [sequence, kv_head, token, 2]: a key is low + step * code, and the centre if there is one.
+  /// [sequence, kv_head, token, 2]: low and step. A key is low + step * code, plus the centre if
+  /// there is one.
   view<float, 4, Memory> ranges;
   index_t dims;  ///< head_dim
   lengths_view<Memory> lengths;
-  /// [sequence, kv_head, head_dim], none with no pointer: what keys are taken relative to. The
-  /// dimensions of a key share 16 steps, so that one at 100, as with Qwen2, leaves none for the
-  /// others. For models whose keys have biases or other large components in common. The last axis
-  /// is contiguous. (ours)
+  /// [sequence, kv_head, head_dim]: subtracted from keys before they are quantised. A null pointer
+  /// means no centres. They are for models whose keys have biases or other large common components.
+  /// All dimensions of a key share 16 steps, so a dimension at 100, as in Qwen2, leaves no steps
+  /// for the others. The last axis is contiguous. (ours)
   view<float, 3, Memory> centres = {};
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {

@@ -6,18 +6,20 @@
 
 namespace refreekv::inline v0 {
 
-/// A source for each layer, all of one shape: sequence s of layer l is sequence l * batch + s of
-/// the whole, and queries and decisions are ordered the same way. On a device the table of sources
-/// lies in its memory: they are plain values, copied there once, as pointers would be.
-/// A rule that tells layers apart by number takes all of them for info.layer: leave those out that
-/// are never pruned (the first full_layers), and give pyramidkv and cake one layer at a time.
+/// One source for each layer, all of one shape. Sequence s of layer l is sequence l * batch + s of
+/// the whole; queries and decisions have the same order. On a device the table of sources is in
+/// device memory. Sources are trivially copyable, so the caller copies the table there once, as it
+/// would copy pointers.
+/// A policy that depends on a layer's number treats all of them as layer info.index. So leave out
+/// the layers that are never pruned (the first full_layers), and pass one layer at a time to
+/// pyramidkv and cake.
 template <kv_source Source>
 class layered {
  public:
   using element_type = typename Source::element_type;
   using memory = typename Source::memory;
 
-  /// layers: [layer]; shape: any one of them, or one like them.
+  /// layers: [layer]. shape: any of the layers, or a source of their shape.
   constexpr layered(view<const Source, 1, memory> layers, const Source& shape) noexcept
       : layers_(layers), shape_(shape) {}
 
@@ -42,7 +44,7 @@ class layered {
     const index_t batch = shape_.sequences();
     return layers_(sequence / batch).run_at(sequence % batch, kv_head, token);
   }
-  /// Null, or that layers are one cache, or that a layer names memory twice that is written.
+  /// Null, or the error that two layers are one cache, or that a layer names written memory twice.
   template <class Written>
   [[nodiscard]] constexpr const char* written_twice(const Written& written) const noexcept {
     const index_t batch = shape_.sequences();

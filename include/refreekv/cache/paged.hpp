@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keys or the values of one layer in pages, found through a page table.
+// A source in pages, found through a page table: the keys or the values of one layer.
 #pragma once
 
 #include "refreekv/cache/aliasing.hpp"
 
 namespace refreekv::inline v0 {
 
-/// Which pages a sequence owns, oldest first. Ids are int32 or int64.
+/// The pages of each sequence, oldest first. Page ids are int32 or int64.
 template <class Index, class Memory = host_memory>
 class page_table {
  public:
   using memory = Memory;
 
-  /// ids [sequence, page], padded at the end; lengths [sequence] in tokens. (vLLM)
+  /// ids: [sequence, page], padded at the end. lengths: [sequence], in tokens. (vLLM)
   [[nodiscard]] static constexpr page_table padded(view<const Index, 2, Memory> ids,
                                                    lengths_view<Memory> lengths) noexcept {
     page_table t;
@@ -22,9 +22,9 @@ class page_table {
     return t;
   }
 
-  /// ids [page of all sequences], offsets [sequence + 1] into it, last_page_tokens [sequence] in
-  /// 1..page_tokens (ignored where a sequence has no page); max_pages bounds the pages of any
-  /// sequence. (FlashInfer)
+  /// ids: [page of all sequences]. offsets: [sequence + 1], into ids. last_page_tokens: [sequence],
+  /// in 1..page_tokens, ignored if a sequence has no page. max_pages: an upper bound of the pages
+  /// of any sequence. (FlashInfer)
   [[nodiscard]] static constexpr page_table ragged(view<const Index, 1, Memory> ids,
                                                    view<const Index, 1, Memory> offsets,
                                                    lengths_view<Memory> last_page_tokens,
@@ -55,7 +55,7 @@ class page_table {
                                                           index_t page) const noexcept {
     return ragged_ ? index_t{ids_(0, offsets_(sequence) + page)} : index_t{ids_(sequence, page)};
   }
-  /// Null, or what is wrong; `pages` is the size of the pool.
+  /// Null, or the error in words. `pages` is the number of pages of the pool. O(pages in use).
   [[nodiscard]] constexpr const char* invalid(index_t page_tokens, index_t pages) const noexcept {
     if (max_pages_ < 0 || max_pages_ > max_count / page_tokens) {
       return "a sequence may have 2^31 - 1 tokens at most";
@@ -94,16 +94,17 @@ class page_table {
   bool ragged_ = false;
 };
 
-/// Pages of `page_tokens` tokens, found through a page table. The pool is one strided tensor, or a
-/// pointer for each page (then the view `page` holds the shape and strides of one page).
+/// Pages of `page_tokens` tokens, found through a page table. The pool is one strided tensor, or
+/// one pointer for each page. With pointers, the view `page` holds the shape and the strides of one
+/// page.
 template <class T, class Index = std::int32_t, class Memory = host_memory>
 class paged {
  public:
   using element_type = T;
   using memory = Memory;
 
-  /// pool: [page, kv_head, slot, head_dim], axes in any order in memory: NHD, HND, K and V of a
-  /// page side by side or packed in one row are all strides.
+  /// pool: [page, kv_head, slot, head_dim], axes in any order in memory. NHD, HND, and the K and V
+  /// of a page side by side or packed in one row are all strides.
   constexpr paged(view<T, 4, Memory> pool, page_table<Index, Memory> table) noexcept
       : page_(pool.data(), {pool.extent(1), pool.extent(2), pool.extent(3)},
               {pool.stride(1), pool.stride(2), pool.stride(3)}),
@@ -111,8 +112,8 @@ class paged {
         page_stride_(pool.stride(0)),
         table_(table) {}
 
-  /// pointers: [page], not null where a page is in use; page: [kv_head, slot, head_dim], its own
-  /// pointer is not used.
+  /// pointers: [page]. Requires a pointer for every page in use. page: [kv_head, slot, head_dim];
+  /// its own pointer is not used.
   constexpr paged(view<T* const, 1, Memory> pointers, view<T, 3, Memory> page,
                   page_table<Index, Memory> table) noexcept
       : page_(page), pointers_(pointers), pages_(pointers.extent(0)), table_(table) {}
@@ -148,15 +149,17 @@ class paged {
     return {page + kv_head * page_.stride(0) + slot * page_.stride(1),
             on_page < left ? on_page : left, page_.stride(1), page_.stride(2)};
   }
-  /// Where the tensor begins: known without lengths or tables, which a device may have.
+  /// The first row of the pool; null with a pointer for each page. Needs no lengths or tables,
+  /// which may be in device memory.
   [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
     T* first = pointers_.data() == nullptr ? page_.data() : nullptr;
     return {first, 0, page_.stride(1), page_.stride(2)};
   }
+  /// Whether all KV heads are the same memory.
   [[nodiscard]] constexpr bool repeats_heads() const noexcept {
     return kv_heads() > 1 && page_.stride(0) == 0;
   }
-  /// Null, or that a page which is written is in the tables once more: see page_written_twice.
+  /// Null, or the error that a written page is listed more than once: see page_written_twice.
   template <class Written>
   [[nodiscard]] constexpr const char* written_twice(const Written& written) const noexcept {
     return detail::page_written_twice([&](const auto& f) { for_each_page(written, f); });

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys in 8 bits with a scale for each token.
+// Keys in 8 bits, with one scale for each token.
 #pragma once
 
 #include "refreekv/cache/source.hpp"
 
 namespace refreekv::inline v0 {
 
-/// A key is its row times the token's scale. Rows are of int8 or fp8 e4m3, in any layout; scales
-/// are a source of head_dim 1, of float. Compact them as the two sources that they are.
+/// A key is its row times the scale of its token. Rows are int8 or fp8 e4m3, in any layout. Scales
+/// are a source of float with head_dim 1. Compact the two as separate sources.
 template <kv_source Rows, kv_source Scales>
   requires std::same_as<typename Rows::memory, typename Scales::memory>
 struct scaled_keys {

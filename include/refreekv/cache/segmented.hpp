@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keys or the values of one layer in up to three runs of slots: a ring, sinks and a ring.
+// A source in up to three runs of slots (a ring, or sinks and a ring): the keys or the values of
+// one layer.
 #pragma once
 
 #include "refreekv/cache/source.hpp"
 
 namespace refreekv::inline v0 {
 
-/// Slots [begin, begin + tokens) of a segmented cache.
+/// The slots [begin, begin + tokens) of a segmented cache.
 struct segment {
   position_t begin;
   position_t tokens;
 };
 
-/// A dense tensor whose tokens lie in up to three runs of slots, in time order: a ring buffer that
-/// has wrapped is [head, end) then [0, head); sinks and a ring are three.
+/// A dense tensor whose tokens are in up to three runs of slots, in time order. A ring buffer that
+/// has wrapped around is [head, end), then [0, head); sinks and such a ring are three runs.
 template <class T, class Memory = host_memory>
 class segmented {
  public:
@@ -51,10 +52,11 @@ class segmented {
     return {slots_.at(sequence, kv_head, part.begin + token), part.tokens - token, slots_.stride(2),
             slots_.stride(3)};
   }
-  /// Where the tensor begins: known without lengths or tables, which a device may have.
+  /// The first row of the tensor. Needs no lengths or tables, which may be in device memory.
   [[nodiscard]] constexpr token_run<T> first_slot_row() const noexcept {
     return {slots_.data(), 0, slots_.stride(2), slots_.stride(3)};
   }
+  /// Whether all KV heads are the same memory.
   [[nodiscard]] constexpr bool repeats_heads() const noexcept {
     return kv_heads() > 1 && slots_.stride(1) == 0;
   }

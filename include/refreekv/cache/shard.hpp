@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Context parallelism: the keys of one rank of several, among which a sequence's tokens are split.
+// Context parallelism: the keys of one of several ranks, which split the tokens of a sequence.
 //
-// A rank reads the chunks that it has and leaves zeros for all others; an exchange adds the ranks'
-// bits up, and from there on each does what a single rank would do. So all ranks reach the single
-// rank's decision, to the last bit, whatever adds the words up and in whatever order.
+// A rank reads its own chunks and writes zeros for all others. A token_exchange sums the ranks'
+// bits: at most one rank holds a non-zero value of each word, so the sum is a gather. From there on
+// each rank computes what a single rank would. So all ranks reach the decision of a single rank,
+// bit for bit, however and in whatever order the words are summed.
 #pragma once
 
 #include "refreekv/cache/source.hpp"
@@ -12,9 +13,10 @@
 
 namespace refreekv::inline v0 {
 
-/// One of `count` parts of a sequence that begin and end where chunks do and have equally many, to
-/// one. Part 0 has the sinks, too. For causal attention, whose cost grows along the sequence, rank
-/// r of R may have parts r and 2R - 1 - r of 2R. O(1)
+/// The tokens of one of `count` parts of a sequence. Parts begin and end at chunk boundaries, and
+/// their numbers of candidate chunks differ by at most one. Part 0 has the sinks, too. The cost of
+/// causal attention grows along the sequence; to balance it, rank r of R may have parts r and
+/// 2R-1-r of 2R. O(1).
 [[nodiscard]] constexpr token_range even_part(const chunking& chunks, index_t part,
                                               index_t count) noexcept {
   const index_t first = chunking::of_sinks(chunks.sinks);
@@ -39,21 +41,25 @@ struct element_of<Source> {
 
 }  // namespace detail
 
-/// The keys of which `source` holds one rank's part. Tokens are counted along the whole sequence,
-/// so causal masks, sliding windows and ALiBi stay what they are. Every rank observes it with the
-/// same last queries, and has the same heads; see also `exchange`. The ranks' parts are all of each
-/// sequence, once. (context parallelism; what is exchanged is ours)
+/// The keys of whole sequences; `source` holds one rank's tokens. Tokens are numbered along the
+/// whole sequence, so causal masks, sliding windows and ALiBi are unchanged. Requires that every
+/// rank observes it with the same last queries and has the same heads. Requires that the parts of
+/// all ranks cover each sequence exactly once. See also `token_exchange`. (context parallelism; the
+/// exchanged data are ours)
 template <key_source Source>
 class shard {
  public:
   using element_type = typename detail::element_of<Source>::type;
   using memory = typename Source::memory;
 
-  /// source: the tokens of this rank alone, part after part; values are compacted by the same.
-  /// parts: [sequence, part], ascending; a part may be empty. As a policy of `sinks` sinks
-  /// requires, they begin and end where chunks do: at sinks + k * chunk_tokens, or the sequence's
-  /// ends. totals: [sequence], tokens on all ranks. capacity: what they hold together at most;
-  /// workspaces and what is exchanged are sized by it, so it is the same on every rank.
+  /// source: the tokens of this rank alone, part after part; values are compacted by the same local
+  /// ranges.
+  /// parts: [sequence, part], ascending; a part may be empty. For a policy with `sinks` sinks,
+  /// parts must begin and end at chunk boundaries: at sinks + k * chunk_tokens, or at the ends of
+  /// the sequence.
+  /// totals: [sequence], tokens on all ranks.
+  /// capacity: an upper bound of the totals, in tokens. Workspaces and exchanged arrays are sized
+  /// by it, so it must be equal on every rank.
   constexpr shard(const Source& source, view<const token_range, 2, memory> parts,
                   lengths_view<memory> totals, index_t capacity) noexcept
       : source_(source), parts_(parts), totals_(totals), capacity_(capacity) {}
@@ -70,15 +76,16 @@ class shard {
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
     return capacity_;
   }
-  /// On all ranks.
+  /// Number of tokens of the sequence on all ranks.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return length_of(totals_, sequence, capacity_);
   }
-  /// This rank's.
+  /// The source with this rank's tokens.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr const Source& source() const noexcept {
     return source_;
   }
 
+  /// Whether this rank has the token. O(parts).
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool owns(index_t sequence,
                                                          index_t token) const noexcept {
     for (index_t p = 0; p < parts_.extent(1); ++p) {
@@ -87,8 +94,8 @@ class shard {
     }
     return false;
   }
-  /// How many of the sequence's tokens before that one are here: in `source`, the token's own
-  /// number. O(parts)
+  /// Number of this rank's tokens before `token` in the sequence. If this rank has `token`, this is
+  /// its index in `source`. O(parts).
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t local_before(index_t sequence,
                                                                     index_t token) const noexcept {
     index_t before = 0;
@@ -99,8 +106,9 @@ class shard {
     }
     return before;
   }
-  /// What a decision about the whole sequence leaves here: `kept` for `source`. A part keeps order,
-  /// so it is a range, too. The next token's position is still that of `all`.
+  /// The part of a decision about the whole sequence that concerns this rank: the kept range of
+  /// `source`. It is a range, because parts keep the order of tokens. The position of the next
+  /// token is still all.next_position(). O(parts).
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range local_range(
       index_t sequence, const kept_range& all) const noexcept {
     return {static_cast<position_t>(local_before(sequence, all.sinks)),
@@ -111,7 +119,7 @@ class shard {
             all.undecided};
   }
 
-  /// Requires owns(sequence, token).
+  /// As `run_at` of row_source. Requires owns(sequence, token).
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<element_type> run_at(
       index_t sequence, index_t kv_head, index_t token) const noexcept
     requires row_source<Source>
@@ -125,7 +133,7 @@ class shard {
     return run;
   }
 
-  /// How many chunks of the sequence are here. O(parts)
+  /// Number of chunks of the sequence on this rank. O(parts).
   [[nodiscard]] constexpr index_t local_chunks(index_t sequence,
                                                const chunking& chunks) const noexcept {
     index_t count = 0;
@@ -135,7 +143,7 @@ class shard {
     }
     return count;
   }
-  /// The i-th of them. O(parts)
+  /// The i-th chunk of this rank. Requires 0 <= i < local_chunks(sequence, chunks). O(parts).
   [[nodiscard]] constexpr index_t local_chunk(index_t sequence, const chunking& chunks,
                                               index_t i) const noexcept {
     for (index_t p = 0;; ++p) {
@@ -170,7 +178,8 @@ class shard {
     }
     return nullptr;
   }
-  /// Null, or that a chunk of a policy with that many sinks lies on two ranks. O(parts)
+  /// Null, or the error that a chunk lies on two ranks, for a policy with that many sinks. Checked
+  /// on the host only. O(parts).
   [[nodiscard]] constexpr const char* splits_chunk(index_t sinks) const noexcept {
     if constexpr (std::same_as<memory, host_memory>) {
       for (index_t s = 0; s < sequences(); ++s) {
@@ -193,7 +202,7 @@ class shard {
   struct chunk_range {
     index_t first, last;
   };
-  /// An empty first chunk belongs to the sequence's first token.
+  /// The chunks of a part. An empty first chunk belongs to the part with the first token.
   [[nodiscard]] static constexpr chunk_range chunks_of(const token_range& part,
                                                        const chunking& chunks) noexcept {
     if (part.begin == part.end) return {0, 0};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a source is: the keys or the values of one layer, wherever their rows lie.
+// Sources: how a caller describes the keys or the values of one layer, in any layout.
 #pragma once
 
 #include <concepts>
@@ -8,19 +8,19 @@
 
 namespace refreekv::inline v0 {
 
-/// Rows that one pointer and two strides reach: the unit in which every kernel reads a cache.
+/// Rows that one pointer and two strides reach. Every kernel reads a cache run by run.
 template <class T>
 struct token_run {
   T* data;               ///< [token, head_dim]
   index_t tokens;        ///< rows from `data` on
   index_t token_stride;  ///< elements
-  index_t dim_stride;    ///< elements; 1 wherever it is to be fast
+  index_t dim_stride;    ///< elements; 1 is the fast case
 };
 
-/// The keys of one layer: [sequence, kv_head, token, head_dim], each sequence with its own number
-/// of tokens, oldest first.
-/// - `capacity()`: no sequence ever has more tokens; workspaces are sized by it.
-/// - `invalid()`: null, or what is wrong with the description, in words. O(tables).
+/// The keys of one layer: [sequence, kv_head, token, head_dim]. Each sequence has its own number of
+/// tokens, oldest first.
+/// - `capacity()`: the most tokens that any sequence may have; workspaces are sized by it.
+/// - `invalid()`: null, or an error of the description in words. O(tables).
 template <class S>
 concept key_source = requires(const S& source, index_t i) {
   typename S::memory;
@@ -32,32 +32,34 @@ concept key_source = requires(const S& source, index_t i) {
   { source.invalid() } -> std::same_as<const char*>;
 };
 
-/// Whose rows can be read where they are: a source is a description of memory, trivially copyable.
-/// One that copies a row into a buffer of its own would be wrong, as many rows are located before
-/// any is read; so caches whose keys are split along head_dim, [head_dim / x][slot][x], are none.
-/// - `run_at(s, h, t)`: the rows from token t on, as many as are evenly spaced, at least one;
-///   requires 0 <= t < tokens(s).
+/// A key_source whose rows can be read in place. It is a trivially copyable description of memory.
+/// run_at must not copy a row into a buffer of its own, because kernels locate many rows before
+/// they read any. So caches that split keys along head_dim, [head_dim / x][slot][x], cannot be row
+/// sources.
+/// - `run_at(s, h, t)`: the evenly spaced rows from token t on, at least one. Requires 0 <= t <
+///   tokens(s).
 template <class S>
 concept row_source = key_source<S> && requires(const S& source, index_t i) {
   typename S::element_type;
   { source.run_at(i, i, i) } -> std::same_as<token_run<typename S::element_type>>;
 };
 
-/// Some tokens of each sequence, the others of which are on other ranks: see shard.hpp.
-/// - `owns(s, t)`: whether token t is here; run_at requires it.
+/// A source that holds only this rank's tokens of each sequence (context parallelism): see
+/// shard.hpp.
+/// - `owns(s, t)`: whether this rank has token t; run_at requires it.
 template <class S>
 concept sharded_source = key_source<S> && requires(const S& source, index_t i) {
   { source.owns(i, i) } -> std::same_as<bool>;
 };
 
-/// All keys, or values, row by row. The two are two sources, so their head sizes, strides and types
-/// may differ and values may be missing.
+/// A source of all keys, or all values, row by row. Keys and values are two sources, so their
+/// head_dim, strides and types may differ, and values may be missing.
 template <class S>
 concept kv_source = row_source<S> && !sharded_source<S>;
 
 namespace detail {
 
-/// Refuses, in words, a source that owns what it describes.
+/// Rejects at compile time, with a message, a source that owns the memory it describes.
 template <class Source>
 constexpr void check_source() noexcept {
   static_assert(std::is_trivially_copyable_v<Source>,
@@ -67,18 +69,19 @@ constexpr void check_source() noexcept {
 
 }  // namespace detail
 
-/// Lengths [sequence] of a ragged batch; with no pointer every sequence has `capacity` tokens.
+/// Lengths [sequence] of a ragged batch, in tokens. With a null pointer every sequence has
+/// `capacity` tokens.
 template <class Memory = host_memory>
 using lengths_view = view<const position_t, 1, Memory>;
 
-/// A number of tokens, in [0, capacity]. Nobody can look at a device's lengths before they are
-/// used: those that an engine did not bring up to date must not lead past the cache.
+/// A number of tokens, limited to [0, capacity]. Lengths on a device cannot be checked before use,
+/// so stale ones must not lead past the cache.
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t at_most(index_t capacity,
                                                              index_t tokens) noexcept {
   return tokens < 0 ? 0 : tokens < capacity ? tokens : capacity;
 }
 
-/// A sequence's length.
+/// Number of tokens of a sequence, in [0, capacity].
 template <class Memory>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t length_of(const lengths_view<Memory>& lengths,
                                                                index_t sequence,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every header relies on: the language level, the integer types and the host/device marker.
+// The basis of every header: the C++20 check, the integer types and the host/device marker.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
     "refreekv needs C++20: compile with -std=c++20 (nvcc: -std=c++20, CMake 3.25 does not pass it)"
 #endif
 
-/// Marks arithmetic that CPU and CUDA backends share; empty for a host compiler.
+/// Marks functions that the CPU and CUDA backends share. Empty for a host compiler.
 #if defined(__CUDACC__)
 #define REFREEKV_HOST_DEVICE __host__ __device__
 #else
@@ -18,18 +18,19 @@
 
 namespace refreekv::inline v0 {
 
-/// Counts, extents, strides and offsets, in elements: 64 bits, so that no cache is too large.
+/// A count, extent, stride or offset, in elements. 64 bits, so that no cache is too large.
 using index_t = std::int64_t;
 
-/// Stored token positions and lengths, as engines store them.
+/// A stored position or length, in tokens. 32 bits, as engines store them.
 using position_t = std::int32_t;
 
-/// An option that counts tokens or layers. Unsigned, so that a negative constant in braces
-/// (`{.window = -1}`) does not compile; `max_count` catches one that wrapped around at run time.
+/// An option that counts tokens or layers. It is unsigned, so that a negative constant in braces
+/// (`{.window = -1}`) does not compile. The upper limit `max_count` catches a negative value that
+/// wrapped around at run time.
 using count_t = std::uint32_t;
 inline constexpr count_t max_count = 0x7fffffff;
 
-/// Tokens [begin, end).
+/// The tokens [begin, end).
 struct token_range {
   index_t begin;
   index_t end;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// view<T, Rank, Memory>: a strided tensor that somebody else owns.
+// view<T, Rank, Memory>: a strided tensor that does not own its elements.
 #pragma once
 
 #include <cstddef>
@@ -9,39 +9,41 @@
 
 namespace refreekv::inline v0 {
 
-/// Where a view's elements live. Part of the type: mixing the two does not compile.
+/// Tags for the memory that holds the elements of a view. They are part of its type, so mixing the
+/// two does not compile.
 struct host_memory {};
 struct device_memory {};
 
-/// Raw storage of an engine that has no type for it: `reinterpret_cast<bf16_bits*>(p)` of a
-/// uint16_t* says what the bits mean.
+/// A 16-bit float as raw bits, for engines that have no type for it.
+/// `reinterpret_cast<bf16_bits*>(p)` of a uint16_t* states what the bits mean.
 struct bf16_bits {
   std::uint16_t bits;
 };
 struct f16_bits {
   std::uint16_t bits;
 };
-/// 4 bits of exponent, 3 of mantissa, no infinity. (OCP fp8)
+/// An 8-bit float: 4 bits of exponent, 3 bits of mantissa, no infinity. (OCP fp8)
 struct fp8_e4m3_bits {
   std::uint8_t bits;
 };
 
-/// A non-owning tensor: pointer, extents and strides, both in elements. A layout is its strides:
-/// any axis order, padding or broadcast (stride 0) is a view. Copying copies no elements.
+/// A non-owning tensor: a pointer, extents and strides, the latter two in elements. The strides
+/// define the layout, so any axis order, padding or broadcast (stride 0) is a view. Copying a view
+/// copies no elements.
 template <class T, std::size_t Rank, class Memory = host_memory>
 class view {
  public:
   using element_type = T;
   using memory = Memory;
 
-  /// No elements: data() is null and every extent 0.
+  /// An empty view: data() is null and every extent is 0.
   constexpr view() noexcept = default;
 
-  /// Contiguous, last axis fastest.
+  /// A contiguous tensor, last axis fastest.
   template <std::size_t N>
     requires(N == Rank)
   constexpr view(T* data, const index_t (&extents)[N]) noexcept : data_(data) {
-    std::uint64_t stride = 1;  // wraps for extents that no memory holds, which nobody indexes
+    std::uint64_t stride = 1;  // wraps for extents that no memory holds: never indexed
     for (std::size_t axis = Rank; axis-- > 0;) {
       extents_[axis] = extents[axis];
       strides_[axis] = static_cast<index_t>(stride);
@@ -49,6 +51,7 @@ class view {
     }
   }
 
+  /// A tensor of any strides, in elements.
   template <std::size_t N, std::size_t M>
     requires(N == Rank && M == Rank)
   constexpr view(T* data, const index_t (&extents)[N], const index_t (&strides)[M]) noexcept
@@ -59,7 +62,7 @@ class view {
     }
   }
 
-  /// Mutable to const.
+  /// Converts a mutable view to a const one.
   template <class U>
     requires(std::is_same_v<const U, T>)
   REFREEKV_HOST_DEVICE constexpr view(const view<U, Rank, Memory>& other) noexcept
@@ -78,7 +81,7 @@ class view {
     return strides_[axis];
   }
 
-  /// Address of the element at the given leading indices; missing trailing indices are 0.
+  /// Address of the element at the given leading indices. Missing trailing indices are 0.
   template <class... Index>
     requires(sizeof...(Index) <= Rank)
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr T* at(Index... index) const noexcept {
@@ -94,7 +97,7 @@ class view {
     return *at(index...);
   }
 
-  /// True where any extent is negative, or elements are asked for and there is no pointer.
+  /// Whether an extent is negative, or the view has elements but no pointer.
   [[nodiscard]] constexpr bool malformed() const noexcept {
     index_t elements = 1;
     for (const index_t extent : extents_) {
@@ -106,7 +109,7 @@ class view {
 
  private:
   T* data_ = nullptr;
-  index_t extents_[Rank] = {};  // not std::array, whose members are no device functions
+  index_t extents_[Rank] = {};  // not std::array: its members are not device functions
   index_t strides_[Rank] = {};
 };
 

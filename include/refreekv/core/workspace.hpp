@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scratch memory that the caller owns, and the arena that counts it or carves it.
+// The memory that a caller provides for one call, and the arena that sizes it or carves it.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace refreekv::inline v0 {
 
-/// Bytes for one call: any alignment, contents undefined before and after. Two calls may share a
-/// workspace unless they run at the same time.
+/// The caller's bytes for one call. Requires no alignment; the contents are undefined before and
+/// after the call. Two calls may share a workspace unless they run at the same time.
 template <class Memory = host_memory>
 struct workspace {
   std::byte* data = nullptr;
@@ -18,7 +18,8 @@ struct workspace {
 
   constexpr workspace() noexcept = default;
   constexpr workspace(std::byte* first, std::size_t size) noexcept : data(first), bytes(size) {}
-  /// On the host whatever converts to a span of bytes is a workspace: a vector, an array.
+  /// On the host anything that converts to a span of bytes is a workspace, such as a vector or an
+  /// array.
   template <class Bytes>
     requires(std::is_same_v<Memory, host_memory> &&
              std::is_convertible_v<Bytes&, std::span<std::byte>> &&
@@ -30,23 +31,25 @@ struct workspace {
   }
 };
 
-/// Hands out arrays, each on its own cache line. Without memory it only counts, so one function
-/// that takes arrays from an arena both sizes a workspace and carves it.
+/// Carves arrays out of a workspace, each on a cache line of its own (64 bytes). Without memory it
+/// only counts their bytes. So one function that asks an arena for arrays both sizes a workspace
+/// and carves it.
 class arena {
  public:
   static constexpr std::size_t alignment = 64;
 
-  /// Counts.
+  /// An arena that counts.
   constexpr arena() noexcept = default;
 
-  /// Carves. Requires `data` to hold the bytes() that counting found.
+  /// An arena that carves. Requires `data` to hold the bytes() that counting found.
   explicit arena(std::byte* data) noexcept {
     const auto address = reinterpret_cast<std::uintptr_t>(data);
     next_ = data + (alignment - address % alignment) % alignment;
   }
 
-  /// An array of the product of `extents` elements, uninitialised; null while counting. What no
-  /// memory can hold counts as the largest size there is. Requires extents >= 0.
+  /// Returns an uninitialised array of T whose number of elements is the product of `extents`; null
+  /// while counting. A size that no memory can hold counts as the largest possible size. Requires
+  /// extents >= 0.
   template <class T, class... Extents>
   [[nodiscard]] T* array(Extents... extents) noexcept {
     static_assert(alignof(T) <= alignment && std::is_trivially_destructible_v<T>);
@@ -60,7 +63,7 @@ class arena {
     return array;
   }
 
-  /// Bytes that suffice for all that was taken, wherever the workspace starts.
+  /// Bytes that suffice for all arrays so far, at any start address of the workspace.
   [[nodiscard]] constexpr std::size_t bytes() const noexcept {
     return taken_ == 0 ? 0 : taken_ + alignment - 1;
   }
@@ -68,7 +71,7 @@ class arena {
  private:
   static constexpr std::size_t most = static_cast<std::size_t>(-1) - alignment + 1;
 
-  // Extents have 64 bits even where sizes have 32.
+  // Extents have 64 bits even where std::size_t has 32.
   static constexpr std::size_t product(std::size_t a, std::uint64_t b) noexcept {
     return b != 0 && a > most / b ? most : static_cast<std::size_t>(a * b);
   }

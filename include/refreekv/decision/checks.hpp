@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether a decision is one at all: null, or what is wrong, in words.
+// Checks of a decision by itself, without a cache. Each returns null, or the error in words.
 #pragma once
 
 #include <concepts>
@@ -9,7 +9,7 @@
 
 namespace refreekv::inline v0::detail {
 
-/// The first of several reasons, or null.
+/// Returns the first reason that is not null, or null.
 [[nodiscard]] constexpr const char* first_of(std::initializer_list<const char*> reasons) noexcept {
   for (const char* why : reasons) {
     if (why != nullptr) return why;
@@ -17,7 +17,8 @@ namespace refreekv::inline v0::detail {
   return nullptr;
 }
 
-/// The shape alone, which is also known of a device's.
+/// Checks the shape of a decision, ranges or positions. Reads no elements, so it also checks
+/// decisions on a device.
 template <class Memory>
 [[nodiscard]] constexpr const char* misshapen(const view<kept_range, 2, Memory>& kept,
                                               index_t sequences, index_t groups, index_t) noexcept {
@@ -40,8 +41,8 @@ template <class Memory>
   return nullptr;
 }
 
-/// The ranges [sequence, group] of as many groups as there are; holds(s, tokens): whether a
-/// sequence may have so many tokens.
+/// Checks the elements of ranges [sequence, group], with any number of groups. holds(s, tokens)
+/// says whether sequence s may have that many tokens. Elements on a device are not checked.
 template <class Memory, class Holds>
 [[nodiscard]] constexpr const char* unfit_tokens(const view<const kept_range, 2, Memory>& kept,
                                                  const Holds& holds) noexcept {
@@ -59,7 +60,7 @@ template <class Memory, class Holds>
   return nullptr;
 }
 
-/// The same of positions [sequence, kv_head, ...], which ascend.
+/// As `unfit_tokens` of ranges, but for positions [sequence, kv_head, ...], which must ascend.
 template <class Memory, class Holds>
 [[nodiscard]] constexpr const char* unfit_tokens(const kept_positions<Memory>& kept,
                                                  const Holds& holds) noexcept {
@@ -85,6 +86,7 @@ template <class Memory, class Holds>
   return nullptr;
 }
 
+/// Checks the shape of stand-in rows that must have room for `most` stand-ins of a KV head.
 template <class Memory>
 [[nodiscard]] constexpr const char* misshapen_rows(const view<float, 4, Memory>& rows,
                                                    const view<position_t, 2, Memory>& counts,
@@ -98,7 +100,7 @@ template <class Memory>
   return nullptr;
 }
 
-/// Whether a view has contiguous rows for each sequence.
+/// Whether a view has `sequences` sequences (first axis) and contiguous rows (last axis).
 template <class T, std::size_t Rank, class Memory>
 [[nodiscard]] constexpr bool has_rows(const view<T, Rank, Memory>& rows,
                                       index_t sequences) noexcept {
@@ -106,7 +108,8 @@ template <class T, std::size_t Rank, class Memory>
          (rows.extent(Rank - 1) <= 1 || rows.stride(Rank - 1) == 1);
 }
 
-/// Null, or what is wrong with ranges [sequence, group] of at most `tokens` tokens each.
+/// Checks shape and elements of ranges [sequence, group]. No range may have more than `tokens`
+/// tokens.
 template <class Memory>
 [[nodiscard]] constexpr const char* unfit_ranges(const view<const kept_range, 2, Memory>& kept,
                                                  index_t sequences, index_t groups,
@@ -117,7 +120,7 @@ template <class Memory>
   return unfit_tokens(kept, [&](index_t, index_t of) { return of <= tokens; });
 }
 
-/// The same of positions [sequence, kv_head, ...].
+/// As `unfit_ranges`, but for positions [sequence, kv_head, ...].
 template <class Memory>
 [[nodiscard]] constexpr const char* unfit_positions(const kept_positions<Memory>& kept,
                                                     index_t sequences, index_t kv_heads,

@@ -6,40 +6,42 @@
 
 namespace refreekv::inline v0 {
 
-/// Which pages also belong to others, so must be neither written nor freed: bit i, lowest first, is
-/// page i of the sequence; null where none does.
+/// Bits of the pages that others use, too: these must be neither written nor freed. Bit i, lowest
+/// first, is page i of the sequence. Null if no page is shared.
 using shared_pages = const std::uint8_t*;
 
+/// Whether others use a page, too. O(1).
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_shared(shared_pages shared,
                                                             index_t page) noexcept {
   return shared != nullptr && (shared[page / 8] >> (page % 8) & 1) != 0;
 }
 
-/// Pages that a sequence can give up whole. Pages are counted along the sequence, page i holds
+/// The pages that a sequence can give up whole. Pages are numbered along the sequence: page i holds
 /// tokens [i * page_tokens, (i + 1) * page_tokens).
 struct page_plan {
-  index_t first = 0;        ///< pages [first, last) leave the sequence's page table
-  index_t last = 0;         ///< so the table loses last - first entries
-  index_t freed = 0;        ///< those of them that nobody shares
-  bool sinks_move = false;  ///< first compact with sinks_up; otherwise sinks stay in their page and
-                            ///< tokens between them and the cut must be masked
-  index_t first_slot = 0;   ///< of the kept tokens in the new table
-  /// Pages [written_first, written_last) of the table as it was are those that sinks move to; none
-  /// where sinks stay. A cache of prefixes must drop their hashes, or mark them as shared before it
-  /// plans if it is to offer them any longer. What is freed is still what its hash says.
+  index_t first = 0;  ///< pages [first, last) leave the sequence's page table
+  index_t last = 0;   ///< the table loses last - first entries
+  index_t freed = 0;  ///< number of these pages that nobody shares
+  /// True: compact with sinks_up first. False: sinks stay in their page, and tokens between them
+  /// and the cut must be masked.
+  bool sinks_move = false;
+  index_t first_slot = 0;  ///< slot of the first kept token in the new table
+  /// Sinks move to pages [written_first, written_last) of the old table; empty if they stay. A
+  /// prefix cache must drop the hashes of these pages. To keep offering them, it must mark
+  /// them as shared before planning. Freed pages are not written, so their hashes still hold.
   index_t written_first = 0;
   index_t written_last = 0;
 };
 
 namespace detail {
 
-/// What plan_pages chooses from; how many pages nobody shares is not counted yet.
+/// The two plans that plan_pages chooses from. Their `freed` is not set yet.
 struct page_choice {
   page_plan stay = {};
   page_plan move = {};
 
-  /// Given how many pages nobody shares of those that `stay` and `move` take out, and of those that
-  /// `move` writes.
+  /// Returns `move` if it frees more pages and writes no shared page, else `stay`. Requires the
+  /// numbers of unshared pages: removed by `stay`, removed by `move`, and written by `move`.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr page_plan best(
       index_t stay_private, index_t move_private, index_t written_private) const noexcept {
     const bool moves =
@@ -50,6 +52,7 @@ struct page_choice {
   }
 };
 
+/// Plans with the sinks in place and with the sinks moved. O(1).
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr page_choice choose_pages(
     const kept_range& kept, index_t page_tokens) noexcept {
   const index_t sinks = kept.sinks, cut = kept.cut;
@@ -70,7 +73,7 @@ struct page_choice {
   return choice;
 }
 
-/// Pages [first, last) that nobody shares.
+/// Number of pages in [first, last) that nobody shares. O(last - first).
 [[nodiscard]] constexpr index_t private_pages(shared_pages shared, index_t first,
                                               index_t last) noexcept {
   if (shared == nullptr) return last - first;
@@ -81,8 +84,8 @@ struct page_choice {
 
 }  // namespace detail
 
-/// The sinks move if that frees more pages and writes no shared one.
-/// Requires page_tokens >= 1. O(dropped pages). (ours)
+/// Plans which pages a sequence gives up. The sinks move if that frees more pages and writes no
+/// shared page. Requires page_tokens >= 1. O(dropped pages). (ours)
 [[nodiscard]] constexpr page_plan plan_pages(const kept_range& kept, index_t page_tokens,
                                              shared_pages shared = nullptr) noexcept {
   const detail::page_choice choice = detail::choose_pages(kept, page_tokens);
@@ -93,9 +96,9 @@ struct page_choice {
                      count(choice.move.written_first, choice.move.written_last));
 }
 
-/// Takes the plan's pages out of table [page], whose `pages` entries shift down, and appends those
-/// that nobody shares to `freed` [plan.freed]: they are the caller's to reuse. Returns how many.
-/// O(pages).
+/// Removes the plan's pages from table [page], which has `pages` entries; later entries shift down.
+/// Appends the unshared ones to `freed` [plan.freed]: the caller may reuse them. Returns their
+/// number. O(pages).
 template <class Index>
 constexpr index_t remove_pages(const page_plan& plan, Index* table, index_t pages, Index* freed,
                                shared_pages shared = nullptr) noexcept {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The order in which tokens are worth keeping by position: sinks, then newest to oldest.
+// The ranking of tokens by position: sinks first, then newest to oldest.
 #pragma once
 
 #include "refreekv/decision/kept_range.hpp"
 
 namespace refreekv::inline v0 {
 
-/// Rank 0 is kept first: positions 0 .. sinks-1, then tokens-1, tokens-2, ..., sinks
-/// (arXiv 2502.16886, section 2.3). Whatever number is kept is a prefix and a suffix.
+/// Rank 0 is kept first. Positions in rank order: 0 .. sinks-1, then tokens-1, tokens-2, ..., sinks
+/// (arXiv 2502.16886, section 2.3). Any number of best tokens is a prefix and a suffix.
 class position_ranking {
  public:
   REFREEKV_HOST_DEVICE constexpr position_ranking(index_t tokens, index_t sinks) noexcept
@@ -15,32 +15,32 @@ class position_ranking {
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sinks() const noexcept { return sinks_; }
 
-  /// The position of a rank. Requires 0 <= rank < tokens.
+  /// The position of the token with that rank. Requires 0 <= rank < tokens.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t position(index_t rank) const noexcept {
     return rank < sinks_ ? rank : tokens_ - 1 - (rank - sinks_);
   }
 
-  /// The `count` best, the sinks whatever `count` is, but one token at least; all there are where
-  /// it exceeds them.
+  /// Keeps the `count` best tokens. All sinks stay even if `count` is smaller, and at least one
+  /// token stays. Keeps all tokens if `count` exceeds them.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range best(index_t count) const noexcept {
     const index_t suffix = (count > 0 ? count : 1) - sinks_;
     if (suffix >= tokens_ - sinks_) return all();
     return from(suffix > 0 ? tokens_ - suffix : tokens_);
   }
 
-  /// All tokens.
+  /// Keeps all tokens.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range all() const noexcept {
     return from(sinks_);
   }
 
-  /// All tokens, because there is nothing to decide on.
+  /// Keeps all tokens because no decision is possible. Sets `undecided` if there are candidates.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range undecided() const noexcept {
     kept_range kept = all();
     kept.undecided = tokens_ > sinks_;
     return kept;
   }
 
-  /// The sinks and all from position `cut` on. Requires sinks() <= cut <= tokens.
+  /// Keeps the sinks and all tokens from position `cut` on. Requires sinks() <= cut <= tokens.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr kept_range from(index_t cut) const noexcept {
     return {static_cast<position_t>(sinks_), static_cast<position_t>(cut),
             static_cast<position_t>(tokens_)};

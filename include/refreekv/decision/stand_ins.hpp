@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The result of a decision that leaves single tokens and rows that stand in for dropped ones.
+// The result of a decision that keeps single tokens, and adds rows that stand in for dropped ones.
 #pragma once
 
 #include "refreekv/decision/compaction.hpp"
@@ -7,25 +7,24 @@
 
 namespace refreekv::inline v0 {
 
-/// Keys and values of which each stands in for several tokens of its KV head that went. To
-/// attention they are tokens as all others, but that every later query sees them, past any sliding
-/// window. They have no position: keys are as rotated ones are, and the next position goes on from
-/// what it was.
+/// Stand-ins: key and value rows that each replace several dropped tokens of a KV head. Attention
+/// treats them as tokens, except that every later query sees them, even past a sliding window. They
+/// have no position: their keys are used as rotated keys are, and the next position is unchanged.
 template <class Memory = host_memory>
 struct stand_in_rows {
   view<float, 4, Memory> keys;         ///< [sequence, kv_head, stand_in, head_dim]
   view<float, 4, Memory> values;       ///< [sequence, kv_head, stand_in, head_dim of the values]
   view<position_t, 2, Memory> counts;  ///< [sequence, kv_head]
 
-  /// Where none are wanted there is no pointer.
+  /// Whether stand-ins are wanted. A null pointer of the counts means none.
   [[nodiscard]] constexpr bool wanted() const noexcept { return counts.data() != nullptr; }
 };
 
-/// The tokens that stay, and what stands in for the others. Kept positions alone will do for a rule
-/// whose stand-ins are off. A KV head's slots in use are length(s, h), not counts(s, h).count; what
-/// takes kept positions, as write_masks does, knows nothing of stand-ins. Where the cache is pruned
-/// again they are tokens as others are: those of suffix_down count as recent, and those of sinks_up
-/// as the first ones; positions go on from where they were, whatever stands in.
+/// The kept tokens and the stand-ins for the dropped ones. Kept positions alone suffice for a
+/// policy with its stand-ins off. A KV head uses length(s, h) slots, not counts(s, h).count.
+/// Functions of kept positions, such as write_masks, ignore stand-ins. If the cache is pruned
+/// again, stand-ins count as ordinary tokens: after suffix_down as recent ones, after sinks_up as
+/// the first ones. Positions continue as if there were no stand-ins.
 template <class Memory = host_memory>
 struct kept_with_stand_ins : kept_positions<Memory> {
   stand_in_rows<Memory> stand_ins = {};
@@ -35,7 +34,7 @@ struct kept_with_stand_ins : kept_positions<Memory> {
                                 const stand_in_rows<Memory>& rows = {}) noexcept
       : kept_positions<Memory>(kept), stand_ins(rows) {}
 
-  /// Slots that a KV head's tokens and stand-ins take together.
+  /// Number of slots that the kept tokens and the stand-ins of a KV head use together.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t length(index_t sequence,
                                                               index_t kv_head) const noexcept {
     return index_t{this->counts(sequence, kv_head).count} +
@@ -43,8 +42,8 @@ struct kept_with_stand_ins : kept_positions<Memory> {
   }
 };
 
-/// The slot of a KV head's first stand-in once `how` is done: behind the tokens that stay, or in
-/// front of them where those move up.
+/// The slot of the first stand-in of a KV head after a compaction in `mode`. Stand-ins are behind
+/// the kept tokens, or in front of them with sinks_up.
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_stand_in(const kept_tokens& kept,
                                                                     index_t stand_ins,
                                                                     compaction mode) noexcept {
