@@ -68,8 +68,7 @@ namespace detail {
   row_normaliser n{static_cast<float>(std::rint(sink)), 0};
   for (index_t c = 0; c < chunks; ++c)
     n.exponent = row[c].exponent > n.exponent ? row[c].exponent : n.exponent;
-  // Under -funsafe-math-optimizations compilers replace this exp2 by one that does not handle
-  // infinity.
+  // Under -funsafe-math-optimizations compilers use an exp2 that does not handle infinity.
   n.sum = sink <= -HUGE_VAL ? 0 : std::exp2(sink - static_cast<double>(n.exponent));
   for (index_t c = 0; c < chunks; ++c) {
     n.sum += static_cast<double>(row[c].sum) * power_of_two(row[c].exponent - n.exponent);
