@@ -158,9 +158,8 @@ namespace refreekv::inline v0 {
 /// - `find_sizes(B, rule, layer, grades, lost, sizes, to, scratch)`: writes sizes(s), the smallest
 ///   size that is enough. `to` is the memory of the later stand-ins, which it may work in. The
 ///   error of a size is the mean over the measured rows of the layer of |o' - o| / (|o| + 1e-9). o
-///   is the row's output, the sum of its attention times values. o' is its output with what the
-///   size leaves: the tokens that it keeps and its stand-ins. O(q_heads * rows * tokens *
-///   head_dim).
+///   is the row's output, the sum of its attention times values. o' is its output over the
+///   tokens that the size keeps and its stand-ins. O(q_heads * rows * tokens * head_dim).
 ///
 /// - `fit_stand_ins(B, rule, layer, grades, sizes, to, scratch)`: writes the rows that stand in for
 ///   the tokens that sizes(s) drops. A KV head has one for each block of rule.block positions of

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loss curve over cuts and its stop rule; arithmetic that all backends share.
+// How a decision is made; the loss curve and its stop rule, arithmetic that all backends share.
 #pragma once
 
 #include <cmath>

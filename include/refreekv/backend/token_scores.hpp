@@ -67,8 +67,9 @@ struct token_quota {
     return {budget > recent ? budget - recent : 0, recent};
   }
   /// The quota of one of the KV heads that share a quota. Each head owns the share `floor` of it.
-  /// The rest of all heads' quotas goes to the heads with the best tokens, `best` of which are in
-  /// this head. The number of tokens is rounded to the nearest one, from halfway to the even one.
+  /// The rest of all heads' quotas goes to the heads with the best tokens; `best` is how many of
+  /// these tokens are in this head. The number of tokens is rounded to the nearest one, from
+  /// halfway to the even one.
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota of_head(double floor,
                                                          index_t best) const noexcept {
     // One rounding: some compilers would fuse a product and a sum, and others would not.
