@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Makes what a decision keeps contiguous.
+// Makes the tokens that a decision keeps contiguous.
 #pragma once
 
 #include "refreekv/backend/backend.hpp"
@@ -10,7 +10,7 @@ namespace refreekv::inline v0 {
 
 namespace detail {
 
-/// Compacts each source in turn, until one fails.
+/// Compacts each source in turn. Stops at the first failure and returns it.
 template <backend Backend, class Kept, kv_source... Sources>
 [[nodiscard]] status compact_all(const Backend& exec, const Kept& kept, compaction mode,
                                  const Sources&... sources) noexcept {
@@ -22,8 +22,8 @@ template <backend Backend, class Kept, kv_source... Sources>
 
 }  // namespace detail
 
-/// Null, or why `compact` would return invalid_argument, in words. O(tables), and of positions
-/// O(kept tokens). Device tables are not looked at.
+/// Null, or the reason in words why `compact` would return invalid_argument. O(tables), and for
+/// positions also O(kept tokens). Device tables are not read.
 template <kv_source Source, kv_source... Others>
 [[nodiscard]] constexpr const char* why_invalid(
     view<const kept_range, 2, typename Source::memory> kept, compaction mode, const Source& source,
@@ -39,17 +39,19 @@ template <kv_source Source, kv_source... Others>
   return why != nullptr ? why : detail::aliased(kept, mode, source, others...);
 }
 
-/// Makes what is kept contiguous in each source (keys, values, scales ...), in place:
-/// afterwards the kept tokens of a (sequence, kv_head) are its slots
-/// [first_slot(kept, how), first_slot(kept, how) + kept.length()), sinks first.
-/// kept: [sequence, 1 or kv_head], as `select` wrote it; where sinks == cut nothing is touched, so
-/// this is how to leave a sequence out: one whose page_plan moves no sinks because others share its
-/// pages, say.
-/// Memory that moves is named once: where values are the keys' own memory, or a part of each key
-/// (MLA), the keys are passed alone; so is one of several heads, layers or sequences that are one
-/// cache, and a page that is written is in one table, once. What a host can see of that is refused;
-/// null blocks in place of tokens that a sliding window has left behind are no fault as long as
-/// they are not written: with sinks_up, or a rule of no sinks. Neither allocates nor synchronises.
+/// Makes the kept tokens contiguous in each source (keys, values, scales ...), in place. Afterwards
+/// the kept tokens of a (sequence, kv_head) are its slots [first_slot(kept, mode), first_slot(kept,
+/// mode) + kept.length()), sinks first.
+/// kept: [sequence, 1 or kv_head], as `select` wrote it. A sequence with sinks == cut is not
+/// touched. Use this to leave a sequence out, for example one whose page_plan moves no sinks
+/// because other sequences share its pages.
+/// Requires that memory that moves is named once:
+/// - Where values are the keys' own memory, or a part of each key (MLA), pass the keys alone.
+/// - Where several heads, layers or sequences are one cache, pass one of them.
+/// - A page that is written is in one table, once.
+/// Returns invalid_argument for each violation that a host can see. Null blocks in place of tokens
+/// that left a sliding window are allowed if they are not written: with sinks_up, or with a policy
+/// without sinks. Neither allocates nor synchronises.
 template <backend Backend, kv_source... Sources>
   requires(sizeof...(Sources) > 0 &&
            (std::same_as<typename Sources::memory, typename ops<Backend>::memory> && ...))
@@ -60,10 +62,10 @@ template <backend Backend, kv_source... Sources>
   return detail::compact_all(exec, kept, mode, sources...);
 }
 
-/// The same for positions that are no range, in ascending order. sinks_up leaves alone whatever is
-/// kept in one piece at the end; suffix_down frees whole pages at a sequence's end. Where all
-/// positions are there nothing is touched: this is how to leave out a sequence whose pages are
-/// shared.
+/// As `compact` of ranges, but for positions that need not be a range, in ascending order. sinks_up
+/// does not touch the tokens that are kept in one piece at the end. suffix_down frees whole pages
+/// at a sequence's end. A sequence that keeps all positions is not touched: use this to leave out a
+/// sequence whose pages are shared. Neither allocates nor synchronises.
 template <backend Backend, kv_source... Sources>
   requires(sizeof...(Sources) > 0 &&
            (std::same_as<typename Sources::memory, typename ops<Backend>::memory> && ...))
@@ -74,8 +76,8 @@ template <backend Backend, kv_source... Sources>
   return detail::compact_all(exec, kept, mode, sources...);
 }
 
-/// Null, or why `compact` of tokens and stand-ins would return invalid_argument, in words. As that
-/// of positions.
+/// Null, or the reason in words why `compact` of tokens and stand-ins would return
+/// invalid_argument. Complexity as for positions.
 template <kv_source Keys, kv_source... Values>
 [[nodiscard]] constexpr const char* why_invalid(
     const kept_with_stand_ins<typename Keys::memory>& kept, compaction mode, const Keys& keys,
@@ -94,10 +96,11 @@ template <kv_source Keys, kv_source... Values>
   return detail::aliased(kept, mode, keys, values...);
 }
 
-/// compact of positions, and the stand-ins that go with them, if any, in the sources' own type into
-/// slots that dropped tokens leave: with suffix_down behind what stays, which then is the slots
-/// [0, kept.length(s, h)), with sinks_up in front of it, so that the last slot stays tokens - 1.
-/// Neither allocates nor synchronises.
+/// Compacts positions, as `compact` of positions, then writes their stand-ins, if any. Stand-ins
+/// are converted to the sources' own type and written into slots of dropped tokens. With
+/// suffix_down they follow the kept tokens, and both are the slots [0, kept.length(s, h)). With
+/// sinks_up they precede the kept tokens, so that the last slot stays tokens - 1. Neither allocates
+/// nor synchronises.
 template <backend Backend, kv_source Keys, kv_source... Values>
   requires(std::same_as<typename Keys::memory, typename ops<Backend>::memory> &&
            (std::same_as<typename Values::memory, typename Keys::memory> && ...))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keeping what decoding reads in place of the keys up to date: 4-bit keys and bounds of pages.
+// Updates what decoding reads instead of the keys, 4-bit keys and page bounds, after new tokens.
 #pragma once
 
 #include "refreekv/backend/backend.hpp"
@@ -8,7 +8,7 @@ namespace refreekv::inline v0 {
 
 namespace detail {
 
-/// Null, or why an index of [sequence, kv_head, rows, ..] has no place for all of `keys`.
+/// Null, or the reason why an index of [sequence, kv_head, rows, ..] cannot hold all of `keys`.
 template <kv_source Keys>
 [[nodiscard]] constexpr const char* has_no_place(const Keys& keys,
                                                  const lengths_view<typename Keys::memory>& from,
@@ -29,7 +29,7 @@ template <kv_source Keys>
 
 }  // namespace detail
 
-/// Null, or why `quantise` would return invalid_argument, in words. O(tables).
+/// Null, or the reason in words why `quantise` would return invalid_argument. O(tables).
 template <kv_source Keys>
 [[nodiscard]] constexpr const char* why_invalid(
     const Keys& keys, const int4_keys<typename Keys::memory>& to,
@@ -39,11 +39,12 @@ template <kv_source Keys>
                               to.head_dim());
 }
 
-/// Writes the 4-bit codes of the tokens from from(sequence) on, of all with no `from`: low is the
-/// smallest element of a key, step (largest - low) / 15, and codes are rounded half to even.
-/// (Twilight, arXiv 2502.02770) With centres, keys less their centre; where a sequence starts at
-/// token 0 that first becomes the mean of the tokens' finite elements, 0 of none, and later calls
-/// leave it (ours). Neither allocates nor synchronises. O(new tokens * head_dim).
+/// Writes the 4-bit codes of the tokens from from(sequence) on; of all tokens if `from` has no
+/// pointer. low is the smallest element of a key, step is (largest - low) / 15, and codes are
+/// rounded half to even. (Twilight, arXiv 2502.02770) With centres, codes are of keys minus their
+/// centre. If a sequence starts at token 0, the centre is first set to the mean of the tokens'
+/// finite elements, or 0 if there are none; later calls do not change it (ours). Neither allocates
+/// nor synchronises. O(new tokens * head_dim).
 template <backend Backend, kv_source Keys>
   requires std::same_as<typename Keys::memory, typename ops<Backend>::memory>
 [[nodiscard]] status quantise(const Backend& exec, const Keys& keys,
@@ -53,7 +54,7 @@ template <backend Backend, kv_source Keys>
   return ops<Backend>::quantise(exec, keys, from, to);
 }
 
-/// Null, or why `bound_pages` would return invalid_argument, in words. O(tables).
+/// Null, or the reason in words why `bound_pages` would return invalid_argument. O(tables).
 template <kv_source Keys>
 [[nodiscard]] constexpr const char* why_invalid(
     const Keys& keys, const page_bounds<typename Keys::memory>& to,
@@ -66,9 +67,9 @@ template <kv_source Keys>
                               b.extent(4));
 }
 
-/// Brings the bounds of the pages from that of token from(sequence) on up to date, of all with no
-/// `from`. (Quest, arXiv 2406.10774) Neither allocates nor synchronises.
-/// O(tokens of those pages * head_dim).
+/// Updates the bounds of the pages from the page of token from(sequence) on; of all pages if `from`
+/// has no pointer. (Quest, arXiv 2406.10774) Neither allocates nor synchronises. O(tokens of those
+/// pages * head_dim).
 template <backend Backend, kv_source Keys>
   requires std::same_as<typename Keys::memory, typename ops<Backend>::memory>
 [[nodiscard]] status bound_pages(const Backend& exec, const Keys& keys,

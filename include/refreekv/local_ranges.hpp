@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What decisions about whole sequences leave on one of several ranks.
+// Converts decisions about whole sequences to ranges of one rank's tokens (context parallel).
 #pragma once
 
 #include "refreekv/backend/backend.hpp"
@@ -22,7 +22,7 @@ struct assign_own {
 
 }  // namespace detail
 
-/// Null, or why `local_ranges` would return invalid_argument, in words. O(1)
+/// Null, or the reason in words why `local_ranges` would return invalid_argument. O(1).
 template <class Source>
 [[nodiscard]] constexpr const char* why_invalid(
     const shard<Source>& keys, view<const kept_range, 2, typename Source::memory> all,
@@ -36,9 +36,10 @@ template <class Source>
   return nullptr;
 }
 
-/// What decisions about whole sequences leave on this rank: own [sequence, group], to compact
-/// keys.source() and its values by. `own` may be `all`. invalid_argument where the two are not of
-/// one shape or not of the shard's sequences. Neither allocates nor synchronises. O(ranges)
+/// Writes this rank's part of decisions about whole sequences: own [sequence, group], the ranges by
+/// which to compact keys.source() and its values. `own` may be `all`. Returns invalid_argument if
+/// the two differ in shape or are not of the shard's sequences. Neither allocates nor synchronises.
+/// O(ranges).
 template <backend Backend, class Source>
   requires std::same_as<typename Source::memory, typename ops<Backend>::memory>
 [[nodiscard]] status local_ranges(const Backend& exec, const shard<Source>& keys,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writes a decision about a whole batch as masks, where the decision is: on the host or a device.
+// Writes a decision about a whole batch as masks, in the decision's memory: on the host or a
+// device.
 #pragma once
 
 #include "refreekv/backend/backend.hpp"
@@ -7,7 +8,7 @@
 
 namespace refreekv::inline v0 {
 
-/// Null, or why `write_masks` would return invalid_argument, in words. O(tables).
+/// Null, or the reason in words why `write_masks` would return invalid_argument. O(tables).
 template <class T, class Memory>
 [[nodiscard]] constexpr const char* why_invalid(
     std::type_identity_t<view<const kept_range, 2, Memory>> kept, view<T, 3, Memory> mask,
@@ -27,11 +28,11 @@ template <class T, class Memory>
   return detail::unfit_positions(kept, mask.extent(0), mask.extent(1), mask.extent(2));
 }
 
-/// Writes `keep` for tokens that stay, `drop` for those that go and for what follows the last token
-/// of a sequence: bytes (1, 0), booleans, or an additive mask of any float type (0, -infinity).
-/// mask: [sequence, group, token], with the groups of `kept`, rows contiguous and at least as long
-/// as the longest sequence; a device, where that is not checked, writes no further than they are.
-/// Neither allocates nor synchronises. O(entries of the mask).
+/// Writes `keep` for tokens that stay, and `drop` for dropped tokens and for entries past a
+/// sequence's last token. Masks are bytes (1, 0), booleans, or additive masks of any float type (0,
+/// -infinity). mask: [sequence, group, token], with the groups of `kept`. Requires contiguous rows,
+/// at least as long as the longest sequence. A device does not check their length, but writes
+/// nothing past their end. Neither allocates nor synchronises. O(entries of the mask).
 template <backend Backend, class T>
   requires(!std::is_const_v<T>)
 [[nodiscard]] status write_masks(const Backend& exec,
@@ -43,7 +44,8 @@ template <backend Backend, class T>
   return ops<Backend>::write_masks(exec, kept, mask, keep, drop);
 }
 
-/// The same for positions that are no range; mask: [sequence, kv_head, token].
+/// As `write_masks` of ranges, but for positions that need not be a range; mask: [sequence,
+/// kv_head, token].
 template <backend Backend, class T>
   requires(!std::is_const_v<T>)
 [[nodiscard]] status write_masks(const Backend& exec,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gives back the pages that decisions about a whole batch leave unused, where the decisions are: on
+// Frees the pages that decisions about a whole batch no longer need, in the decisions' memory: on
 // the host or a device.
 //
 // An engine with pages calls, in this order and on a device in one stream: select, plan_pages,
 // compact of `compact_ranges` with sinks_up, release_pages, and write_masks of `mask_ranges`.
-// page_plan.hpp has the same for one sequence on the host.
+// page_plan.hpp has the functions for one sequence on the host.
 #pragma once
 
 #include "refreekv/backend/backend.hpp"
@@ -14,7 +14,7 @@ namespace refreekv::inline v0 {
 
 namespace detail {
 
-/// Whether `shared` says something about `pages` pages of each sequence, or about none of them.
+/// Whether `shared` has bits for `pages` pages of each sequence, or has no pointer.
 template <class Memory>
 [[nodiscard]] constexpr bool has_bits(const shared_pages_view<Memory>& shared, index_t sequences,
                                       index_t pages) noexcept {
@@ -22,12 +22,14 @@ template <class Memory>
          (has_rows(shared, sequences) && shared.extent(1) >= (pages + 7) / 8);
 }
 
+/// Whether `values` are [sequence].
 template <class T, class Memory>
 [[nodiscard]] constexpr bool has_one_each(const view<T, 1, Memory>& values,
                                           index_t sequences) noexcept {
   return !values.malformed() && values.extent(0) == sequences;
 }
 
+/// Whether `lists` are of these sequences, with a place for `pages` pages of each.
 template <class Index, class Memory>
 [[nodiscard]] constexpr bool has_lists(const page_lists<Index, Memory>& lists, index_t sequences,
                                        index_t pages) noexcept {
@@ -35,7 +37,8 @@ template <class Index, class Memory>
          lists.ids.extent(1) >= pages;
 }
 
-/// Whether the sequences' pages are in `shared`; not known of a device's.
+/// Whether `shared` has bits for all pages of the sequences. A device's lengths are not known, so
+/// that only its shape is checked.
 template <class Memory>
 [[nodiscard]] constexpr bool covers(const shared_pages_view<Memory>& shared,
                                     const view<const kept_range, 2, Memory>& kept,
@@ -50,7 +53,8 @@ template <class Memory>
   return has_bits(shared, kept.extent(0), pages);
 }
 
-/// Whether the plans are of tables with these counts; not known of a device's.
+/// Whether the plans fit the tables with these counts. True for a device's plans, which are not
+/// read.
 template <class Index, class Memory>
 [[nodiscard]] constexpr bool are_plans_of(const page_lists<Index, Memory>& table,
                                           const view<const page_plan, 1, Memory>& plans) noexcept {
@@ -68,7 +72,7 @@ template <class Index, class Memory>
 
 }  // namespace detail
 
-/// Null, or why `plan_pages` would return invalid_argument, in words. O(tables).
+/// Null, or the reason in words why `plan_pages` would return invalid_argument. O(tables).
 template <class Memory>
 [[nodiscard]] constexpr const char* why_invalid(
     std::type_identity_t<view<const kept_range, 2, Memory>> kept, index_t page_tokens,
@@ -89,10 +93,10 @@ template <class Memory>
   return nullptr;
 }
 
-/// Which pages each sequence can give up whole, and what must move before: plan_pages of
-/// page_plan.hpp for each sequence. Nothing is moved or freed yet.
-/// kept: [sequence, 1], in pages of page_tokens tokens; heads that share pages share a range
-/// (unite). Neither allocates nor synchronises. O(dropped pages).
+/// Plans which pages each sequence can free as a whole, and which tokens must move before:
+/// plan_pages of page_plan.hpp for each sequence. Moves and frees nothing yet. kept: [sequence, 1],
+/// in pages of page_tokens tokens. Heads that share pages share a range (see unite). Neither
+/// allocates nor synchronises. O(dropped pages).
 template <backend Backend>
 [[nodiscard]] status plan_pages(
     const Backend& exec, view<const kept_range, 2, typename ops<Backend>::memory> kept,
@@ -102,7 +106,7 @@ template <backend Backend>
   return ops<Backend>::plan_pages(exec, kept, page_tokens, shared, to);
 }
 
-/// Null, or why `release_pages` would return invalid_argument, in words. O(sequences).
+/// Null, or the reason in words why `release_pages` would return invalid_argument. O(sequences).
 template <class Index, class Memory>
 [[nodiscard]] constexpr const char* why_invalid(
     std::type_identity_t<view<const page_plan, 1, Memory>> plans,
@@ -123,12 +127,14 @@ template <class Index, class Memory>
   return nullptr;
 }
 
-/// Takes the plans' pages out of the sequences' tables, whose ids shift down and whose counts
-/// shrink, and lists those that nobody shares in `freed`: they are the caller's to reuse. A row of
-/// `freed` is as long as one of the table; past its count it keeps what it had, and so does the
-/// table. A null block in place of pages that a sliding window has left behind is marked as shared.
-/// plans, shared: as plan_pages wrote the one and saw the other; what it put into `compact_ranges`
-/// has been compacted. Neither allocates nor synchronises. O(pages).
+/// Removes the plans' pages from the sequences' tables: the ids after them shift down and counts
+/// shrink. Writes the pages that nobody shares to `freed`; the caller may reuse them. A row of
+/// `freed` is as long as a row of the table. Entries past a count are unchanged, in `freed` and in
+/// the table. Requires that a null block in place of pages that left a sliding window is marked as
+/// shared.
+/// plans: as plan_pages wrote them; shared: as plan_pages read it. Requires that the
+/// `compact_ranges` of plan_pages have been compacted. Neither allocates nor synchronises.
+/// O(pages).
 template <backend Backend, class Index>
   requires(std::same_as<Index, std::int32_t> || std::same_as<Index, std::int64_t>)
 [[nodiscard]] status release_pages(

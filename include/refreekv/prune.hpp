@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decides what stays of each sequence of a layer, and makes it contiguous.
+// Decides which tokens of each sequence of a layer stay, and makes them contiguous.
 #pragma once
 
 #include "refreekv/compact.hpp"
@@ -9,7 +9,7 @@ namespace refreekv::inline v0 {
 
 namespace detail {
 
-/// What a decision looks like to those that only read it.
+/// A decision in the read-only form that `compact` requires.
 template <class Memory>
 [[nodiscard]] constexpr view<const kept_range, 2, Memory> to_read(
     const kept_ranges<Memory>& kept) noexcept {
@@ -23,8 +23,8 @@ template <class Memory>
 
 }  // namespace detail
 
-/// Null, or why `prune` would return invalid_argument before it decides, in words: where it is
-/// given values the two verbs differ. O(tables).
+/// Null, or the reason in words why `prune` with separate values would return invalid_argument
+/// before it decides. Without values use why_invalid of `select`. O(tables).
 template <class Policy, model_layer Layer, kv_source Value, kv_source... Values>
   requires requires(const Layer& layer) { layer.keys; }
 [[nodiscard]] constexpr const char* why_invalid(
@@ -37,11 +37,12 @@ template <class Policy, model_layer Layer, kv_source Value, kv_source... Values>
   return why != nullptr ? why : detail::share_memory(layer.keys, value, values...);
 }
 
-/// select, then compact of the observed keys and of `values` (none, or any number of sources that
-/// hold the same sequences, and other memory than the keys). Ranks that share heads call the two
-/// themselves, to pass a reduction. Where a decision would write memory twice, a page that is in
-/// two tables, say, the result is invalid_argument as ever, but `kept` has been written; the cache
-/// has not. Then why_invalid(kept, how, keys, values...) says why.
+/// Calls `select`, then compacts the layer's keys and `values`. These are none, or any number of
+/// sources that hold the same sequences in other memory than the keys. Ranks that share heads call
+/// `select` and `compact` themselves, to pass a collective. If the decision would write memory
+/// twice, for example a page that is in two tables, returns invalid_argument; `kept` has been
+/// written then, and the cache has not. Then why_invalid(kept, mode, keys, values...) returns the
+/// reason. Neither allocates nor synchronises.
 template <class Policy, backend Backend, model_layer Layer, kv_source... Values>
   requires policy_for<Policy, Backend, Layer> && requires(const Layer& layer) {
     requires kv_source<std::remove_cvref_t<decltype(layer.keys)>>;
@@ -64,8 +65,8 @@ template <class Policy, backend Backend, model_layer Layer, kv_source... Values>
   }
 }
 
-/// The same of an observation that has its values, which are compacted with the keys, stand-ins
-/// included; values that are a part of the keys move with them.
+/// As `prune` with separate values, but for a layer that has its values: they are compacted with
+/// the keys, stand-ins included. Values that are a part of the keys move with them.
 template <class Policy, backend Backend, model_layer Layer>
   requires policy_for<Policy, Backend, Layer> && requires(const Layer& layer) { layer.values; }
 [[nodiscard]] status prune(const Policy& policy, const Backend& exec, const Layer& layer,

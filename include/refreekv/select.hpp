@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decides what stays of each sequence of a layer.
+// Decides which tokens of each sequence of a layer stay.
 #pragma once
 
 #include "refreekv/decision/checks.hpp"
@@ -7,8 +7,8 @@
 
 namespace refreekv::inline v0 {
 
-/// Null, or why `select` would return invalid_argument, in words that name the culprit.
-/// O(tables). Device tables are not looked at.
+/// Null, or the reason in words why `select` would return invalid_argument; it names the argument
+/// that is wrong. O(tables). Device tables are not read.
 template <class Policy, model_layer Layer>
 [[nodiscard]] constexpr const char* why_invalid(
     const Policy& policy, const Layer& layer,
@@ -24,10 +24,10 @@ template <class Policy, model_layer Layer>
   return detail::misshapen(kept, layer.sequences(), groups_of(policy, layer), layer.capacity());
 }
 
-/// Bytes that `select` needs. Depends on extents and options, and on whether rows have ends, not on
-/// lengths or tables: a workspace
-/// for the largest batch and capacity serves all. 0 where `rule` or `layer` is invalid(), the
-/// largest size there is where no memory could hold it. O(tables).
+/// The bytes of workspace that `select` requires. They depend on extents and options, and on
+/// whether rows have ends, not on lengths or tables. So a workspace for the largest batch and
+/// capacity serves all. Returns 0 if `policy` or `layer` is invalid(), and the largest possible
+/// size if no memory could hold it. O(tables).
 template <class Policy, backend Backend, model_layer Layer>
   requires policy_for<Policy, Backend, Layer>
 [[nodiscard]] std::size_t workspace_size(const Policy& policy, const Backend& exec,
@@ -38,12 +38,14 @@ template <class Policy, backend Backend, model_layer Layer>
   return count.bytes();
 }
 
-/// Decides what stays of each sequence of one layer; nothing is moved yet.
-/// kept: kept_ranges [sequence, group], with groups 1 or kv_heads as the policy says, or
-/// kept_positions, whichever the policy's decision is. Sequences do not influence each other.
-/// `join` sums over tensor-parallel ranks what they decide on together, and gives context-parallel
-/// ones what each has found; a shard's decision is about all of its sequence, see local_ranges.
-/// Neither allocates nor synchronises.
+/// Decides which tokens of each sequence of one layer stay. Moves nothing yet.
+/// kept: kept_ranges [sequence, group], with 1 or kv_heads groups as the policy says, or
+/// kept_positions; the policy's decision type says which. Sequences do not influence each other.
+/// `ranks` sums over tensor parallel ranks the values that they decide on together, and gathers the
+/// results of context parallel ranks. A shard's decision covers its whole sequence: see
+/// local_ranges.
+/// Returns invalid_argument if why_invalid is not null, and small_workspace if scratch has fewer
+/// than workspace_size bytes. Neither allocates nor synchronises.
 template <class Policy, backend Backend, model_layer Layer, collective<Layer> Ranks = single_rank>
   requires policy_for<Policy, Backend, Layer> &&
            std::same_as<typename Layer::memory, typename ops<Backend>::memory>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one read of the keys leaves of a row and a chunk, and how that becomes a softmax.
+// The statistics that one read of the keys writes for a row and a chunk, and the softmax normaliser
+// of a row.
 #pragma once
 
 #include <cmath>
@@ -10,27 +11,28 @@
 
 namespace refreekv::inline v0 {
 
-/// What one read of a chunk leaves of one row. A row's values in a chunk are exp(logit) /
-/// 2^exponent, with 2^exponent at most 2^50 below the largest, so that a float does not underflow
-/// where another chunk, the sinks say, has all the mass: candidates are told apart down to 1e-154
-/// of it, where the square of a double ends. Units are whole, so that chunks are compared without
-/// an exp. (ours)
+/// The statistics of one query row over one chunk, from one read of the chunk's keys. A row's
+/// values in a chunk are exp(logit) / 2^exponent; 2^exponent is smaller than the largest exp(logit)
+/// by a factor of at most 2^50. Each chunk has its own exponent, so that a float does not underflow
+/// where another chunk, for example that of the sinks, has all the mass. Candidates are resolved
+/// down to 1e-154 of that mass, where the square of a double underflows. Exponents are whole
+/// numbers, so that chunks are compared without an exp. (ours)
 struct chunk_statistics {
-  float exponent;     ///< -inf where the row sees nothing of the chunk
-  float sum;          ///< of the values
-  float sum_squares;  ///< of the values
+  float exponent;     ///< -inf where the row sees no token of the chunk
+  float sum;          ///< sum of the values
+  float sum_squares;  ///< sum of the squared values
 };
 
 /// The softmax normaliser of one row.
 struct row_normaliser {
-  float exponent;  ///< the largest of its chunks
-  double sum;      ///< of exp(logit) / 2^exponent
+  float exponent;  ///< the largest exponent of its chunks and of its sink logit
+  double sum;      ///< sum of exp(logit) / 2^exponent
 
-  /// False where NaN or Inf in what the row sees leaves it without a softmax.
+  /// False where the row has no softmax, because it sees a NaN or an Inf.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool exists() const noexcept {
     return sum > 0 && sum < HUGE_VAL;
   }
-  /// The logarithm of what the row's exponentials sum to.
+  /// The logarithm of the sum of the row's exponentials.
   [[nodiscard]] REFREEKV_HOST_DEVICE double log_sum() const noexcept {
     return static_cast<double>(exponent) * std::numbers::ln2 + std::log(sum);
   }
@@ -38,25 +40,27 @@ struct row_normaliser {
 
 namespace detail {
 
-/// 2^n for a whole n; 0 where that would be denormal, infinity from n = 1024 on. NaN stays NaN.
+/// 2^n for a whole n: 0 where the result would be denormal, infinity from n = 1024 on. NaN stays
+/// NaN.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double power_of_two(float n) noexcept {
   if (n < -1022) return 0;
   if (!(n < 1024))
-    return static_cast<double>(n) * HUGE_VAL;  // no function, which device code could not call
+    return static_cast<double>(n) * HUGE_VAL;  // no function call: device code could not make it
   const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<int>(n) + 1023) << 52;
   double power;
   std::memcpy(&power, &bits, sizeof power);
   return power;
 }
 
-/// The attention that a value of 1 in a chunk stands for. NaN for a row without a normaliser:
-/// nothing is decided on it.
+/// The attention of a value of 1 in a chunk of that exponent. NaN for a row without a normaliser,
+/// so that nothing is decided on it.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double weight_of(float exponent,
                                                            const row_normaliser& row) noexcept {
   return power_of_two(exponent - row.exponent) / row.sum;
 }
 
-/// Joins the statistics [chunk] of a row; `sink_logit` is -inf where the model has none.
+/// The normaliser of a row, from its statistics [chunk]. `sink_logit` is -inf where the model has
+/// none. O(chunks).
 [[nodiscard]] REFREEKV_HOST_DEVICE inline row_normaliser normalise(const chunk_statistics* row,
                                                                    index_t chunks,
                                                                    float sink_logit) noexcept {
@@ -64,7 +68,7 @@ namespace detail {
   row_normaliser n{static_cast<float>(std::rint(sink)), 0};
   for (index_t c = 0; c < chunks; ++c)
     n.exponent = row[c].exponent > n.exponent ? row[c].exponent : n.exponent;
-  // The exp2 that compilers put in its place under -funsafe-math-optimizations knows no infinity.
+  // Under -funsafe-math-optimizations compilers use an exp2 that does not handle infinity.
   n.sum = sink <= -HUGE_VAL ? 0 : std::exp2(sink - static_cast<double>(n.exponent));
   for (index_t c = 0; c < chunks; ++c) {
     n.sum += static_cast<double>(row[c].sum) * power_of_two(row[c].exponent - n.exponent);

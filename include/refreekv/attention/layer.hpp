@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a policy is given of a layer, whatever it is made of: see observe.hpp.
+// A policy's input for one layer: the concepts, the description and the window. Types: observe.hpp.
 #pragma once
 
 #include "refreekv/attention/attention_params.hpp"
@@ -8,37 +8,39 @@
 
 namespace refreekv::inline v0 {
 
-/// Which rows of an observation's window exist, and what they see, where that is not every row and
-/// all tokens up to its own. Both views may have strides, and neither is read past the sequences.
+/// The query rows of a layer's window that exist, and the tokens that each row sees. Needed only
+/// where some rows do not exist, or where a row sees other tokens than all up to its own. Both
+/// views may have strides. Neither is read past the batch's sequences.
 template <class Memory = host_memory>
 struct window_rows {
-  /// [sequence], in [0, window]: the last counts(s) rows are the sequence's, and the values of
-  /// those before them do not matter. No pointer: all rows exist. For sequences that bring
-  /// different numbers of queries in one batch: decoding beside a prefill, hits of a prefix cache,
-  /// the short last piece of a prompt, drafts that are verified.
+  /// [sequence], in [0, window]: the number of rows that a sequence has. They are the last
+  /// counts(s) rows; the values of the rows before them do not matter. No pointer: all rows exist.
+  /// For batches whose sequences have different numbers of queries: decoding beside a prefill, hits
+  /// of a prefix cache, the short last piece of a prompt, drafts that are verified.
   lengths_view<Memory> counts = {};
-  /// [sequence, window], in [1, tokens(s)]: the row sees tokens [0, ends(s, r)). No pointer:
-  /// attention is causal along the cache. For prefixes that see each other (PaliGemma, the images
-  /// of Gemma 3), and for cross attention: there all see all, which the lengths are with a stride
-  /// of 0 along the window. Sliding windows and ALiBi still go by tokens(s) - window + r.
+  /// [sequence, window], in [1, tokens(s)]: row r sees tokens [0, ends(s, r)). No pointer:
+  /// attention is causal along the cache. For prefixes whose tokens see each other (PaliGemma, the
+  /// images of Gemma 3), and for cross attention. In cross attention every row sees every token:
+  /// pass the lengths, with a stride of 0 along the window. Sliding windows and ALiBi still use
+  /// tokens(s) - window + r as the position of row r.
   view<const position_t, 2, Memory> ends = {};
 };
 
-/// A layer number that nobody gave.
+/// The index of a layer whose number is not set.
 inline constexpr index_t unknown_layer = -1;
 
-/// What the layer is, besides its tensors.
+/// The description of a layer, besides its tensors.
 template <class Memory = host_memory>
 struct layer_info {
-  /// 0-based. Rules that treat layers differently ask for it; it has no default, as every layer
-  /// would be the first one.
+  /// 0-based. Policies that treat layers differently require it. The default is no layer's number;
+  /// with a default of 0 every layer would be the first one.
   index_t index = unknown_layer;
   attention_params<Memory> attention = {};
   window_rows<Memory> rows = {};
 };
 
-/// One layer of a ragged batch. All sizes are of the whole batch but tokens(sequence).
-/// - `invalid()`: null, or what is wrong with the description, in words. O(tables).
+/// One layer of a ragged batch. All sizes are of the whole batch, except tokens(sequence).
+/// - `invalid()`: null, or the reason in words why the description is invalid. O(tables).
 template <class O>
 concept model_layer = requires(const O& layer, index_t sequence) {
   typename O::memory;
@@ -51,13 +53,13 @@ concept model_layer = requires(const O& layer, index_t sequence) {
   { layer.info } -> std::convertible_to<layer_info<typename O::memory>>;
 };
 
-/// An observation that shows attention: the last `window()` rows of each query head.
+/// A layer with attention: the last `window()` rows of each query head.
 template <class O>
 concept attention_layer = model_layer<O> && requires(const O& layer) {
   { layer.window() } -> std::same_as<index_t>;
 };
 
-/// An observation of keys whose tokens are split over ranks: see shard.hpp.
+/// A layer of keys whose tokens are split over ranks (context parallel): see shard.hpp.
 template <class O>
 concept sharded_layer = model_layer<O> && requires(const O& layer) {
   requires sharded_source<std::remove_cvref_t<decltype(layer.keys)>>;
@@ -65,7 +67,7 @@ concept sharded_layer = model_layer<O> && requires(const O& layer) {
 
 namespace detail {
 
-/// Whether the chunk that begins with that token is on this rank.
+/// Whether this rank has the chunk that begins with `token`.
 template <class O>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool has_chunk_at(
     [[maybe_unused]] const O& layer, [[maybe_unused]] index_t sequence,
@@ -115,7 +117,7 @@ template <class O>
   return nullptr;
 }
 
-/// The observation without what rides on it.
+/// The layer without the members that decorators add (page bounds, values ...).
 template <model_layer Layer>
 [[nodiscard]] constexpr const auto& plain(const Layer& layer) noexcept {
   if constexpr (requires { typename Layer::plain_type; }) {
@@ -127,7 +129,7 @@ template <model_layer Layer>
 
 }  // namespace detail
 
-/// The last `rows` rows of a sequence's window. Requires 0 <= rows <= layer.window().
+/// The query window of the last `rows` rows of a sequence. Requires 0 <= rows <= layer.window().
 template <class Layer>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr query_window window_of(const Layer& layer,
                                                                     index_t sequence,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inputs of policies: keys with the last queries, ready attention rows, or keys alone.
+// The types of a policy's input: keys with the last queries, ready attention rows, or keys alone.
 #pragma once
 
 #include <cmath>
@@ -9,13 +9,13 @@
 
 namespace refreekv::inline v0 {
 
-/// Keys and the last queries: attention is recomputed from them, no attention matrix is needed.
+/// Keys and the last queries. Attention is recomputed from them; no attention matrix is needed.
 template <class Query, key_source Keys>
 struct query_layer {
   using memory = typename Keys::memory;
 
-  /// [sequence, window, q_head, head_dim], rotated as the keys are; the last row is the query of
-  /// the sequence's last token, whatever its length. Which rows exist: info.rows.
+  /// [sequence, window, q_head, head_dim], rotated as the keys are. The last row is the query of
+  /// the sequence's last token, whatever the sequence's length. `info.rows` says which rows exist.
   view<const Query, 4, memory> queries;
   Keys keys;
   layer_info<memory> info;
@@ -42,7 +42,7 @@ struct query_layer {
     return keys.tokens(sequence);
   }
 
-  /// Multiplies q.k: the model's scale, or its default.
+  /// The factor of q.k: the model's scale, or 1 / sqrt(head_dim).
   [[nodiscard]] REFREEKV_HOST_DEVICE float scale() const noexcept {
     return info.attention.scale > 0 ? info.attention.scale
                                     : 1.0f / std::sqrt(static_cast<float>(keys.head_dim()));
@@ -75,18 +75,18 @@ struct query_layer {
   }
 };
 
-/// Attention that the engine already has, after the softmax.
+/// Attention rows that the engine has already computed, after the softmax.
 template <class Row, class Memory = host_memory>
 struct row_layer {
   using memory = Memory;
 
   /// [sequence, window, q_head, token]; the last row is that of the sequence's last token. Entries
-  /// that a row does not see are not read: without info.rows those past its own token. A row may
-  /// sum to less than 1.
+  /// of tokens that a row does not see are not read; without `info.rows` those are the tokens after
+  /// the row's own. A row may sum to less than 1.
   view<const Row, 4, Memory> rows;
   index_t kv_head_count;  ///< a divisor of q_heads
   lengths_view<Memory> lengths;
-  layer_info<Memory> info;  ///< of its attention only sliding_window is used
+  layer_info<Memory> info;  ///< of its `attention` only sliding_window is used
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
     return rows.extent(0);
@@ -116,7 +116,7 @@ struct row_layer {
   }
 };
 
-/// A cache alone, for policies that look at positions only.
+/// Keys alone, for policies that read positions only.
 template <key_source Keys>
 struct key_layer {
   using memory = typename Keys::memory;
@@ -145,7 +145,7 @@ struct key_layer {
   }
 };
 
-/// queries: [sequence, window, q_head, head_dim] of the last tokens.
+/// Returns a layer of keys and the last tokens' queries [sequence, window, q_head, head_dim]. O(1).
 template <class Query, key_source Keys>
 [[nodiscard]] constexpr auto observe(view<Query, 4, typename Keys::memory> queries,
                                      const Keys& keys,
@@ -154,7 +154,7 @@ template <class Query, key_source Keys>
   return query_layer<std::remove_const_t<Query>, Keys>{queries, keys, info};
 }
 
-/// No attention.
+/// Returns a layer of keys without attention. O(1).
 template <key_source Keys>
 [[nodiscard]] constexpr auto observe(const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
@@ -162,7 +162,8 @@ template <key_source Keys>
   return key_layer<Keys>{keys, info};
 }
 
-/// rows: [sequence, window, q_head, token], softmax already applied; lengths: [sequence].
+/// Returns a layer of ready attention rows [sequence, window, q_head, token], after the softmax.
+/// lengths: [sequence], in tokens. O(1).
 template <class Row, class Memory>
 [[nodiscard]] constexpr auto observe_rows(view<Row, 4, Memory> rows, index_t kv_heads,
                                           lengths_view<Memory> lengths = {},

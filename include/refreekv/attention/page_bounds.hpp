@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bounds of the keys of each page, by which Twilight's selector Quest (arXiv 2406.10774)
-// chooses.
+// The smallest and the largest key of each page, from which Twilight's selector Quest (arXiv
+// 2406.10774) selects pages.
 #pragma once
 
 #include "refreekv/attention/layer.hpp"
 
 namespace refreekv::inline v0 {
 
-/// The smallest and the largest key of each page of tokens, by which Quest (arXiv 2406.10774) finds
-/// the pages that a query may attend to. After a compaction they are made anew from token 0.
+/// The smallest and the largest element of each page's keys, for each dimension. From them Quest
+/// (arXiv 2406.10774) finds the pages that a query may attend to. After a compaction they must be
+/// rebuilt from token 0.
 template <class Memory = host_memory>
 struct page_bounds {
   view<float, 5, Memory> bounds;  ///< [sequence, kv_head, page, 2, head_dim]: smallest, largest
   index_t page_tokens = 16;
 };
 
-/// An observation of queries with the bounds of its keys' pages.
+/// A layer of queries with the bounds of its keys' pages.
 template <model_layer Layer>
   requires requires(const Layer& layer) { layer.queries; }
 struct bounded_layer : Layer {
@@ -36,6 +37,7 @@ struct bounded_layer : Layer {
   }
 };
 
+/// Returns the layer with the bounds of its keys' pages. O(1).
 template <model_layer Layer>
 [[nodiscard]] constexpr auto with_pages(const Layer& layer,
                                         const page_bounds<typename Layer::memory>& pages) noexcept {

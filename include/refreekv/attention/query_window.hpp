@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tokens each of a sequence's last queries sees.
+// The tokens that each of a sequence's last queries sees.
 #pragma once
 
 #include "refreekv/core/config.hpp"
 
 namespace refreekv::inline v0 {
 
-/// The last `rows` queries of a sequence of `tokens` tokens. Row r is the query at `position + r`
-/// and sees all tokens up to its own, or up to where `ends` says.
+/// The last `rows` queries of a sequence of `tokens` tokens. Row r is the query at position
+/// `position + r`. It sees all tokens up to its own or, with `ends`, all before the end of row r.
 struct query_window {
   index_t tokens;
   index_t rows;
-  index_t sliding_window;  ///< as attention_params
+  index_t sliding_window;  ///< in tokens, as in attention_params
   index_t position =
-      tokens - rows;    ///< of row 0; without `ends`, rows at negative ones do not exist
-  index_t missing = 0;  ///< how many of the first rows do not exist
-  const position_t* ends = nullptr;  ///< [row]: see window_rows; null for causal rows
+      tokens - rows;    ///< of row 0; without `ends`, rows at negative positions do not exist
+  index_t missing = 0;  ///< number of first rows that do not exist
+  const position_t* ends = nullptr;  ///< [row], as window_rows::ends; null for causal rows
   index_t ends_stride = 1;
 
-  /// The first row that exists; `rows` where none does.
+  /// The first row that exists; `rows` if no row exists.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_row() const noexcept {
     const index_t first = (ends != nullptr && tokens > 0) || position >= 0 ? 0 : -position;
     return first > missing ? first : missing;
   }
 
-  /// How many rows exist.
+  /// The number of rows that exist.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t count() const noexcept {
     return rows - first_row();
   }
 
-  /// Tokens that row r sees, at least one. Requires first_row() <= r < rows and tokens > 0.
+  /// The tokens that a row sees, at least one. Requires first_row() <= row < rows and tokens > 0.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_range visible(index_t row) const noexcept {
     index_t end = position + row + 1;
     index_t begin = sliding_window > 0 && sliding_window < end ? end - sliding_window : 0;
@@ -41,7 +41,7 @@ struct query_window {
     return {begin, end};
   }
 
-  /// The tokens from the first to the last that any row sees; none where no row exists.
+  /// The smallest range with all tokens that any row sees; empty if no row exists.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_range hull() const noexcept {
     const index_t first = first_row();
     if (first >= rows || tokens == 0) return {0, 0};
@@ -58,7 +58,7 @@ struct query_window {
     return hull;
   }
 
-  /// Whether all `rows` rows exist and see each token of a range.
+  /// Whether all `rows` rows exist and each of them sees every token of a range.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool all_see(token_range range) const noexcept {
     if (first_row() > 0) return false;
     if (ends == nullptr) {
@@ -71,7 +71,7 @@ struct query_window {
     return true;
   }
 
-  /// How many rows see the token.
+  /// The number of rows that see the token.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t rows_seeing(index_t token) const noexcept {
     const index_t first_there = first_row();
     if (ends != nullptr) {
@@ -89,13 +89,13 @@ struct query_window {
     return last < first ? 0 : last - first + 1;
   }
 
-  /// Whether there are tokens, and no row that looks at them.
+  /// Whether there are tokens but no row that sees them.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_blind() const noexcept {
     return tokens > 0 && count() == 0;
   }
 
-  /// The first token whose own query is a row of the window; `tokens` where none is, and with
-  /// `ends`, whose rows may be of other tokens.
+  /// The first token whose own query is a row of the window; `tokens` if there is none. Also
+  /// `tokens` with `ends`, because the rows may then belong to other tokens.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t first_new_token() const noexcept {
     const index_t own = position + first_row();
     return ends != nullptr || own > tokens ? tokens : own < 0 ? 0 : own;

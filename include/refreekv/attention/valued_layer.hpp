@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The values of a layer, for policies that look at more than keys.
+// The values of a layer, for policies that read more than keys.
 #pragma once
 
 #include "refreekv/attention/layer.hpp"
@@ -7,8 +7,8 @@
 
 namespace refreekv::inline v0 {
 
-/// An observation of keys and queries, and the values that belong to the keys. The two may differ
-/// in type, layout and head_dim, and values may be a part of the keys (MLA).
+/// A layer of keys and queries with the values of these keys. Keys and values may differ in type,
+/// layout and head_dim. Values may be a part of the keys (MLA).
 template <model_layer Layer, kv_source Values>
 struct valued_layer : Layer {
   using plain_type = Layer;
@@ -21,6 +21,7 @@ struct valued_layer : Layer {
   }
 };
 
+/// Returns the layer with its values. O(1).
 template <model_layer Layer, kv_source Values>
   requires requires(const Layer& layer) {
     layer.queries;

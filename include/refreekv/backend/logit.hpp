@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The soft cap of a logit, and what was there before it; arithmetic shared by all backends.
+// The soft cap of a logit and its inverse; arithmetic that all backends share.
 #pragma once
 
 #include <cmath>
@@ -10,22 +10,22 @@ namespace refreekv::inline v0 {
 
 namespace detail {
 
-/// cap * tanh(x / cap), given 1 / cap and exp(2 x / cap); NaN stays NaN. In double: a cap of 50
-/// would turn float tanh's last digit into 3e-6 of a logit. tanh is 1 - 2 / (exp + 1), which
-/// cancels where x is small beside the cap: there the first two terms of its series are right
-/// to 1.4e-13.
+/// Returns cap * tanh(x / cap), given 1 / cap and exp(2 x / cap). NaN stays NaN. In double: with a
+/// cap of 50 the last digit of a float tanh would be 3e-6 of a logit. tanh is 1 - 2 / (exp + 1).
+/// Where x is small compared with the cap that difference cancels; there the first two terms of the
+/// series are used, which are accurate to 1.4e-13.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline float soft_capped(float x, double cap, double inverse,
                                                             double exponential) noexcept {
   const auto wide = static_cast<double>(x);
   const double y = wide * inverse, square = y * y;
-  // Both, without a branch: compilers vectorise this.
+  // Both are computed, without a branch, so that compilers vectorise this.
   const double series = wide * (1 - square * (1.0 / 3));
   const double whole = cap * (1 - 2 / (exponential + 1));
   return static_cast<float>(square >= 1e-6 ? whole : series);
 }
 
-/// A logit before the soft cap made it what it is; what is near the cap or above it counts as 0.9
-/// of it, as no key could reach more.
+/// The logit before the soft cap; unchanged if there is no cap. A logit near the cap or above it
+/// counts as 0.9 of the cap, because no key could reach more.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double uncapped(double logit, double cap) noexcept {
   if (!(cap > 0)) return logit;
   const double part = logit / cap;

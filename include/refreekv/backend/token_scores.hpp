@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores that tokens earn by the attention they receive, and what is kept by them.
+// Scores of tokens by the attention that they receive, and quotas: how many tokens stay.
 #pragma once
 
 #include <cmath>
@@ -8,13 +8,13 @@
 
 namespace refreekv::inline v0 {
 
-/// How a token's score takes in those of its neighbours.
+/// How a token's score is pooled with the scores of its neighbours.
 enum class pool_kind {
-  average,  ///< their sum over `width`, also where some are missing
-  max,      ///< the largest of those there are
+  average,  ///< the sum of the scores over `width`, also where neighbours are missing
+  max,      ///< the largest of the scores that exist
 };
 
-/// Over `width` tokens around each one, an odd number; 1 leaves scores as they are.
+/// Pooling over the `width` tokens around each token. `width` is odd; 1 keeps scores unchanged.
 struct pooling {
   pool_kind kind = pool_kind::average;
   count_t width = 5;
@@ -26,7 +26,7 @@ struct pooling {
 
 namespace detail {
 
-/// The pooled score of token t, of scores [count] with a stride. NaN stays. O(width).
+/// The pooled score of token t, from scores [count] with a stride. NaN stays NaN. O(width).
 [[nodiscard]] REFREEKV_HOST_DEVICE inline float pooled_score(const pooling& pool, index_t count,
                                                              const float* scores, index_t stride,
                                                              index_t t) noexcept {
@@ -48,42 +48,44 @@ namespace detail {
 
 }  // namespace detail
 
-/// What a sequence keeps: its last `recent` tokens, and of those before them the `ranked` with the
-/// highest scores, the earlier ones among equals. All where there are no more than that.
+/// The tokens that a sequence keeps: its last `recent` tokens, and of the tokens before them the
+/// `ranked` tokens with the highest scores. Among equals the earlier ones stay. All tokens stay if
+/// there are no more than that.
 struct token_quota {
   index_t ranked;
   index_t recent;
 
-  /// Everything.
+  /// The quota that keeps every token.
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr token_quota all() noexcept {
     return {max_count, 0};
   }
-  /// `budget` tokens in all, of which the last `recent` are safe whatever the budget is. The newest
-  /// token always is: nothing could attend to an empty cache.
+  /// A quota of `budget` tokens in all. The last `recent` tokens stay whatever the budget is. The
+  /// newest token always stays, because nothing could attend to an empty cache.
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr token_quota of(index_t budget,
                                                                      index_t recent) noexcept {
     if (budget < 1 && recent < 1) return {0, 1};
     return {budget > recent ? budget - recent : 0, recent};
   }
-  /// Of a KV head among those that share: `floor` of the quota is every head's own, and the rest of
-  /// all heads goes where their best tokens are, `best` of them in this head. Rounded to the
-  /// nearest number, the even one from halfway.
+  /// The quota of one of the KV heads that share a quota. Each head owns the share `floor` of it.
+  /// The rest of all heads' quotas goes to the heads with the best tokens; `best` is how many of
+  /// these tokens are in this head. The number of tokens is rounded to the nearest one, from
+  /// halfway to the even one.
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota of_head(double floor,
                                                          index_t best) const noexcept {
-    // In one rounding: some compilers would join the product and the sum, and others not.
+    // One rounding: some compilers would fuse a product and a sum, and others would not.
     const double share =
         std::fma(floor, static_cast<double>(ranked - best), static_cast<double>(best));
     return {static_cast<index_t>(std::rint(share)), recent};
   }
 };
 
-/// What each KV head keeps: [sequence, kv_head].
+/// The quota of each KV head: [sequence, kv_head].
 template <class Memory = host_memory>
 using quotas_view = view<const token_quota, 2, Memory>;
 
 namespace detail {
 
-/// Each keeps what its sequence's quota says; quotas [sequence].
+/// The quotas of a layer whose KV heads each have their sequence's quota; quotas [sequence].
 template <class Layer>
 [[nodiscard]] constexpr quotas_view<typename Layer::memory> quotas_by_sequence(
     const token_quota* quotas, const Layer& layer) noexcept {
@@ -96,17 +98,17 @@ template <class Layer>
 template <class Memory = host_memory>
 using scores_view = view<float, 3, Memory>;
 
-/// What becomes of a row without a softmax.
+/// What happens to a row without a softmax.
 enum class bad_rows {
   stay,      ///< its attention is NaN
-  left_out,  ///< it is 0, in all query heads of the KV head
+  left_out,  ///< its attention is 0, in all query heads of the KV head
 };
 
-/// Which rows give a score.
+/// The rows over which a score is summed.
 struct score_rows {
-  index_t rows;  ///< the last ones of the observation; of a shorter sequence those that exist
-  /// Tokens keep what they had, but those whose own row exists: they are new, unless rows have
-  /// ends.
+  index_t rows;  ///< the last rows of the layer's window; in a shorter sequence those that exist
+  /// Whether tokens keep their old score, to which the sum is added. Tokens whose own row exists
+  /// are new: they have no old score, unless rows have ends.
   bool carried = false;
 };
 
