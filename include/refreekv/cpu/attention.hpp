@@ -14,14 +14,14 @@ struct tile_scratch {
   void* gathered;                ///< [tile_tokens, head_dim] of the keys' type
 };
 
-/// Returns whether each row sees all tokens of a chunk, and its logits are scaled products only.
+/// Returns whether each row sees all tokens of a chunk, and the logits are scaled products only.
 inline bool is_plain(const attention_params<>& params, const query_window& window,
                      token_range tokens) noexcept {
   return window.all_see(tokens) && !(params.soft_cap > 0) && params.alibi_slopes.data() == nullptr;
 }
 
-/// Writes the statistics of a chunk's rows, and no values. Returns false if `attend` must find
-/// them. The exponentials overlap with reading the keys.
+/// Writes the statistics of a chunk's rows, and no values. Returns false if `attend` must compute
+/// them instead. The exponentials overlap with reading the keys.
 template <class Product, class Key>
 bool summarise(const head_queries<Product>& queries, const query_window& window, token_range tokens,
                const block_addresses<Key>& keys, const tile_scratch& tile) noexcept {

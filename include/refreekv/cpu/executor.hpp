@@ -52,7 +52,7 @@ class thread_pool {
     for (int w = 1; w < threads; ++w) threads_.emplace_back([this, w] { serve(w); });
   }
   ~thread_pool() {
-    if (process_ != this_process()) {  // a forked child can neither join nor detach these
+    if (process_ != this_process()) {  // a forked child can neither join nor detach them
       for (std::thread& t : threads_) std::construct_at(&t);
       return;
     }
@@ -121,8 +121,7 @@ class thread_pool {
   std::vector<std::thread> threads_;
 };
 
-/// Returns the number of workers that get a part of `items` items. for_each_range numbers them from
-/// 0.
+/// Returns how many workers get a part of `items` items. for_each_range numbers them from 0.
 template <class Executor>
 [[nodiscard]] index_t workers_for(const Executor& threads, index_t items) noexcept {
   return std::clamp<index_t>(items, 1, threads.workers());

@@ -7,7 +7,7 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// The chunks of a sequence that this rank reads: all of them, or on a shard its own.
+/// The chunks of a sequence that this rank reads: all of them, or on a shard the local ones.
 template <class Layer>
 struct chunks_here {
   const Layer& layer;

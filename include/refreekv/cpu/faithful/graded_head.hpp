@@ -24,8 +24,7 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
   return tokens < 2 ? 0 : blocks;
 }
 
-/// One KV head with graded tokens. A logit is bare if it has the soft cap, but no mask and no
-/// position.
+/// One KV head with graded tokens. Bare logits have the soft cap, but no mask and no position.
 template <class Layer>
 class graded_head {
  public:
@@ -59,8 +58,8 @@ class graded_head {
   }
 
   /// Writes `count` stand-ins of a size to `to`: one for each block that loses a token. If `count`
-  /// is larger, the first blocks get as many more as they can: each fits the dropped tokens of a
-  /// block in equal parts.
+  /// is larger, the first blocks get the others, at most one for each dropped token. The stand-ins
+  /// of a block then fit equal parts of its dropped tokens.
   void write_stand_ins(index_t size, index_t count, const stand_in_rows<>& to) noexcept {
     index_t written = 0, spare = count - stand_ins_of(rule_, rows_.window, grades_, size);
     for_each_block([&](token_range block) {
@@ -93,7 +92,7 @@ class graded_head {
   /// Returns whether a size drops listed token i.
   [[nodiscard]] bool drops(index_t i, index_t size) const noexcept { return levels_[i] > size; }
   [[nodiscard]] bool stands_in(index_t size) const noexcept { return dropped_[size] >= 2; }
-  /// Returns the row of the e-th measured row.
+  /// Returns the index of the e-th measured row.
   [[nodiscard]] index_t row_of(index_t e) const noexcept {
     return e / measured_ * rows_.window.rows + first_measured_ + e % measured_ * rule_.error_rows;
   }
@@ -166,11 +165,11 @@ class graded_head {
   }
 
   /// For each of the sizes [first, first + count), fits one stand-in for the listed tokens that the
-  /// size drops. Requires read_block; overwrites the bare logits. Of the dropped tokens, let a be
-  /// the mean attention, normalised, k and v the keys and values, and S the bare logits. The value
-  /// is sum a v. The key is k0 = sum a k, moved so that its logits come near log sum exp S, by
-  /// ridge regression over all rows. A size that drops nothing of the block gets an undefined
-  /// stand-in.
+  /// size drops. Requires read_block; overwrites the bare logits. Over the dropped tokens, let a be
+  /// their attention, averaged over the rows and normalised; k and v their keys and values; S their
+  /// bare logits. The value is sum a v. The key is k0 = sum a k, moved so that its logits come near
+  /// log sum exp S, by ridge regression over all rows. A size that drops nothing of the block gets
+  /// an undefined stand-in.
   void fit_block(index_t first, index_t count) noexcept {
     constexpr auto most = static_cast<std::size_t>(chunk_tokens);
     const index_t rows = rows_.count(), block_stride = whole_registers(rule_.block);
@@ -199,8 +198,7 @@ class graded_head {
     add_product({work_.weights, block_stride, 1}, {work_.value_rows, value_stride_}, count, listed_,
                 value_stride_, work_.values, value_stride_);
 
-    // How much a key's logits are too large: starts with minus the wanted logits, then adds the
-    // actual ones.
+    // How much a key's logits are too large: minus the wanted logits, then plus the actual ones.
     std::fill_n(work_.masses, rows * size_stride, 0.0f);
     add_product({work_.tile.values, stride_, 1}, {work_.dropped, size_stride}, rows, listed_,
                 size_stride, work_.masses, size_stride);
@@ -249,11 +247,11 @@ class graded_head {
       const double share = detail::weight_of(exponent, row) / static_cast<double>(rows);
       sum += static_cast<float>(share) * Eigen::Map<const Eigen::ArrayXf>(values, listed);
     }
-    sum += 1e-12f;  // equal weights if no row attends to any
+    sum += 1e-12f;  // equal weights if no row attends to them
   }
 
   /// Adds the attention of row r to the listed tokens that it sees and the size drops. The other
-  /// tokens may have far larger logits than these, and then no exponent serves both.
+  /// tokens may have larger logits than all of these, so no exponent serves both.
   void add_visible(index_t r, index_t size, const float* logits, float* attention) const noexcept {
     const double log_sum = rows_.normalisers[r].log_sum();
     const auto rows = static_cast<double>(rows_.count());

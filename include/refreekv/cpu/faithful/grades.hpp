@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cache sizes of a layer on the CPU: which tokens each size keeps, ranked over all KV heads or
-// within each by the scope, and which share of the scores it drops.
+// Cache sizes of a layer on the CPU: the tokens that each size keeps, and the share of the scores
+// that it drops. Tokens are ranked over all KV heads or within each, depending on the scope.
 #pragma once
 
 #include "refreekv/cpu/faithful/importance.hpp"
@@ -8,9 +8,9 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Partially sorts values [begin, end) from large to small, until the elements at place(i) are in
-/// their sorted places for all i in [first, last). Requires ascending place(i). O(count * log(last
-/// - first)) expected.
+/// Partially sorts values [begin, end) from large to small: the elements at place(i), for i in
+/// [first, last), are where a full sort would put them. Requires ascending place(i). O(count *
+/// log(last - first)) expected.
 template <class Place>
 void select_places(float* values, index_t begin, index_t end, index_t first, index_t last,
                    const Place& place) noexcept {
@@ -95,8 +95,7 @@ void grade_sequence(const importance_rule& rule, const Layer& layer, index_t s,
   std::fill_n(lost, rule.sizes + 1, 0.0);
   if (none) return;
 
-  const index_t together =
-      rule.scope == cut_scope::kv_head ? kv_heads : 1;  // KV heads in one ranking
+  const index_t together = rule.scope == cut_scope::kv_head ? kv_heads : 1;  // heads in a ranking
   for (index_t head = 0; head < kv_heads; head += together) {
     const index_t count = (end - begin) * together;
     for (index_t h = 0; h < together; ++h) {

@@ -75,7 +75,8 @@ bool find_anchor(const Layer& layer, index_t sequence, index_t kv_head,
   return exist;
 }
 
-/// Adds to spread [token] each query head's standard deviation of bare logits over the rows.
+/// Adds to spread [token] the standard deviation of the bare logits over the rows, summed over
+/// query heads.
 inline void add_spread(const float* logits, index_t heads, index_t rows, index_t tokens,
                        float* spread) noexcept {
   using row = Eigen::Map<const Eigen::ArrayXf>;

@@ -103,10 +103,9 @@ struct head_rows {
 
 /// Scratch of policy::faithful's primitives.
 struct importance_scratch {
-  row_normaliser*
-      normalisers;    ///< [sequence, q_head, rows]: weigh_tokens writes, later primitives read
-  double* errors;     ///< [sequence, kv_head, sizes + 1]; null without an error term
-  std::byte* memory;  ///< of all workers, or sorted scores [sequence, kv_head, capacity]
+  row_normaliser* normalisers;  ///< [sequence, q_head, rows]: written by weigh_tokens
+  double* errors;               ///< [sequence, kv_head, sizes + 1]; null without an error term
+  std::byte* memory;            ///< of all workers, or sorted scores [sequence, kv_head, capacity]
   index_t worker_bytes;
 
   struct weighing_parts {

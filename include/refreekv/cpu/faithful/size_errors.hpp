@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Output errors of each size relative to the whole cache, on the CPU, and the smallest size that is
-// enough.
+// The output error of each size, relative to the whole cache, on the CPU; and the smallest size
+// that is enough.
 #pragma once
 
 #include "refreekv/cpu/faithful/graded_head.hpp"
@@ -86,9 +86,8 @@ class measured_head : public graded_head<Layer> {
     }
   }
 
-  /// Adds the contribution of a block's stand-ins to the output of each size. Sizes do not share
-  /// sums: a stand-in that fits badly may have so much attention that rounding would lose the
-  /// others.
+  /// Adds the contribution of a block's stand-ins to the outputs of their sizes. Sizes do not share
+  /// a sum: a badly fitted stand-in may have so much attention that rounding would lose the others.
   void add_stand_ins() noexcept {
     for (index_t size = 0; size < rule_.sizes; ++size) {
       bool any = false;
@@ -99,7 +98,8 @@ class measured_head : public graded_head<Layer> {
     }
   }
 
-  /// Adds attention [measured row, row] . rows [row, value_stride] to the outputs of a part.
+  /// Adds attention [measured row, row] . rows [row, value_stride] to the outputs of a part, and
+  /// the attention of each measured row to its shares.
   void add_output(index_t part, const left_factor& attention, const float* rows,
                   index_t count) noexcept {
     const index_t measured = measured_rows();
@@ -120,7 +120,7 @@ class measured_head : public graded_head<Layer> {
       return Eigen::Map<Eigen::ArrayXf>(work_.outputs + (part * measured + e) * value_stride_,
                                         static_cast<Eigen::Index>(seen_.values.head_dim()));
     };
-    // Converts the contribution of each grade to the sum of what a size keeps.
+    // Converts the contribution of each grade to the sum over all tokens that a size keeps.
     for (index_t size = 1; size <= sizes; ++size) {
       for (index_t e = 0; e < measured; ++e) {
         output(size, e) += output(size - 1, e);

@@ -18,7 +18,7 @@ struct product {
 
   static constexpr index_t dims = lane_count;  ///< dimensions multiplied at a time
 
-  /// Returns where dimension d of these is packed.
+  /// Returns where dimension d, in [0, dims), of a query is packed.
   static constexpr index_t place(index_t d) noexcept { return d; }
   static packed pack(Query x) noexcept { return widen(x); }
 

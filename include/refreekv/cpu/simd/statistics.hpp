@@ -70,7 +70,8 @@ class running_statistics {
     add_pending();
     pending_ = x;
   }
-  /// Writes the statistics of `rows` rows. Returns false if they must be found another way.
+  /// Writes the statistics of `rows` rows. Returns false if an exponent reaches exponent_limit or a
+  /// value 2^highest_power; the statistics must then be found another way.
   bool finish(index_t rows, chunk_statistics* statistics) noexcept {
     add_pending();
     for (index_t r = 0; r < rows; ++r) {
