@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of a window to one block of tokens, in units of each row's own.
+// Unnormalised attention of the query window to one chunk; each row has its own exponent.
 #pragma once
 
 #include "refreekv/cpu/logits.hpp"
@@ -7,21 +7,21 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// What one worker writes to.
+/// The arrays that one worker writes to.
 struct tile_scratch {
   float* values;                 ///< [q_head of the KV head, window, tile_stride]
   chunk_statistics* statistics;  ///< [q_head of the KV head, window]
   void* gathered;                ///< [tile_tokens, head_dim] of the keys' type
 };
 
-/// Whether each row sees all of a block, and its logits are scaled products and no more.
+/// Returns whether each row sees all tokens of a chunk, and the logits are scaled products only.
 inline bool is_plain(const attention_params<>& params, const query_window& window,
                      token_range tokens) noexcept {
   return window.all_see(tokens) && !(params.soft_cap > 0) && params.alibi_slopes.data() == nullptr;
 }
 
-/// Leaves the statistics of a block's rows and no values; false where they have to be found by
-/// `attend`. Its exponentials hide behind the reading of the keys.
+/// Writes the statistics of a chunk's rows, and no values. Returns false if `attend` must compute
+/// them instead. The exponentials overlap with reading the keys.
 template <class Product, class Key>
 bool summarise(const head_queries<Product>& queries, const query_window& window, token_range tokens,
                const block_addresses<Key>& keys, const tile_scratch& tile) noexcept {
@@ -54,8 +54,8 @@ bool summarise(const head_queries<Product>& queries, const query_window& window,
   return fit;
 }
 
-/// Fills values with the logits of a block, -inf where a row does not see the token or does not
-/// exist.
+/// Writes the logits of a chunk to the tile's values: -inf if a row does not see the token or does
+/// not exist.
 template <class Product, class Key>
 void fill_logits(const head_queries<Product>& queries, const query_window& window,
                  token_range tokens, const block_addresses<Key>& keys,
@@ -75,7 +75,7 @@ void fill_logits(const head_queries<Product>& queries, const query_window& windo
   }
 }
 
-/// Fills values and statistics of a block. Nothing of a row that does not exist is seen.
+/// Writes the values and statistics of a chunk. A row that does not exist sees no token.
 template <class Product, class Key>
 void attend(const head_queries<Product>& queries, const query_window& window, token_range tokens,
             const block_addresses<Key>& keys, const tile_scratch& tile) noexcept {
@@ -90,7 +90,7 @@ void attend(const head_queries<Product>& queries, const query_window& window, to
   }
 }
 
-/// The same for ready rows: values are attention / 2^exponent.
+/// As `attend` of queries, but for ready rows: values are attention / 2^exponent.
 template <class Row>
 void attend(const row_layer<Row>& layer, const query_window& window, const key_block& block,
             const tile_scratch& tile) noexcept {
@@ -123,7 +123,7 @@ void attend(const row_layer<Row>& layer, const query_window& window, const key_b
       s.sum = x.sum();
       s.sum_squares = x.square().sum();
     }
-    // Not where there is NaN: it has no peak.
+    // Only for a sum of 0: a NaN sum keeps its exponent, because NaN has no peak.
     if (s.sum <= 0 && s.sum >= 0) s.exponent = -std::numeric_limits<float>::infinity();
   }
 }

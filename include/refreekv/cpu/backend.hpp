@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU backend on Eigen.
+// The CPU backend, built on Eigen.
 #pragma once
 
 #if (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(_M_FP_FAST)
@@ -19,10 +19,10 @@ namespace refreekv::inline v0 {
 
 inline namespace REFREEKV_TARGET {
 
-/// Where the CPU's work runs: `cpu_backend{}` on the calling thread, `cpu_backend{4}` on four
-/// threads of its own (see thread_pool), `cpu_backend{pool}` on an executor that must outlive it.
-/// Several threads may use one backend at the same time if its executor allows that; those of the
-/// library do.
+/// The CPU backend; it runs on the threads of an executor. `cpu_backend{}` uses the calling thread.
+/// `cpu_backend{4}` owns a thread_pool of four threads, the calling one included.
+/// `cpu_backend{pool}` refers to an executor that must outlive it. Several threads may use one
+/// backend at the same time if its executor allows that; the library's executors do.
 /// Elements are float, Eigen::half, Eigen::bfloat16, f16_bits and bf16_bits.
 template <class Executor = single_thread>
   requires executor<std::remove_reference_t<Executor>>
@@ -53,7 +53,7 @@ struct ops<cpu_backend<Executor>> {
     return scan_scratch::carve(from, b.threads.workers(), scan, layer);
   }
 
-  // Each is the function of its name, in norm_scan.hpp.
+  // Each forwards to the function of its name in norm_scan.hpp.
   static status read_chunks(const backend_type& b, const auto&... arguments) noexcept {
     cpu_detail::read_chunks(b.threads, arguments...);
     return status::ok;
@@ -224,7 +224,7 @@ struct ops<cpu_backend<Executor>> {
                                                 rule, layer);
   }
 
-  // Of the faithful rule, in the headers that weigh, grade, measure and fit.
+  // Primitives of policy::faithful; see the headers in cpu/faithful.
   static status weigh_tokens(const backend_type& b, const auto&... arguments) noexcept {
     cpu_detail::weigh_tokens(b.threads, arguments...);
     return status::ok;

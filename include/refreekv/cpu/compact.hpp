@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Moving the rows of a cache on the CPU, whatever its layout.
+// Moves rows of a cache on the CPU, in any layout.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,15 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Whether the neighbour of an element is the same dimension of the next token.
+/// Returns whether a run is token-contiguous: the next element in memory is the same dimension of
+/// the next token.
 template <class T>
 [[nodiscard]] bool lies_across(const token_run<T>& run) noexcept {
   return run.token_stride == 1 && run.dim_stride != 1;
 }
 
-/// Copies `count` rows that two runs hold; ranges may overlap if `to` is not above `from`, or if
-/// both lie across.
+/// Copies `count` rows [token, head_dim] from one run to another. The runs may overlap if `to` is
+/// not above `from`, or if both are token-contiguous. O(count * head_dim).
 template <class T>
 void copy_rows(const token_run<T>& to, const token_run<T>& from, index_t count,
                index_t head_dim) noexcept {
@@ -50,8 +51,9 @@ void copy_rows(const token_run<T>& to, const token_run<T>& from, index_t count,
   }
 }
 
-/// Of `count` rows that go from `position(i)` to `target` + i: the first of the last ones that two
-/// runs hold together which lie across; else the last one.
+/// Row i of `count` rows moves from `position(i)` to `target` + i. Returns the first row of their
+/// last batch: consecutive rows that one source run and one target run hold, both token-contiguous.
+/// If there are no such runs, the last row is a batch by itself and the result is count - 1.
 template <class Run, class Position>
 [[nodiscard]] index_t first_of_last(const Run& run, index_t count, const Position& position,
                                     index_t target) noexcept {
@@ -65,7 +67,8 @@ template <class Run, class Position>
   return first;
 }
 
-/// Moves rows of one (sequence, kv_head) within its cache, as if through a buffer.
+/// Moves rows of one (sequence, kv_head) within its cache, as if through a buffer. O(rows moved *
+/// head_dim).
 template <kv_source Source>
 void move_rows(const Source& source, index_t sequence, index_t kv_head, token_move move) noexcept {
   const auto run = [&](index_t token) { return source.run_at(sequence, kv_head, token); };
@@ -86,8 +89,10 @@ void move_rows(const Source& source, index_t sequence, index_t kv_head, token_mo
   }
 }
 
-/// Gathers rows of one (sequence, kv_head) that lie across: dimension by dimension, as many rows
-/// together as two runs hold. run(token), position(i): of the i-th kept row.
+/// Gathers `count` rows of one (sequence, kv_head) in a token-contiguous layout, into slots
+/// `target` and on. Copies dimension by dimension, and as many rows at once as a source and a
+/// target run hold. run(token) returns the run at a token; position(i) returns the position of the
+/// i-th kept row.
 template <class Run, class Position>
 void gather_across(const Run& run, const Position& position, index_t count, index_t target,
                    index_t head_dim, compaction mode) noexcept {
@@ -128,7 +133,7 @@ void gather_across(const Run& run, const Position& position, index_t count, inde
   }
 }
 
-/// Gathers the kept rows of one (sequence, kv_head) within its cache.
+/// Gathers the kept rows of one (sequence, kv_head) within its cache. O(rows moved * head_dim).
 template <kv_source Source>
 void gather_rows(const Source& source, index_t sequence, index_t kv_head,
                  const kept_positions<>& kept, compaction mode) noexcept {
@@ -141,7 +146,7 @@ void gather_rows(const Source& source, index_t sequence, index_t kv_head,
   }
   const bool down = mode == compaction::suffix_down;
   for (index_t n = 0; n < k.count; ++n) {
-    const index_t i = down ? n : k.count - 1 - n;  // never over a row that is still to move
+    const index_t i = down ? n : k.count - 1 - n;  // never overwrites a row that has yet to move
     const index_t from = position(i), to = first + i;
     if (from != to) copy_rows(run(to), run(from), 1, head_dim);
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who runs the work of a CPU backend: one thread, the library's pool, or an engine's own.
+// Executors: how a CPU backend runs loops in parallel. One thread, the library's pool, or an
+// engine's own threads.
 #pragma once
 
 #include <algorithm>
@@ -18,18 +19,19 @@
 
 namespace refreekv::inline v0 {
 
-/// - `workers()`: how many calls `run` makes, at least 1 and always the same.
-/// - `run(f)`: calls f(w) once for each w in [0, workers()), on any threads, in any order, also one
-///   after the other, and returns when all are done. f does not throw. Whether threads may call
-///   it at the same time is the executor's to say.
-/// OpenMP, for one: `#pragma omp parallel for` over w in `run`.
+/// An executor: runs a function on several workers.
+/// - `workers()`: the number of calls that `run` makes. At least 1, and constant.
+/// - `run(f)`: calls f(w) once for each w in [0, workers()), and returns when all calls are done.
+///   The calls may use any threads and any order, also one after the other. f does not throw. The
+///   executor specifies whether several threads may call `run` at the same time.
+/// Example: with OpenMP, `#pragma omp parallel for` over w in `run`.
 template <class E>
 concept executor = requires(const E& e, void (&f)(int)) {
   { e.workers() } -> std::same_as<int>;
   e.run(f);
 };
 
-/// The calling thread.
+/// Runs all work on the calling thread.
 struct single_thread {
   [[nodiscard]] constexpr int workers() const noexcept { return 1; }
   template <class F>
@@ -38,18 +40,19 @@ struct single_thread {
   }
 };
 
-/// Threads that sleep between runs. Making and destroying a pool allocates and may throw; `run`
-/// does neither. Any thread may call `run` at any time, f too. The pool's threads serve one run;
-/// one that finds them busy makes all of its calls on the calling thread and waits for nobody. So
-/// does every run in a child of fork(), which has none of the threads.
+/// A pool of threads that sleep between runs. Constructing and destroying a pool allocates and may
+/// throw; `run` does neither. Any thread may call `run` at any time, also from inside f. The pool's
+/// threads serve one run at a time. A run that finds them busy makes all of its calls on the
+/// calling thread and does not wait. A run in a child of fork() does so too, because the child has
+/// none of the threads.
 class thread_pool {
  public:
-  /// The calling thread is one of `threads`; fewer than 1 counts as 1.
+  /// `threads` includes the calling thread; a value below 1 counts as 1.
   thread_pool(int threads) : thread_pool() {  // delegates: the destructor joins if a thread fails
     for (int w = 1; w < threads; ++w) threads_.emplace_back([this, w] { serve(w); });
   }
   ~thread_pool() {
-    if (process_ != this_process()) {  // what is not there can be neither joined nor detached
+    if (process_ != this_process()) {  // a forked child can neither join nor detach them
       for (std::thread& t : threads_) std::construct_at(&t);
       return;
     }
@@ -91,7 +94,7 @@ class thread_pool {
 #if defined(__unix__) || defined(__APPLE__)
     return getpid();
 #else
-    return 0;  // there is no fork
+    return 0;  // no fork on this system
 #endif
   }
 
@@ -118,14 +121,15 @@ class thread_pool {
   std::vector<std::thread> threads_;
 };
 
-/// How many workers have a part of so many items, and are numbered from 0 by for_each_range.
+/// Returns how many workers get a part of `items` items. for_each_range numbers them from 0.
 template <class Executor>
 [[nodiscard]] index_t workers_for(const Executor& threads, index_t items) noexcept {
   return std::clamp<index_t>(items, 1, threads.workers());
 }
 
-/// Calls f(worker, begin, end) with a part of [0, items) for each worker that has one. Those are
-/// numbered without gaps: what they work in need not be there for more.
+/// Calls f(worker, begin, end) with a part of [0, items) for each worker that has one. These
+/// workers are numbered without gaps, so scratch is only needed for workers_for(threads, items)
+/// workers.
 template <class Executor, class F>
 void for_each_range(const Executor& threads, index_t items, const F& f) noexcept {
   const index_t workers = threads.workers();
@@ -135,9 +139,10 @@ void for_each_range(const Executor& threads, index_t items, const F& f) noexcept
   });
 }
 
-/// Calls f(worker, item) for every item in [0, items), consecutive items on one worker. Workers
-/// take longer to wake up than a thread takes to touch some ten thousand elements: `elements`, of
-/// all items together and roughly, says whether they are asked.
+/// Calls f(worker, item) for every item in [0, items); each worker gets consecutive items.
+/// `elements` is roughly the number of elements of all items together. Below 2^16 elements the
+/// calling thread does all work: waking a worker takes longer than touching some ten thousand
+/// elements.
 template <class Executor, class F>
 void for_each_item(const Executor& threads, index_t items, index_t elements, const F& f) noexcept {
   const auto all = [&](int w, index_t begin, index_t end) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention of one KV head's query heads to all of its tokens, in blocks of rows and tokens.
+// Attention of one KV head's query heads to all of its tokens, tile by tile.
 #pragma once
 
 #include "refreekv/backend/token_scores.hpp"
@@ -7,24 +7,24 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Rows of all query heads of a KV head that are worked on together: their tile stays in the
-/// second-level cache.
+/// Query rows, over all query heads of a KV head, that are processed together. Their tile stays in
+/// the second-level cache.
 inline constexpr index_t block_rows = 64;
 
-/// Whole lines of the cache that hold so many bytes, and no more than there is an index for: the
-/// arena refuses what is that large.
+/// Returns the size in bytes of whole cache lines that hold `bytes`. Capped near 2^62, so that an
+/// index_t holds the result; the arena refuses that size.
 [[nodiscard]] inline index_t whole_lines(std::uint64_t bytes) noexcept {
   constexpr std::uint64_t most = std::uint64_t{1} << 62;
   return static_cast<index_t>((std::min)(bytes, most) / arena::alignment + 1) *
          static_cast<index_t>(arena::alignment);
 }
 
-/// What a worker needs for it: 70 KB of logits, the queries of block_rows rows, and statistics of
-/// the longest sequence.
+/// Scratch of each worker: 70 KB of logits, the queries of block_rows rows, and statistics of the
+/// longest sequence.
 struct attention_scratch {
   std::byte* memory;
   index_t worker_bytes;
-  index_t rows;    ///< of each query head in a block
+  index_t rows;    ///< rows of each query head that are processed together
   double* totals;  ///< [sequence, kv_head, 2]
 
   struct parts {
@@ -77,7 +77,7 @@ struct attention_scratch {
   }
 };
 
-/// A part of an observation's rows.
+/// Returns the layer with its rows [first, first + rows) only.
 template <class Query, class Keys>
 [[nodiscard]] auto only_rows(const query_layer<Query, Keys>& layer, index_t first,
                              index_t rows) noexcept {
@@ -96,14 +96,14 @@ template <class Row>
   return part;
 }
 
-/// What is left in the tile.
+/// What attend_block writes to the tile.
 enum class leaves {
-  statistics,  ///< and no values
-  values,      ///< and their statistics
-  logits,      ///< of queries
+  statistics,  ///< statistics, no values
+  values,      ///< values with their statistics
+  logits,      ///< logits; requires a layer with queries
 };
 
-/// Fills a tile with what there is to know of a block of tokens.
+/// Writes statistics, values or logits of one chunk to the tile. Unpacks packed keys first.
 template <class Layer>
 void attend_block(const Layer& layer, const query_window& window, const key_block& block,
                   const attention_scratch::parts& work, leaves what) noexcept {
@@ -130,7 +130,7 @@ void attend_block(const Layer& layer, const query_window& window, const key_bloc
   }
 }
 
-/// Turns logits [count] into the attention of their row, 0 below 1e-37.
+/// Turns logits [count] of one row into attention. Attention below 1e-37 becomes 0.
 inline void normalise_logits(float* logits, index_t count, const row_normaliser& row) noexcept {
   const double log_sum = row.log_sum();
   Eigen::Map<Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
@@ -142,19 +142,19 @@ inline void normalise_logits(float* logits, index_t count, const row_normaliser&
   }
 }
 
-/// The same of values, relative to the largest in their block.
+/// Turns values [count] of one row, relative to 2^exponent, into attention.
 inline void normalise_values(float* values, index_t count, float exponent,
                              const row_normaliser& row) noexcept {
   const auto attention = static_cast<float>(detail::weight_of(exponent, row));
   Eigen::Map<Eigen::ArrayXf> x(values, static_cast<Eigen::Index>(count));
   if (exponent <= -std::numeric_limits<float>::infinity()) {
-    x.setConstant(attention);  // 0, or NaN where the row has no normaliser
+    x.setConstant(attention);  // 0, or NaN if the row has no normaliser
   } else {
     x *= attention;
   }
 }
 
-/// Whether all that a ready row sees is finite.
+/// Returns whether all attention that a ready row sees is finite.
 template <class Row>
 [[nodiscard]] bool all_finite(const Row* attention, index_t stride, token_range visible) noexcept {
   bool finite = true;
@@ -164,10 +164,10 @@ template <class Row>
   return finite;
 }
 
-/// Calls f(rows, tokens, values) for all blocks of the last `window` rows of one KV head
-/// of one sequence: values [q_head of the KV head, rows] with tile_stride between rows are the
-/// attention to the tokens. Tokens that no row of a block sees are left out. The keys are read
-/// twice for each block of rows. Returns how many rows were left out.
+/// Calls f(rows, tokens, values) for all tiles of the last `window` rows of one KV head of one
+/// sequence. values [q_head of the KV head, rows], with tile_stride floats between rows, is the
+/// attention to `tokens`. Skips tokens that no row of a group of rows sees. Reads the keys twice
+/// for each group of rows. Returns the number of rows that were left out.
 template <class Layer, class F>
 index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head, index_t window,
                            bad_rows bad, const attention_scratch& scratch,
@@ -226,7 +226,7 @@ index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head
       ++left_out;
       for (index_t h = 0; h < heads; ++h) work.normalisers[h * rows + r].sum = 0;
     }
-    // Logits without digits after the point are exact relative to their peak only.
+    // Logits this large have no fractional digits. They are exact relative to their peak only.
     const bool from_logits =
         has_queries<Layer> && std::none_of(work.normalisers, work.normalisers + heads * rows,
                                            [](const row_normaliser& n) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// 4-bit keys and Quest's pages on the CPU.
+// The decode index on the CPU: 4-bit keys, and Quest's page bounds.
 #pragma once
 
 #include "refreekv/attention/page_bounds.hpp"
@@ -7,7 +7,8 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Calls f(token, key) for tokens [first, tokens) of one head; key(d) is a float.
+/// Calls f(token, key) for tokens [first, tokens) of one head. key(d) returns dimension d as a
+/// float.
 template <kv_source Keys, class F>
 void for_each_key(const Keys& keys, index_t sequence, index_t kv_head, index_t first,
                   const F& f) noexcept {
@@ -20,15 +21,16 @@ void for_each_key(const Keys& keys, index_t sequence, index_t kv_head, index_t f
   }
 }
 
-/// NaN stays.
+/// Returns the smaller of the two; NaN if either is NaN.
 [[nodiscard]] inline float smaller_or_nan(float low, float x) noexcept {
   return x < low || std::isnan(x) ? x : low;
 }
 
-/// Writes the mean of the finite elements of one head's keys, to [head_dim].
+/// Writes the mean of the finite elements of one head's keys to centre [head_dim]. O(tokens *
+/// head_dim).
 template <kv_source Keys>
 void find_centre(const Keys& keys, index_t sequence, index_t kv_head, float* centre) noexcept {
-  constexpr index_t together = 64;  // dimensions that are summed in one read of the keys
+  constexpr index_t together = 64;  // dimensions summed in one read of the keys
   for (index_t begin = 0; begin < keys.head_dim(); begin += together) {
     const index_t dims = (std::min)(together, keys.head_dim() - begin);
     double sums[together] = {};
@@ -112,7 +114,7 @@ void select_pages(const Executor& threads, const page_bounds<>& pages, index_t t
     const index_t tokens = layer.tokens(s), size = pages.page_tokens;
     const index_t wanted =
         std::max<index_t>(1, tokens_kept / size) + (tokens_kept % size != 0 ? 1 : 0);
-    // Pages that the last row does not see have no score and take no place.
+    // Pages that the last query row does not see have no score and use none of the budget.
     const token_range visible = window_of(layer, s, 1).hull();
     const index_t first = visible.begin / size, count = (visible.end + size - 1) / size;
     if (wanted >= count - first) return;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Logits of a window of queries against a block of keys, whatever the keys' type and layout.
+// Logits of a query window against one chunk of keys, for any key type and layout.
 #pragma once
 
 #include <algorithm>
@@ -13,26 +13,26 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Tokens of one KV head, at most chunk_tokens, that are worked on together.
+/// Tokens of one KV head that are processed together: at most chunk_tokens.
 struct key_block {
   index_t sequence;
   index_t kv_head;
   token_range tokens;
 };
 
-/// From one row of a tile to the next. Not a power of two: rows would share their place in the
-/// caches, with each other and with keys.
+/// Distance between rows of a tile, in floats. Not a power of two: rows would then compete for the
+/// same cache sets, with each other and with keys.
 inline constexpr index_t tile_stride = chunk_tokens + 16;
 
-/// Keys are fetched when they are this many bytes ahead, counting keys alone: the hardware sees
-/// several short streams and guesses too late. At most fetched_tokens ahead.
+/// Prefetch distances, in bytes of keys alone; at most fetched_tokens tokens. The hardware
+/// prefetcher sees several short streams and guesses too late.
 inline constexpr index_t fetched_soon = 4 << 10, fetched_later = 16 << 10, fetched_tokens = 128;
 
 template <class Keys>
 using key_of = std::remove_const_t<typename Keys::element_type>;
 
-/// Where the keys of a block are, and those that come after them: all that is left of a layout, so
-/// that what multiplies is compiled once for all of them.
+/// Addresses of a chunk's keys, and of the keys that come after them. The multiplication depends on
+/// these, not on the layout, so it is compiled once per element type.
 template <class Key>
 class block_addresses {
  public:
@@ -50,7 +50,7 @@ class block_addresses {
     std::fill(at_ + last + 1, at_ + tiles + later_, at_[last]);
   }
 
-  /// Of single tokens [count], of which there is one.
+  /// Addresses of single tokens [count]. Requires count > 0.
   template <row_source Keys>
   block_addresses(const Keys& keys, index_t sequence, index_t kv_head, const position_t* tokens,
                   index_t count) noexcept
@@ -66,13 +66,13 @@ class block_addresses {
 
   [[nodiscard]] index_t count() const noexcept { return count_; }
   [[nodiscard]] index_t dim_stride() const noexcept { return dim_stride_; }
-  /// From token t on.
+  /// Returns the addresses from token t on.
   [[nodiscard]] key_addresses<Key> from(index_t t) const noexcept {
     return {at_ + t, at_ + t + soon_, at_ + t + later_};
   }
 
  private:
-  /// Writes where the first `most` tokens of a block are, and returns how many there are.
+  /// Writes the addresses of the first `most` tokens of a chunk, and returns how many there are.
   template <class Keys>
   static index_t locate(const Keys& keys, const key_block& block, index_t most, const Key** at,
                         index_t& dim_stride) noexcept {
@@ -97,7 +97,7 @@ template <class Keys>
 block_addresses(const Keys&, index_t, index_t, const position_t*,
                 index_t) -> block_addresses<key_of<Keys>>;
 
-/// How the queries and keys of an observation are multiplied.
+/// How the queries and keys of a layer are multiplied.
 template <class Layer>
 struct product_of_observation;
 template <class Query, class Keys>
@@ -113,11 +113,11 @@ struct product_of_observation<query_layer<Query, Keys>> {
 template <class Layer>
 using product_of = typename product_of_observation<Layer>::type;
 
-/// The packed queries of one KV head, and how they attend.
+/// The packed queries of one KV head, and their attention parameters.
 template <class Product>
 struct head_queries {
   const typename Product::packed* packed;  ///< [q_head of the KV head, window, packed_dim]
-  index_t first_head, heads;               ///< q_heads of the KV head
+  index_t first_head, heads;               ///< first q_head of the KV head; q_heads per KV head
   index_t head_dim;
   float scale;
   const attention_params<>& attention;
@@ -132,9 +132,9 @@ template <class Query, class Keys>
       packed, kv_head * heads, heads, layer.head_dim(), layer.scale(), layer.info.attention};
 }
 
-/// values [row, stride] = scale * queries [row, packed_dim] . keys [block]. gathered:
-/// [tile_tokens, head_dim], used where head_dim is not contiguous and large. Writes up to three
-/// results past the block's end.
+/// Writes values [row, stride] = scale * queries [row, packed_dim] . keys [token, head_dim]. Uses
+/// gathered [tile_tokens, head_dim] if dimensions are not contiguous and head_dim is large. Writes
+/// up to three results past the last token. O(rows * tokens * head_dim).
 template <class Product, class Key>
 void store_logits(const block_addresses<Key>& keys, const typename Product::packed* queries,
                   index_t rows, index_t head_dim, float scale, Key* gathered, float* values,
@@ -150,15 +150,15 @@ void store_logits(const block_addresses<Key>& keys, const typename Product::pack
                       sizeof(float[4]));
         }
       });
-      at.soon = at.later = at.now;  // what is fetched for one tile is there for all
+      at.soon = at.later = at.now;  // the first tile fetches the keys for all tiles
     });
   };
   if (keys.dim_stride() == 1) {
     multiply(keys.from(0), 0, keys.count());
     return;
   }
-  // Where keys lie across, neighbours in memory are the same dimension of other tokens: tokens that
-  // share a line of the cache are gathered together, as many as there is room for.
+  // In a token-contiguous layout, neighbours in memory are the same dimension of other tokens.
+  // Tokens that share a cache line are gathered together, as many as there is room for.
   constexpr index_t line = 64 / sizeof(Key), room = line * 256;
   Key nearby[std::size_t{room}];
   const bool fits = tile_tokens * head_dim <= room;
@@ -180,7 +180,7 @@ void store_logits(const block_addresses<Key>& keys, const typename Product::pack
   }
 }
 
-/// Packs the last `window` queries of one query head, into packed [q_head of the KV head, window,
+/// Packs the last `window` queries of one query head into packed [q_head of the KV head, window,
 /// packed_dim].
 template <class Query, class Keys>
 void pack_queries(const query_layer<Query, Keys>& layer, index_t sequence, index_t q_head,
@@ -194,7 +194,7 @@ void pack_queries(const query_layer<Query, Keys>& layer, index_t sequence, index
   }
 }
 
-/// x becomes cap * tanh(x / cap).
+/// Replaces each x of logits [count] by cap * tanh(x / cap). Requires count <= chunk_tokens.
 inline void cap_softly(float* logits, index_t count, double cap) noexcept {
   const auto size = static_cast<Eigen::Index>(count);
   double e[static_cast<std::size_t>(chunk_tokens)];
@@ -204,7 +204,8 @@ inline void cap_softly(float* logits, index_t count, double cap) noexcept {
     logits[t] = detail::soft_capped(logits[t], cap, 1 / cap, e[t]);
 }
 
-/// Turns scaled q.k of one row into logits, -inf where the row does not see the token.
+/// Turns the scaled q.k of one row into logits: adds soft cap and ALiBi, and writes -inf for tokens
+/// that the row does not see.
 inline void finish_logits(const attention_params<>& params, const query_window& window,
                           index_t q_head, index_t row, token_range range, float* logits) noexcept {
   const index_t count = range.end - range.begin;

@@ -7,7 +7,7 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// The chunks of a sequence that are read: all, or a shard's own.
+/// The chunks of a sequence that this rank reads: all of them, or on a shard the local ones.
 template <class Layer>
 struct chunks_here {
   const Layer& layer;
@@ -30,10 +30,10 @@ struct chunks_here {
   }
 };
 
-/// Calls f(worker, chunk, next) for every chunk that is here of every KV head; each worker has
-/// consecutive ones of about the same number, `next` is its next one. The KV heads of a chunk
-/// follow each other, so that a cache in which a token's heads are neighbours is read as it lies in
-/// memory.
+/// Calls f(worker, chunk, next) for every local chunk of every KV head. Each worker gets
+/// consecutive chunks, about the same number as the others; `next` is its next chunk, or `chunk`
+/// again after the last one. The KV heads of a chunk come one after the other: a cache in which a
+/// token's heads are adjacent is then read sequentially.
 template <class Executor, class Layer, class F>
 void for_each_chunk(const Executor& threads, const Layer& layer, index_t sinks,
                     const F& f) noexcept {
@@ -45,7 +45,7 @@ void for_each_chunk(const Executor& threads, const Layer& layer, index_t sinks,
   index_t total = 0;
   for (index_t s = 0; s < layer.sequences(); ++s) total += items(s);
   for_each_range(threads, total, [&](int worker, index_t begin, index_t end) {
-    index_t sequence = 0, first = 0;  // the item that the sequence starts with
+    index_t sequence = 0, first = 0;  // first item of `sequence`
     const auto at = [&](index_t i) {
       while (i - first >= items(sequence)) first += items(sequence++);
       return chunk_index{sequence, here(sequence)[(i - first) / kv_heads], (i - first) % kv_heads};
@@ -59,7 +59,7 @@ void for_each_chunk(const Executor& threads, const Layer& layer, index_t sinks,
   });
 }
 
-/// Leaves zeros for the chunks of other ranks.
+/// On a shard, zeroes `statistics`, so that the chunks of other ranks are 0.
 template <class Layer>
 void clear_statistics(const norm_scan& scan, const Layer& layer,
                       const norm_scan_buffers& buffers) noexcept {
@@ -104,7 +104,7 @@ void norm_curve(const Executor& threads, const norm_scan& scan, const Layer& lay
   const scanner<Layer> scanner(scan, layer, buffers, scratch);
   const index_t q_heads = layer.q_heads(), all_heads = layer.sequences() * q_heads;
   const index_t groups = scan.groups(layer.kv_heads());
-  const index_t heads = q_heads / groups;  // of a group
+  const index_t heads = q_heads / groups;  // query heads per group
   for_each_item(threads, layer.sequences() * groups, all_heads * scan.window * buffers.chunks,
                 [&](int, index_t i) {
                   double* norms = buffers.norms + i * buffers.chunks;
@@ -120,7 +120,7 @@ void crossing_curve(const Executor& threads, const norm_scan& scan, const Layer&
                     const norm_scan_buffers& buffers, const scan_scratch& scratch) noexcept {
   const scanner<Layer> scanner(scan, layer, buffers, scratch);
   const index_t groups = scan.groups(layer.kv_heads());
-  const index_t kv_heads = layer.kv_heads() / groups;  // of a group
+  const index_t kv_heads = layer.kv_heads() / groups;  // KV heads per group
   const index_t values = layer.sequences() * layer.q_heads() * scan.window * chunk_tokens;
   for_each_item(threads, layer.sequences() * groups, 8 * values, [&](int worker, index_t i) {
     const index_t sequence = i / groups;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Masks and page tables of a batch on the CPU.
+// Writes masks, and plans and releases pages, of a batch on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Calls f(sequence, group) for each row of a mask.
+/// Calls f(sequence, group) for each row of a mask [sequence, group, token].
 template <class Executor, class T, class F>
 void for_each_row(const Executor& threads, const view<T, 3>& mask, const F& f) noexcept {
   const index_t groups = mask.extent(1), rows = mask.extent(0) * groups;

@@ -18,7 +18,8 @@ void rank_tokens(const Executor& threads, index_t recent, const Layer& layer,
     const float* score = scores.at(s, h);
     const index_t stride = scores.stride(2);
     if (any_nan(score, stride, candidates(s))) {
-      // No order: the whole sequence's norm becomes NaN, which keeps all.
+      // NaN scores have no order. The norm of the whole sequence becomes NaN, which keeps all
+      // tokens.
       row[0] = -1;
       return;
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norm scan works in on the CPU, besides norm_scan_buffers.
+// Scratch of the norm scan on the CPU, besides norm_scan_buffers.
 #pragma once
 
 #include "refreekv/backend/norm_scan.hpp"
@@ -7,16 +7,17 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Whether an observation has keys and queries, not ready rows.
+/// Whether a layer has keys and queries, not ready attention rows.
 template <class Layer>
 concept has_queries = requires(const Layer& layer) { layer.queries; };
 
-/// A packed query for each row, and for each worker a KV head's tile: 1100 bytes for each query
-/// head and row, and four keys.
+/// Packed queries of all rows, and for each worker the tile of one KV head. A tile takes 1100 bytes
+/// for each query head and row, plus four keys.
 struct scan_scratch {
   void* queries;  ///< [sequence, q_head, window, packed_dim]; null for ready rows
   tile_scratch tiles;
-  // What each worker has of them; no two share a line of the cache.
+  // Per worker: rows of `values`, elements of `statistics`, bytes of `gathered`. No two workers
+  // share a cache line.
   index_t rows, statistics_of, gathered_of;
 
   template <class Layer>
@@ -25,8 +26,8 @@ struct scan_scratch {
     constexpr index_t line = arena::alignment;
     const auto whole_lines = [](index_t n) { return (n + line - 1) / line * line; };
     scan_scratch s{};
-    s.rows = layer.q_heads() / layer.kv_heads() * scan.window;  // of a KV head
-    s.statistics_of = (s.rows + 15) / 16 * 16;                  // 12 bytes each
+    s.rows = layer.q_heads() / layer.kv_heads() * scan.window;  // query rows per KV head
+    s.statistics_of = (s.rows + 15) / 16 * 16;                  // 16 of 12 bytes fill whole lines
     if constexpr (has_queries<Layer>) {
       using product = product_of<Layer>;
       const index_t dim = layer.head_dim();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norm scan does with one chunk or one query head: the work of one worker.
+// The norm scan's work for one chunk or one query head, executed by one worker.
 #pragma once
 
 #include "refreekv/cpu/scan_scratch.hpp"
@@ -31,13 +31,13 @@ class scanner {
     pack_queries(seen_, sequence, q_head, scan_.window, packed(sequence, q_head / heads_));
   }
 
-  /// Reads one chunk of one KV head and leaves its statistics, while the next one is on its way.
+  /// Reads one chunk of one KV head and writes its statistics. Prefetches the next chunk.
   void read_chunk(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
     const tile_scratch tile = attend_chunk(worker, at, next, leaves::statistics);
     store_statistics(tile, at);
   }
 
-  /// Normalisers of the rows of one query head. Ready rows are normalised.
+  /// Writes the normalisers of the rows of one query head. Ready rows are normalised already.
   void normalise_rows(index_t sequence, index_t q_head) const noexcept {
     const head_view h = head(sequence, q_head);
     for (index_t r = h.first_row; r < scan_.window; ++r) {
@@ -52,14 +52,14 @@ class scanner {
     }
   }
 
-  /// A mean over rows needs their normalisers: from a second read of a chunk, its energy takes the
-  /// place of the first row's sum of squares.
+  /// Reads a chunk again, for a mean over several rows, which needs their normalisers. Writes the
+  /// chunk's energy in place of `sum_squares` of the first row that exists.
   void read_chunk_again(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
     const tile_scratch tile = attend_chunk(worker, at, next, leaves::values);
     const token_range range = chunks_of(at.sequence)[at.chunk];
     const index_t first = window_of(at.sequence).first_row();
     if (first == scan_.window) return;
-    store_statistics(tile, at);  // the first read may have had other units
+    store_statistics(tile, at);  // the first read may have had other exponents
     for (index_t g = 0; g < heads_; ++g) {
       const head_view h = head(at.sequence, at.kv_head * heads_ + g);
       const auto energies = token_energies(tile, h, at, g);
@@ -78,14 +78,15 @@ class scanner {
     }
   }
 
-  /// Adds the norms of one KV head's query heads inside a chunk to norms [chunk_tokens], and raises
-  /// masses [chunk_tokens] to the most that a row gives to candidates before each token.
+  /// Adds the norms of one KV head's query heads at each token of a chunk to norms [chunk_tokens].
+  /// Raises masses [chunk_tokens] to the largest attention that a row gives to the candidates
+  /// before each token.
   void add_chunk_norms(int worker, const chunk_index& at, double* norms,
                        float* masses) const noexcept {
     const tile_scratch tile = attend_chunk(worker, at, at, leaves::values);
     const chunking chunks = chunks_of(at.sequence);
     const auto tokens = static_cast<Eigen::Index>(size(chunks[at.chunk]));
-    // Sums in order first, then what is done to each of them alone, in whole registers.
+    // Sequential sums first; the element-wise work on them then uses whole registers.
     double sums[static_cast<std::size_t>(chunk_tokens)];
     const Eigen::Map<Eigen::ArrayXd> sum(sums, tokens);
     Eigen::Map<Eigen::ArrayXd> norm(norms, tokens);
@@ -122,13 +123,13 @@ class scanner {
   }
 
  private:
-  /// The arrays of one sequence's query head.
+  /// The arrays of one query head of one sequence.
   struct head_view {
     chunk_statistics* statistics;  ///< [window, chunk]
     row_normaliser* rows;          ///< [window]
-    index_t first_row;             ///< of the window that exists
+    index_t first_row;             ///< the first row that exists
   };
-  /// Energies of a chunk's tokens, times `scale`.
+  /// Energies of a chunk's tokens: that of token t is scale * tokens[t].
   struct energy_view {
     double scale;
     Eigen::Map<Eigen::ArrayXf> tokens;
@@ -146,7 +147,7 @@ class scanner {
             window_of(sequence).first_row()};
   }
 
-  /// The packed queries of a KV head.
+  /// Returns the packed queries [q_head of the KV head, window, packed_dim] of a KV head.
   [[nodiscard]] auto* packed(index_t sequence, index_t kv_head) const noexcept {
     const index_t row = (sequence * seen_.kv_heads() + kv_head) * heads_ * scan_.window;
     return static_cast<typename product_of<Layer>::packed*>(scratch_.queries) +
@@ -158,7 +159,7 @@ class scanner {
   }
 
   void store_statistics(const tile_scratch& tile, const chunk_index& at) const noexcept {
-    // Rows of a KV head's query heads follow each other: [q_head, window].
+    // The rows of a KV head's query heads are contiguous: [q_head, window].
     const index_t first = (at.sequence * seen_.kv_heads() + at.kv_head) * heads_ * scan_.window;
     for (index_t i = 0; i < heads_ * scan_.window; ++i) {
       buffers_.statistics[(first + i) * buffers_.chunks + at.chunk] = tile.statistics[i];
@@ -167,8 +168,8 @@ class scanner {
 
   enum class leaves { statistics, values };
 
-  /// The statistics of a chunk, and its values where they are asked for, while the next one is on
-  /// its way.
+  /// Writes the statistics of a chunk to the worker's tile, and its values if `what` asks for them.
+  /// Prefetches the next chunk.
   tile_scratch attend_chunk(int worker, const chunk_index& at, const chunk_index& next,
                             leaves what) const noexcept {
     const tile_scratch tile = scratch_.of(worker);
@@ -186,7 +187,7 @@ class scanner {
     return tile;
   }
 
-  /// Energy that no cut removes.
+  /// Returns the energy that no cut removes.
   [[nodiscard]] double outside_cut(const head_view& h, index_t sequence) const noexcept {
     double energies = 0;
     if (scan_.norm == norm_scope::full_row) {
@@ -196,7 +197,7 @@ class scanner {
     return energies;
   }
 
-  /// The energy of a chunk.
+  /// Returns the energy of a chunk.
   [[nodiscard]] double energy(const head_view& h, index_t chunk) const noexcept {
     const chunk_statistics* s = h.statistics + chunk;
     const index_t first = h.first_row;
@@ -215,8 +216,8 @@ class scanner {
     return energy;
   }
 
-  /// Of the rows that exist, the most that a value of 1 in their chunk stands for. NaN once any
-  /// row's is. statistics: [window] with a stride.
+  /// Returns the largest attention that a value of 1 in the chunk stands for, over the rows that
+  /// exist. NaN if any row's is NaN. statistics: [window], `stride` elements apart.
   [[nodiscard]] double largest_attention(const head_view& h, const chunk_statistics* statistics,
                                          index_t stride) const noexcept {
     double largest = 0;
@@ -228,7 +229,7 @@ class scanner {
     return largest;
   }
 
-  /// Energies of the tokens of the KV head's query head g. They take the place of its values.
+  /// Returns the energies of the tokens for the KV head's query head g. Overwrites its values.
   energy_view token_energies(const tile_scratch& tile, const head_view& h, const chunk_index& at,
                              index_t g) const noexcept {
     const query_window window = window_of(at.sequence);
@@ -267,7 +268,7 @@ class scanner {
   const Layer& seen_;
   const norm_scan_buffers& buffers_;
   const scan_scratch& scratch_;
-  index_t heads_;  // query heads of a KV head
+  index_t heads_;  // query heads per KV head
 };
 
 }  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores of tokens on the CPU: attention summed over rows, its spread, and pooling.
+// Token scores on the CPU: attention summed over query rows, its spread, and pooling.
 #pragma once
 
 #include "refreekv/cpu/executor.hpp"
@@ -8,7 +8,8 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Calls f(worker, sequence, kv_head) for all there are; `work` is what a token costs, in elements.
+/// Calls f(worker, sequence, kv_head) for every KV head of every sequence. `work` is the cost of
+/// one token, in elements.
 template <class Executor, class Layer, class F>
 void for_each_head(const Executor& threads, const Layer& layer, index_t work, const F& f) noexcept {
   const index_t kv_heads = layer.kv_heads(), items = layer.sequences() * kv_heads;
@@ -18,13 +19,14 @@ void for_each_head(const Executor& threads, const Layer& layer, index_t work, co
                 [&](int worker, index_t i) { f(worker, i / kv_heads, i % kv_heads); });
 }
 
-/// The workers that for_each_head has a head for, at most.
+/// Returns the largest number of workers that for_each_head uses.
 template <class Executor, class Layer>
 [[nodiscard]] index_t head_workers(const Executor& threads, const Layer& layer) noexcept {
   return workers_for(threads, layer.sequences() * layer.kv_heads());
 }
 
-/// What the attention of a token costs: two products with the rows of a KV head, or a look at them.
+/// Returns the attention cost of one token, in elements: two products with the query rows of a KV
+/// head, or one read of its ready rows.
 template <class Layer>
 [[nodiscard]] index_t attention_work(const Layer& layer, index_t rows) noexcept {
   const index_t group = layer.q_heads() / layer.kv_heads();
@@ -40,7 +42,7 @@ void attention_sums(const Executor& threads, const score_rows& what, const Layer
                     const scores_view<>& scores, const view<kept_tokens, 2>& counts,
                     const attention_scratch& scratch) noexcept {
   const index_t group = layer.q_heads() / layer.kv_heads();
-  const index_t heads = scores.extent(1) / layer.kv_heads();  // scores of a KV head
+  const index_t heads = scores.extent(1) / layer.kv_heads();  // scores per KV head
   for_each_head(
       threads, layer, attention_work(layer, what.rows),
       [&](int worker, index_t s, index_t kv_head) {
@@ -67,7 +69,7 @@ void attention_sums(const Executor& threads, const score_rows& what, const Layer
               }
             });
         counts(s, kv_head).undecided = left_out > 0 || (!what.carried && window.is_blind());
-        const index_t fresh = window.first_new_token();  // tokens from here on are new
+        const index_t fresh = window.first_new_token();  // no carried score from here on
         const double share = heads == 1 ? 1 / static_cast<double>(group) : 1;
         for (index_t h = 0; h < heads; ++h) {
           for (index_t t = 0; t < tokens; ++t) {
@@ -126,7 +128,7 @@ void attention_spread(const Executor& threads, index_t window, index_t recent, d
           scores(s, kv_head, t) = static_cast<float>(score / static_cast<double>(group));
         }
         double* own = scratch.totals + 2 * (s * layer.kv_heads() + kv_head);
-        own[0] = entropy < 0 ? 0 : entropy;  // of ready rows that exceed 1, say
+        own[0] = entropy < 0 ? 0 : entropy;  // negative if a ready row exceeds 1, for example
         own[1] = variance;
       });
   for (index_t s = 0; s < layer.sequences(); ++s) {

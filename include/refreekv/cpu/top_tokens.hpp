@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Choosing tokens by score on the CPU: the best ones, or those that hold a share of the sum.
+// Selects tokens by score on the CPU: the best ones, or the fewest that hold a share of the sum.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,11 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// For each worker two copies of a row of scores and a mark for each token.
+/// Scratch: for each worker two copies of a row of scores, and a mark for each token.
 struct selection_scratch {
   float* values;        ///< [worker, 2, capacity]
   std::uint8_t* marks;  ///< [worker, capacity]
-  index_t capacity;     ///< whole lines of the cache
+  index_t capacity;     ///< elements; each row fills whole cache lines
 
   template <class Layer>
   static selection_scratch carve(arena& from, index_t workers, const Layer& layer) noexcept {
@@ -33,7 +33,7 @@ struct selection_scratch {
   }
 };
 
-/// Keeps what is taken, in ascending order.
+/// Writes the kept positions of one (sequence, kv_head). Requires positions in ascending order.
 class position_writer {
  public:
   position_writer(const kept_positions<>& kept, index_t sequence, index_t head) noexcept
@@ -64,28 +64,29 @@ inline void keep_all(const kept_positions<>& kept, index_t sequence, index_t hea
   writer.finish(tokens, undecided);
 }
 
-/// The smallest of those values that are to be taken, and how many of its equals are, the first
-/// ones first.
+/// The limit of a selection: the smallest selected value, and how many of its equals are selected.
+/// The first equals in order are selected.
 struct value_limit {
   float least;
   index_t equals;
 
-  /// Whether the next value, in order, is one of them.
+  /// Returns whether the next value, in order, is selected.
   [[nodiscard]] bool takes(float value) noexcept {
     return value > least || (value >= least && equals-- > 0);
   }
 };
 
-/// Of `count` values, the limit of the k largest. Requires 0 < k <= count and no NaN; reorders
-/// values. O(count) expected.
+/// Returns the limit that selects the k largest of values [count]. Requires 0 < k <= count and no
+/// NaN. Reorders values. O(count) expected.
 inline value_limit limit_of_largest(float* values, index_t count, index_t k) noexcept {
   std::nth_element(values, values + k - 1, values + count, [](float a, float b) { return a > b; });
   const float least = values[k - 1];
   return {least, k - std::count_if(values, values + k, [&](float v) { return v > least; })};
 }
 
-/// The limit of the fewest values that sum to at least `needed`; all that are not 0 if they do not.
-/// Requires values >= 0; reorders them. O(count) expected. (ours)
+/// Returns the limit that selects the fewest of values [count] that sum to at least `needed`. If
+/// all of them sum to less, it selects all values that are not 0. Requires values >= 0. Reorders
+/// values. O(count) expected. (ours)
 inline value_limit limit_of_sum(float* values, index_t count, double needed) noexcept {
   float* first = values;
   float* last = std::partition(values, values + count, [](float v) { return v > 0; });
@@ -113,8 +114,9 @@ inline value_limit limit_of_sum(float* values, index_t count, double needed) noe
   return limit;
 }
 
-/// The values above what Twilight's published kernel finds by bisection from the first one: the
-/// least of them, with all its equals. Values are attention, normalised. O(count * steps).
+/// Returns the limit that selects all values above a threshold, equals included. Twilight's
+/// published kernel finds this threshold by bisection, from the first value as the upper bound.
+/// Requires normalised attention. O(count * steps).
 inline value_limit limit_of_bisection(const float* values, index_t count, float share) noexcept {
   constexpr float precision = 1e-5f;
   float low = 0, high = values[0];
@@ -137,14 +139,14 @@ inline value_limit limit_of_bisection(const float* values, index_t count, float 
   return {std::nextafter(low, std::numeric_limits<float>::infinity()), count};
 }
 
-/// Whether any of values [count] is NaN.
+/// Returns whether any of values [count], `stride` elements apart, is NaN. O(count).
 inline bool any_nan(const float* values, index_t stride, index_t count) noexcept {
   bool nan = false;
   for (index_t t = 0; t < count; ++t) nan |= std::isnan(values[t * stride]);
   return nan;
 }
 
-/// scratch [sequence, kv_head, capacity]: the scores of all heads, which are reordered.
+/// Writes the scores of all heads to scratch [sequence, kv_head, capacity] and reorders them there.
 template <class Executor, class Layer>
 void share_quotas(const Executor& threads, double floor, const token_quota* quotas,
                   const Layer& layer, const scores_view<>& scores, token_quota* shared,

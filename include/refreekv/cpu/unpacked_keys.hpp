@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads keys that are not stored as floats: unpacks a block of them.
+// Unpacks keys that are not stored as floats, one chunk at a time.
 #pragma once
 
 #include "refreekv/cache/int4_keys.hpp"
@@ -7,12 +7,12 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// The keys of a block of tokens, unpacked to floats.
+/// A key source for the tokens [begin, end) of one KV head, unpacked to floats.
 struct unpacked_keys {
   using element_type = const float;
   using memory = host_memory;
 
-  const float* rows;  ///< [token from `begin` on, head_dim]
+  const float* rows;  ///< [token - begin, head_dim]
   index_t begin, end, dims, batch, heads;
 
   [[nodiscard]] constexpr index_t sequences() const noexcept { return batch; }
@@ -27,7 +27,7 @@ struct unpacked_keys {
   }
 };
 
-/// Writes keys [begin, end) as floats [token, head_dim].
+/// Writes the keys of `tokens` as floats to rows [token, head_dim]. O(tokens * head_dim).
 inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, token_range tokens,
                    float* rows) noexcept {
   const float* centre = keys.centres.at(sequence, kv_head);
@@ -43,11 +43,11 @@ inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, t
   }
 }
 
-/// Whether an observation's keys have to be unpacked.
+/// Whether a layer's keys must be unpacked before they are multiplied.
 template <class Layer>
 concept has_packed_keys = has_queries<Layer> && requires(const Layer& layer) { layer.keys.codes; };
 
-/// What an observation's rows are multiplied with.
+/// The layer type that is multiplied: the layer itself, or the layer with unpacked keys.
 template <class Layer>
 struct readable {
   using type = Layer;

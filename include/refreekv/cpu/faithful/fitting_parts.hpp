@@ -1,41 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory in which the CPU fits stand-ins and measures what they are worth.
+// Scratch in which the CPU fits stand-ins and measures the error of each size.
 #pragma once
 
 #include "refreekv/cpu/faithful/importance_rows.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// What one worker fits stand-ins and measures errors in. Strides are whole_registers of what they
-/// stride over.
+/// Scratch in which one worker fits stand-ins and measures errors. Each stride is whole_registers
+/// of the extent that it strides over.
 struct fitting_parts {
   void* packed;  ///< [q_head of the KV head, rows, packed_dim]
   tile_scratch tile;
   float* value_rows;  ///< [block, value_stride]
-  // For stand-ins of some sizes at a time.
+  // For the stand-ins of several sizes at a time.
   float* key_rows;  ///< [block, key_stride]
-  float* queries;   ///< [head_dim, row_stride], times the scale: columns are the KV head's rows
+  float* queries;   ///< [head_dim, row_stride]: scaled; columns are the KV head's rows
   float* map;       ///< [q_head of the KV head, rows, key_stride]: see fit_map
-  double* normal;   ///< [head_dim, head_dim], where outputs come later
-  double* solved;   ///< [head_dim, map_columns], the same
-  float* dropped;   ///< [block, size_stride]: 1 where the size drops the token, 0 elsewhere
-  float* weights;   ///< [size, block_stride]: attention of what is dropped, which sums to 1
+  double* normal;   ///< [head_dim, head_dim]; shares memory with `outputs`
+  double* solved;   ///< [head_dim, map_columns]; shares memory with `outputs`
+  float* dropped;   ///< [block, size_stride]: 1 if the size drops the token, else 0
+  float* weights;   ///< [size, block_stride]: attention of the dropped tokens; sums to 1
   float* masses;    ///< [q_head of the KV head, rows, size_stride]
   float* gaps;      ///< [size, row_stride]
   float* keys;      ///< [size, key_stride]
   float* values;    ///< [size, value_stride]
-  // For the error. Parts are what the tokens of a grade add to an output, [0, sizes], and then what
-  // the stand-ins of a size do.
-  float* measured_queries;  ///< [head_dim, measured_stride]: those columns of `queries`
+  // For the error. Parts [0, sizes] are the contributions of each grade's tokens to an output. The
+  // following parts are the contributions of each size's stand-ins.
+  float* measured_queries;  ///< [head_dim, measured_stride]: `queries` of measured rows
   double* log_sums;         ///< [measured row]: log sum exp of a row's logits
   float* attention;         ///< [measured row, stride_of]
   float* own;               ///< [size, measured_stride]: attention to the stand-ins
-  float* graded;            ///< [measured row, block]: attention to tokens of one grade
-  float* graded_rows;       ///< [block, value_stride]: their values
+  float* graded;            ///< [measured row, block]: attention to the tokens of one grade
+  float* graded_rows;       ///< [block, value_stride]: values of these tokens
   float* outputs;           ///< [part, measured row, value_stride]
   double* shares;           ///< [part, measured row]
 
-  /// From one row of a tile to the next.
+  /// Returns the distance between rows of a tile, in floats.
   static index_t stride_of(const importance_rule& rule) noexcept {
     return whole_registers(rule.block) + 16;
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One KV head whose tokens have grades, on the CPU: its blocks, and rows that stand in for what a
-// size drops of them.
+// One KV head with graded tokens, on the CPU: its blocks, and the stand-ins for the tokens that a
+// size drops.
 #pragma once
 
 #include "refreekv/cpu/faithful/fitting_parts.hpp"
@@ -9,8 +9,9 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// How many rows stand in for what a size drops of one KV head: one for each block that loses a
-/// token, but none where a single token goes, whose place it would take. O(tokens).
+/// Returns the number of stand-ins of one KV head at a size: one for each block that loses a token.
+/// Returns 0 if fewer than two tokens are dropped: a stand-in would take the slot of a single one.
+/// O(tokens).
 [[nodiscard]] inline index_t stand_ins_of(const importance_rule& rule, const query_window& window,
                                           const grade* grades, index_t size) noexcept {
   index_t tokens = 0, blocks = 0, last = -1;
@@ -23,7 +24,7 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
   return tokens < 2 ? 0 : blocks;
 }
 
-/// One KV head whose tokens have grades.
+/// One KV head with graded tokens. Bare logits have the soft cap, but no mask and no position.
 template <class Layer>
 class graded_head {
  public:
@@ -46,7 +47,7 @@ class graded_head {
     for (index_t t = 0; t < rows_.window.tokens; ++t) {
       if (grades[t] != grade_never) ++dropped_[grades[t]];
     }
-    // From how many tokens have a grade to how many a size drops.
+    // Converts the number of tokens of each grade to the number of tokens that each size drops.
     index_t larger = 0;
     for (index_t size = rule.sizes; size >= 0; --size) {
       const index_t own = dropped_[size];
@@ -56,8 +57,9 @@ class graded_head {
     if (rule.stand_ins) fit_head();
   }
 
-  /// Writes the stand-ins of a size: one for each block that loses a token, and where there are to
-  /// be more than that, as many as can be for each part of the first ones.
+  /// Writes `count` stand-ins of a size to `to`: one for each block that loses a token. If `count`
+  /// is larger, the first blocks get the others, at most one for each dropped token. The stand-ins
+  /// of a block then fit equal parts of its dropped tokens.
   void write_stand_ins(index_t size, index_t count, const stand_in_rows<>& to) noexcept {
     index_t written = 0, spare = count - stand_ins_of(rule_, rows_.window, grades_, size);
     for_each_block([&](token_range block) {
@@ -87,10 +89,10 @@ class graded_head {
     return fitting_parts::carve(carve, rule, layer);
   }
 
-  /// Whether a size drops a listed token.
+  /// Returns whether a size drops listed token i.
   [[nodiscard]] bool drops(index_t i, index_t size) const noexcept { return levels_[i] > size; }
   [[nodiscard]] bool stands_in(index_t size) const noexcept { return dropped_[size] >= 2; }
-  /// The row that is measured as the e-th.
+  /// Returns the index of the e-th measured row.
   [[nodiscard]] index_t row_of(index_t e) const noexcept {
     return e / measured_ * rows_.window.rows + first_measured_ + e % measured_ * rule_.error_rows;
   }
@@ -105,7 +107,7 @@ class graded_head {
     }
   }
 
-  /// Makes tokens of a block the ones that are worked on, in the tile's columns.
+  /// Lists the tokens of a block that `wanted` selects by grade: the columns of the tile.
   template <class Wanted>
   void list(token_range block, const Wanted& wanted) noexcept {
     listed_ = 0;
@@ -116,7 +118,7 @@ class graded_head {
     }
   }
 
-  /// Fills the tile with the bare logits of the listed tokens, and their rows.
+  /// Writes the bare logits of the listed tokens to the tile, and reads their keys and values.
   void read_block() noexcept {
     const auto& keys = detail::plain(seen_).keys;
     rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_), work_.tile,
@@ -131,7 +133,7 @@ class graded_head {
     }
   }
 
-  /// What all blocks of a head share: its queries, and the map that corrects keys by them.
+  /// Prepares what all blocks of a head share: its queries, and the map that corrects keys.
   void fit_head() noexcept {
     const auto& plain = detail::plain(seen_);
     const index_t dims = seen_.head_dim(), rows = rows_.count(), count = rows_.window.rows;
@@ -162,17 +164,18 @@ class graded_head {
     }
   }
 
-  /// Fits one row for what each of the sizes [first, first + count) drops of the listed tokens,
-  /// from their bare logits, which are used up, and their rows. With a and S of the tokens that are
-  /// dropped, a being their mean attention, normalised: the value is sum a v, and the key is k0 =
-  /// sum a k moved to where its logits come near log sum exp S, in the ridge regression over all
-  /// rows. Sizes that drop nothing of the block leave nothing of use.
+  /// For each of the sizes [first, first + count), fits one stand-in for the listed tokens that the
+  /// size drops. Requires read_block; overwrites the bare logits. Over the dropped tokens, let a be
+  /// their attention, averaged over the rows and normalised; k and v their keys and values; S their
+  /// bare logits. The value is sum a v. The key is k0 = sum a k, moved so that its logits come near
+  /// log sum exp S, by ridge regression over all rows. A size that drops nothing of the block gets
+  /// an undefined stand-in.
   void fit_block(index_t first, index_t count) noexcept {
     constexpr auto most = static_cast<std::size_t>(chunk_tokens);
     const index_t rows = rows_.count(), block_stride = whole_registers(rule_.block);
     const index_t size_stride = whole_registers(count);
 
-    float attention[most];  // the mean over the rows
+    float attention[most];  // mean over the rows
     exponentiate_dropped(first, attention);
     std::fill_n(work_.weights, count * block_stride, 0.0f);
     std::fill_n(work_.dropped, listed_ * size_stride, 0.0f);
@@ -195,8 +198,7 @@ class graded_head {
     add_product({work_.weights, block_stride, 1}, {work_.value_rows, value_stride_}, count, listed_,
                 value_stride_, work_.values, value_stride_);
 
-    // By how much a key's logits are too large: where they are to be, and from there to what they
-    // are.
+    // How much a key's logits are too large: minus the wanted logits, then plus the actual ones.
     std::fill_n(work_.masses, rows * size_stride, 0.0f);
     add_product({work_.tile.values, stride_, 1}, {work_.dropped, size_stride}, rows, listed_,
                 size_stride, work_.masses, size_stride);
@@ -219,14 +221,15 @@ class graded_head {
                 work_.keys, key_stride_);
   }
 
-  /// Turns the bare logits of the listed tokens into exponentials, each row in a unit of its own,
-  /// nearly 0 for those that a size keeps; attention [listed token]: the mean over all rows.
+  /// Replaces the bare logits of the listed tokens by exponentials, each row with its own exponent.
+  /// They are nearly 0 for tokens that the size keeps. Writes to attention [listed token] the mean
+  /// over all rows.
   void exponentiate_dropped(index_t size, float* attention) noexcept {
     const index_t rows = rows_.count();
     const auto listed = static_cast<Eigen::Index>(listed_);
     Eigen::Map<Eigen::ArrayXf> sum(attention, listed);
     sum.setZero();
-    float hidden_of[static_cast<std::size_t>(chunk_tokens)];  // -inf where the size keeps a token
+    float hidden_of[static_cast<std::size_t>(chunk_tokens)];  // -inf if the size keeps the token
     for (index_t i = 0; i < listed_; ++i) {
       hidden_of[i] = drops(i, size) ? 0 : -std::numeric_limits<float>::infinity();
     }
@@ -244,11 +247,11 @@ class graded_head {
       const double share = detail::weight_of(exponent, row) / static_cast<double>(rows);
       sum += static_cast<float>(share) * Eigen::Map<const Eigen::ArrayXf>(values, listed);
     }
-    sum += 1e-12f;  // where no row looks all weigh the same
+    sum += 1e-12f;  // equal weights if no row attends to them
   }
 
-  /// Adds the attention of a row to what it sees of the listed tokens that a size drops. The others
-  /// may have larger logits than all that it sees: there is no unit for both.
+  /// Adds the attention of row r to the listed tokens that it sees and the size drops. The other
+  /// tokens may have larger logits than all of these, so no exponent serves both.
   void add_visible(index_t r, index_t size, const float* logits, float* attention) const noexcept {
     const double log_sum = rows_.normalisers[r].log_sum();
     const auto rows = static_cast<double>(rows_.count());
@@ -268,7 +271,7 @@ class graded_head {
   index_t stride_, key_stride_, value_stride_, row_stride_;
   index_t first_measured_, measured_;  // rows of each query head
   index_t measured_stride_;
-  index_t dropped_[max_sizes + 1] = {};  // tokens that a size drops
+  index_t dropped_[max_sizes + 1] = {};  // tokens that each size drops
   index_t listed_ = 0;
   position_t tokens_[static_cast<std::size_t>(chunk_tokens)];  // [listed_]
   grade levels_[static_cast<std::size_t>(chunk_tokens)];       // [listed_]

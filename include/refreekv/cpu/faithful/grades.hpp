@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes of a layer's cache on the CPU: which tokens each keeps, in one ranking of all KV heads, and
-// what share of the scores it loses.
+// Cache sizes of a layer on the CPU: the tokens that each size keeps, and the share of the scores
+// that it drops. Tokens are ranked over all KV heads or within each, depending on the scope.
 #pragma once
 
 #include "refreekv/cpu/faithful/importance.hpp"
@@ -8,8 +8,9 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Orders values [count] from large to small as far as that those at the places [first, last) of
-/// `limits` are right: place(i) ascends. O(count * log(last - first)) expected.
+/// Partially sorts values [begin, end) from large to small: the elements at place(i), for i in
+/// [first, last), are where a full sort would put them. Requires ascending place(i). O(count *
+/// log(last - first)) expected.
 template <class Place>
 void select_places(float* values, index_t begin, index_t end, index_t first, index_t last,
                    const Place& place) noexcept {
@@ -24,14 +25,15 @@ void select_places(float* values, index_t begin, index_t end, index_t first, ind
   }
 }
 
-/// The grade of each of a ranking's candidates, given in the order that decides between equals.
+/// Grades the candidates of one ranking. Requires a call of `next` for each candidate, in the order
+/// that decides between equals.
 class grader {
  public:
-  /// values: of all candidates, which are reordered.
+  /// values [count]: the scores of all candidates. Reorders them.
   grader(const importance_rule& rule, float* values, index_t count) noexcept : rule_(rule) {
     const auto place = [&](index_t i) { return rule.kept_by(i + 1, count) - 1; };
     select_places(values, 0, count, 0, rule.sizes, place);
-    index_t before = 0;  // those up to the place of the size before
+    index_t before = 0;  // candidates up to the place of the previous size
     for (index_t i = 0; i < rule.sizes; ++i) {
       const index_t end = place(i) + 1;
       const float value = values[end - 1];
@@ -55,15 +57,15 @@ class grader {
     const index_t rank = at->rank++;
     grade g = at->first;
     while (g < at->last && rank >= rule_.kept_by(g, count_)) ++g;
-    // Of equals the last ones may be beyond all sizes that end among them.
+    // The last of several equals may be beyond all sizes that end among them.
     return rank < rule_.kept_by(g, count_) ? g : static_cast<grade>(g + 1);
   }
 
  private:
   struct limit {
-    float value;  ///< the smallest that the sizes [first, last] keep
+    float value;  ///< the smallest value that sizes [first, last] keep
     grade first, last;
-    index_t rank;  ///< of the next one that equals it
+    index_t rank;  ///< rank of the next candidate that equals it
   };
 
   const importance_rule& rule_;
@@ -71,8 +73,8 @@ class grader {
   limit limit_[max_sizes];
 };
 
-/// Grades the tokens of one sequence, and leaves in lost [sizes + 1] the share of the candidates'
-/// scores that each size drops; NaN where they are all 0.
+/// Grades the tokens of one sequence. Writes to lost [sizes + 1] the share of the candidates'
+/// scores that each size drops; NaN if all scores are 0.
 template <class Layer>
 void grade_sequence(const importance_rule& rule, const Layer& layer, index_t s,
                     const scores_view<>& scores, const view<grade, 3>& grades, double* lost,
@@ -93,7 +95,7 @@ void grade_sequence(const importance_rule& rule, const Layer& layer, index_t s,
   std::fill_n(lost, rule.sizes + 1, 0.0);
   if (none) return;
 
-  const index_t together = rule.scope == cut_scope::kv_head ? kv_heads : 1;  // in one ranking
+  const index_t together = rule.scope == cut_scope::kv_head ? kv_heads : 1;  // heads in a ranking
   for (index_t head = 0; head < kv_heads; head += together) {
     const index_t count = (end - begin) * together;
     for (index_t h = 0; h < together; ++h) {
@@ -113,7 +115,7 @@ void grade_sequence(const importance_rule& rule, const Layer& layer, index_t s,
       for (index_t g = 0; g <= rule.sizes; ++g) lost[g] += sums[g];
     }
   }
-  // From the sums of grades to those of all larger ones.
+  // Converts the sum of each grade to the sum of all larger grades.
   double total = 0;
   for (index_t g = rule.sizes; g >= 0; --g) {
     const double own = lost[g];

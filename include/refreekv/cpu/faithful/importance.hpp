@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The faithful rule's scores on the CPU: what a token is worth to its layer.
+// Token scores of policy::faithful on the CPU: the importance of a token to its layer.
 #pragma once
 
 #include "refreekv/cpu/faithful/importance_rows.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Whether the queries of a KV head's rows are finite: a soft cap would hide one that is not.
+/// Returns whether the queries of a KV head's rows are finite. Logits do not show this, because a
+/// soft cap hides a query that is not.
 template <class Query, class Keys>
 [[nodiscard]] bool are_finite(const query_layer<Query, Keys>& layer, index_t sequence,
                               index_t kv_head, index_t rows) noexcept {
@@ -22,8 +23,8 @@ template <class Query, class Keys>
   return finite;
 }
 
-/// Reads the keys once: leaves the normaliser of each row, and in `anchor` the mean direction of
-/// the keys, of length 1, or 0 where they have none. Whether all rows have a softmax.
+/// Reads the keys once. Writes the normaliser of each row, and to `anchor` the mean direction of
+/// the keys: a vector of length 1, or 0 if there is none. Returns whether all rows have a softmax.
 template <class Layer, class Product>
 bool find_anchor(const Layer& layer, index_t sequence, index_t kv_head,
                  const head_rows<Product>& rows, const importance_scratch::weighing_parts& work,
@@ -74,7 +75,8 @@ bool find_anchor(const Layer& layer, index_t sequence, index_t kv_head,
   return exist;
 }
 
-/// Adds to spread [token] the standard deviation over the rows of each query head's bare logits.
+/// Adds to spread [token] the standard deviation of the bare logits over the rows, summed over
+/// query heads.
 inline void add_spread(const float* logits, index_t heads, index_t rows, index_t tokens,
                        float* spread) noexcept {
   using row = Eigen::Map<const Eigen::ArrayXf>;
@@ -84,7 +86,7 @@ inline void add_spread(const float* logits, index_t heads, index_t rows, index_t
   Eigen::Map<Eigen::ArrayXf> sum(sums, size), square(squares, size), result(spread, size);
   const float share = 1 / static_cast<float>(rows);
   for (index_t g = 0; g < heads; ++g) {
-    // Relative to the first row: squares of logits that lie close together would cancel.
+    // Relative to the first row, because squares of logits that lie close together would cancel.
     const row first(logits + g * rows * tile_stride, size);
     sum.setZero();
     square.setZero();
@@ -134,7 +136,7 @@ void weigh_tokens(const Executor& threads, const importance_rule& rule, const La
           }
 
           double peaks[most] = {};
-          for (index_t i = 0; i < rows.count(); ++i) {  // also of plain no row sees
+          for (index_t i = 0; i < rows.count(); ++i) {  // also for tokens that no row sees
             const float* logits = work.tile.values + i * tile_stride;
             undecided |= !Eigen::Map<const Eigen::ArrayXf>(logits, static_cast<Eigen::Index>(count))
                               .allFinite();
@@ -169,7 +171,7 @@ void weigh_tokens(const Executor& threads, const importance_rule& rule, const La
               });
         });
 
-        // One row has no spread: then all heads count the same.
+        // A single row has no spread. All heads then count the same.
         const double sigma =
             window.rows > 1
                 ? std::sqrt(squared_spread / static_cast<double>(typical.end - typical.begin))

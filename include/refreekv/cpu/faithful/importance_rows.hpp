@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the faithful rule's primitives read on the CPU: rows of a cache, and the rows of a window.
+// Inputs of policy::faithful's primitives on the CPU: rows of a cache, and the query rows of a
+// window.
 #pragma once
 
 #include "refreekv/backend/importance.hpp"
@@ -8,7 +9,7 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Writes a row of a cache as floats, to row [head_dim].
+/// Writes a row of a cache as floats to row [head_dim]; dim_stride is in elements.
 template <class T>
 void widen_row(const T* from, index_t dim_stride, index_t dims, float* row) noexcept {
   if (dim_stride == 1) {
@@ -18,8 +19,8 @@ void widen_row(const T* from, index_t dim_stride, index_t dims, float* row) noex
   }
 }
 
-/// Calls f(token, row as floats [head_dim]) for some tokens of one head, each in `row`, which is
-/// filled up with zeros to whole_registers.
+/// Calls f(token, row) for the `tokens` of one head. `row` holds the token's row [head_dim] as
+/// floats, followed by zeros up to whole_registers(head_dim).
 template <kv_source Source, class F>
 void for_each_row(const Source& source, index_t sequence, index_t kv_head, token_range tokens,
                   float* row, const F& f) noexcept {
@@ -34,18 +35,18 @@ void for_each_row(const Source& source, index_t sequence, index_t kv_head, token
   }
 }
 
-/// The length of a row of whole_registers, which is finite for any finite floats.
+/// Returns the length of a row of whole_registers(dims) floats. It is finite for all finite floats.
 [[nodiscard]] inline double length_of_row(const float* row, index_t dims) noexcept {
   return std::sqrt(wide_dot(row, row, dims));
 }
 
-/// How an observation's keys and queries are multiplied.
+/// The plain layer, and how its keys and queries are multiplied.
 template <class Layer>
 using observed_type = std::remove_cvref_t<decltype(detail::plain(std::declval<const Layer&>()))>;
 template <class Layer>
 using observed_product = product_of<observed_type<Layer>>;
 
-/// The rows that exist of one KV head's window, packed, and the attention of each.
+/// The existing query rows of one KV head's window, packed, with their normalisers.
 template <class Product>
 struct head_rows {
   query_window window;
@@ -54,7 +55,7 @@ struct head_rows {
 
   [[nodiscard]] index_t count() const noexcept { return queries.heads * window.rows; }
 
-  /// Fills the tile with the logits of a block as no mask and no position has changed them.
+  /// Writes the bare logits of a chunk to the tile: with the soft cap, but no mask and no position.
   template <class Key>
   void fill_bare_logits(const block_addresses<Key>& keys, const tile_scratch& tile,
                         index_t stride = tile_stride) const noexcept {
@@ -66,14 +67,14 @@ struct head_rows {
     }
   }
 
-  /// Turns bare logits [tokens] of row i into its attention.
+  /// Turns the bare logits [tokens] of row i into its attention.
   void attend(index_t i, token_range tokens, float* logits) const noexcept {
     attention_params<> params = queries.attention;
-    params.soft_cap = 0;  // is in the logits
+    params.soft_cap = 0;  // already in the bare logits
     const index_t q_head = queries.first_head + i / window.rows, count = tokens.end - tokens.begin;
     finish_logits(params, window, q_head, i % window.rows, tokens, logits);
     const row_normaliser& row = normalisers[i];
-    // A sink's logit may be so large that no token's is within reach of its unit.
+    // A sink's logit may be so large that no token's value is within reach of its exponent.
     if (std::abs(row.exponent) < exponent_limit && params.sink_logits.data() == nullptr) {
       attend_in_units(logits, count, row);
     } else {
@@ -88,7 +89,7 @@ struct head_rows {
     std::fill(logits + to, logits + count, 0.0f);
   }
 
-  /// Turns logits [whole registers] into attention, that of the row's largest times 2^-62 or more.
+  /// Turns logits [whole registers] into attention, at least 2^-62 times that of the row's largest.
   /// Requires |exponent| < exponent_limit.
   static void attend_in_units(float* logits, index_t count, const row_normaliser& row) noexcept {
     const lanes lowest = splat((row.exponent + lowest_power) * std::numbers::ln2_v<float>);
@@ -100,11 +101,11 @@ struct head_rows {
   }
 };
 
-/// What the primitives of the faithful rule work in.
+/// Scratch of policy::faithful's primitives.
 struct importance_scratch {
-  row_normaliser* normalisers;  ///< [sequence, q_head, rows]: left by the weighing for those after
+  row_normaliser* normalisers;  ///< [sequence, q_head, rows]: written by weigh_tokens
   double* errors;               ///< [sequence, kv_head, sizes + 1]; null without an error term
-  std::byte* memory;            ///< of each worker, or sorted scores [sequence, kv_head, capacity]
+  std::byte* memory;            ///< of all workers, or sorted scores [sequence, kv_head, capacity]
   index_t worker_bytes;
 
   struct weighing_parts {
@@ -138,7 +139,7 @@ struct importance_scratch {
     return carve_weighing(carve, rule, layer);
   }
 
-  /// The rows of a KV head that exist, which are packed.
+  /// Packs the existing rows of a KV head into `packed`, and returns them.
   template <class Layer>
   [[nodiscard]] auto pack_head(const importance_rule& rule, const Layer& layer, index_t sequence,
                                index_t kv_head, void* packed) const noexcept {
@@ -162,7 +163,7 @@ struct importance_scratch {
   }
 };
 
-/// Calls f(chunk, block of it, block after it) for the tokens that any row of a window sees.
+/// Calls f(chunk number, chunk, next chunk) for the tokens that any row of a window sees.
 template <class F>
 void for_each_chunk(const query_window& window, index_t sequence, index_t kv_head,
                     const F& f) noexcept {

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// How far outputs are from those of the whole cache at each size, on the CPU, and which size is
-// enough.
+// The output error of each size, relative to the whole cache, on the CPU; and the smallest size
+// that is enough.
 #pragma once
 
 #include "refreekv/cpu/faithful/graded_head.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// One KV head of which the error of each size is measured.
+/// One KV head whose error is measured at each size.
 template <class Layer>
 class measured_head : public graded_head<Layer> {
  public:
   using graded_head<Layer>::graded_head;
 
-  /// Into errors [sizes + 1] the relative error of each size's outputs, summed over the measured
-  /// rows.
+  /// Writes to errors [sizes + 1] the relative error of each size's outputs, summed over the
+  /// measured rows.
   void measure(double* errors) noexcept {
     const index_t sizes = rule_.sizes, measured = measured_rows(), parts = 2 * sizes + 1;
     std::fill_n(work_.outputs, parts * measured * value_stride_, 0.0f);
@@ -47,8 +47,8 @@ class measured_head : public graded_head<Layer> {
   using base::row_of, base::measured_rows, base::stands_in;
   using base::rule_, base::seen_, base::grades_, base::work_, base::rows_, base::listed_;
 
-  /// The attention that measured rows give to the stand-ins of a block, in units of the whole
-  /// cache's.
+  /// Writes the attention of the measured rows to a block's stand-ins, normalised by the softmax of
+  /// the whole cache.
   void attend_to_stand_ins() noexcept {
     const index_t measured = measured_rows(), sizes = rule_.sizes;
     const float cap = rows_.queries.attention.soft_cap;
@@ -68,7 +68,7 @@ class measured_head : public graded_head<Layer> {
     }
   }
 
-  /// Adds the output of a block's tokens to those of their grades.
+  /// Adds the contribution of a block's tokens to the outputs of their grades.
   void add_tokens() noexcept {
     const index_t measured = measured_rows();
     for (index_t g = 0; g <= rule_.sizes; ++g) {
@@ -86,8 +86,8 @@ class measured_head : public graded_head<Layer> {
     }
   }
 
-  /// Adds the output of a block's stand-ins to those of their sizes. Sizes have nothing in common:
-  /// of one that fits badly the attention may be so large that others would drown in it.
+  /// Adds the contribution of a block's stand-ins to the outputs of their sizes. Sizes do not share
+  /// a sum: a badly fitted stand-in may have so much attention that rounding would lose the others.
   void add_stand_ins() noexcept {
     for (index_t size = 0; size < rule_.sizes; ++size) {
       bool any = false;
@@ -98,7 +98,8 @@ class measured_head : public graded_head<Layer> {
     }
   }
 
-  /// attention: [measured row, row]; rows: [row, value_stride]
+  /// Adds attention [measured row, row] . rows [row, value_stride] to the outputs of a part, and
+  /// the attention of each measured row to its shares.
   void add_output(index_t part, const left_factor& attention, const float* rows,
                   index_t count) noexcept {
     const index_t measured = measured_rows();
@@ -119,7 +120,7 @@ class measured_head : public graded_head<Layer> {
       return Eigen::Map<Eigen::ArrayXf>(work_.outputs + (part * measured + e) * value_stride_,
                                         static_cast<Eigen::Index>(seen_.values.head_dim()));
     };
-    // From what a grade adds to what a size keeps.
+    // Converts the contribution of each grade to the sum over all tokens that a size keeps.
     for (index_t size = 1; size <= sizes; ++size) {
       for (index_t e = 0; e < measured; ++e) {
         output(size, e) += output(size - 1, e);
@@ -130,7 +131,7 @@ class measured_head : public graded_head<Layer> {
     std::fill_n(errors, sizes + 1, 0.0);
     for (index_t e = 0; e < measured; ++e) {
       const row_normaliser& row = rows_.normalisers[row_of(e)];
-      double sink = 0;  // what no token gets
+      double sink = 0;  // attention that no token receives
       if (sinks.data() != nullptr) {
         const auto logit = static_cast<double>(sinks(rows_.queries.first_head + e / measured_));
         sink = std::exp2(logit / std::numbers::ln2 - static_cast<double>(row.exponent)) / row.sum;
@@ -162,7 +163,7 @@ void find_sizes(const Executor& threads, const importance_rule& rule, const Laye
   if (rule.error_term) {
     for_each_head(threads, layer, attention_work(detail::plain(layer), rule.rows),
                   [&](int worker, index_t s, index_t h) {
-                    if (!(lost[s * steps] > 0)) return;  // all sizes are the same
+                    if (!(lost[s * steps] > 0)) return;  // all sizes are equal
                     measured_head<Layer>(rule, layer, s, h, scratch, worker, grades.at(s, h))
                         .measure(errors_of(s, h));
                   });

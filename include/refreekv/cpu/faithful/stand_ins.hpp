@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows in place of what a size drops, on the CPU: fitted, and written into a cache.
+// Stand-ins for dropped tokens on the CPU: fits them, and writes them into a cache.
 #pragma once
 
 #include "refreekv/cpu/faithful/size_errors.hpp"
@@ -51,7 +51,8 @@ void fit_stand_ins(const Executor& threads, const importance_rule& rule, const L
                 });
 }
 
-/// Writes rows [sequence, kv_head, stand_in, dim] beside what a compaction kept.
+/// Writes stand-ins, rows [sequence, kv_head, stand_in, dim], next to the tokens that a compaction
+/// kept. Rounds them to the source's type.
 template <class Executor, kv_source Source>
 void write_stand_ins(const Executor& threads, const Source& source,
                      const view<const kept_tokens, 2>& kept, const view<const float, 4>& rows,

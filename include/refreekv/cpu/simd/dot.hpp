@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Queries times keys for four tokens at a time, from rows anywhere in memory.
+// Dot products of queries with keys, four tokens at a time. Key rows may lie anywhere in memory.
 #pragma once
 
 #include <algorithm>
@@ -8,17 +8,17 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// How a register of each is multiplied. Queries are packed once, so that a key needs as little
-/// work as possible.
+/// How a register of query elements is multiplied with a register of key elements. Queries are
+/// packed once, so that a key needs as little work as possible.
 template <class Query, class Key>
 struct product {
   using packed = float;  ///< an element of a packed query
   using query_lanes = lanes;
   using key_lanes = lanes;
 
-  static constexpr index_t dims = lane_count;  ///< multiplied at a time
+  static constexpr index_t dims = lane_count;  ///< dimensions multiplied at a time
 
-  /// Where one of these dimensions of a query is packed.
+  /// Returns where dimension d, in [0, dims), of a query is packed.
   static constexpr index_t place(index_t d) noexcept { return d; }
   static packed pack(Query x) noexcept { return widen(x); }
 
@@ -40,8 +40,9 @@ struct product {
 
 #if defined(REFREEKV_VECTOR_LANES) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 
-/// bfloat16 is the upper half of a float: of 32 bits that hold two keys, one is widened by a shift
-/// and one by a mask, and queries are packed to match, the even dimensions before the odd ones.
+/// bfloat16 is the upper half of a float. Of 32 bits that hold two key elements, a shift widens one
+/// and a mask widens the other. Queries are packed to match: the even dimensions before the odd
+/// ones.
 template <class Query, bfloat16_element Key>
 struct product<Query, Key> {
   using packed = float;
@@ -75,22 +76,24 @@ struct product<Query, Key> {
 
 #endif
 
-/// Tokens and, at most, queries whose sums fit in the registers together.
+/// Tokens, and the largest number of query rows, of a tile. Their sums fit in the registers
+/// together.
 inline constexpr index_t tile_tokens = 4;
 inline constexpr index_t tile_rows = lane_registers / 8;
 
-/// Tokens of a tile whose keys are read side by side, so that a query is loaded once for all. The
-/// fewer they are, the more reading is like memory likes it best: one address after the other.
+/// Tokens of a tile whose keys are read side by side, so that a query is loaded once for all of
+/// them. Fewer interleaved tokens read memory more sequentially, which the prefetcher prefers.
 inline constexpr index_t tokens_abreast = lane_registers == 32 ? 2 : 4;
 
-/// Elements of a packed query: whole steps, the last one filled with zeros.
+/// Returns the elements of a packed query: head_dim rounded up to whole steps of `dims`. The last
+/// step is filled with zeros.
 template <class Product>
 constexpr index_t packed_dim(index_t head_dim) noexcept {
   return (head_dim + Product::dims - 1) / Product::dims * Product::dims;
 }
 
-/// Packs the query [head_dim] of one of `rows` rows into packed [rows, packed_dim], which holds
-/// tile_rows rows at a time, step by step: a tile reads it from end to end.
+/// Packs the query [head_dim] of one of `rows` rows into packed [rows, packed_dim]. Groups of
+/// tile_rows rows are interleaved step by step, so that a tile reads its group sequentially.
 template <class Product, class Query>
 void pack(const Query* query, index_t stride, index_t head_dim, index_t row, index_t rows,
           typename Product::packed* packed) noexcept {
@@ -104,37 +107,38 @@ void pack(const Query* query, index_t stride, index_t head_dim, index_t row, ind
   }
 }
 
-// The sums over the lanes of a tile's registers are found in three steps, the first two for each
-// row alone. b is where the second operand's lanes start.
+// The sums over the lanes of a tile's registers take three steps; the first two process each row
+// alone. In the shuffles, b is the first lane of the second operand.
 
-/// Of each group of four lanes: x0 + x2, y0 + y2, x1 + x3, y1 + y3.
+/// Returns for each group of four lanes: x0 + x2, y0 + y2, x1 + x3, y1 + y3.
 REFREEKV_ALWAYS_INLINE lanes sum_halves(const lanes& x, const lanes& y) noexcept {
   constexpr int b = lane_count;
   return shuffle(x, y, [](int i) { return i % 2 * b + i / 4 * 4 + i % 4 / 2; }) +
          shuffle(x, y, [](int i) { return i % 2 * b + i / 4 * 4 + i % 4 / 2 + 2; });
 }
 
-/// Of each group of four lanes, given sum_halves of tokens 0 and 1 and of 2 and 3: the sum of
-/// each token.
+/// Returns for each group of four lanes the sums of four tokens. Requires sum_halves of tokens 0
+/// and 1 in ab, and of tokens 2 and 3 in cd.
 REFREEKV_ALWAYS_INLINE lanes sum_quarters(const lanes& ab, const lanes& cd) noexcept {
   constexpr int b = lane_count;
   return shuffle(ab, cd, [](int i) { return i % 4 / 2 * b + i / 4 * 4 + i % 2; }) +
          shuffle(ab, cd, [](int i) { return i % 4 / 2 * b + i / 4 * 4 + i % 2 + 2; });
 }
 
-/// Adds neighbouring groups of four lanes, of x and then of y.
+/// Adds neighbouring groups of four lanes: first those of x, then those of y.
 REFREEKV_ALWAYS_INLINE lanes sum_neighbours(const lanes& x, const lanes& y) noexcept {
   return shuffle(x, y, [](int i) { return i / 4 * 8 + i % 4; }) +
          shuffle(x, y, [](int i) { return i / 4 * 8 + i % 4 + 4; });
 }
 
-/// Registers of results of a tile: each holds four tokens of some rows, row by row.
+/// Rows in a result register, and result registers of a tile. A register holds the four tokens of
+/// each of its rows, row by row.
 inline constexpr index_t rows_a_register = lane_count / tile_tokens;
 constexpr index_t result_registers(index_t rows) noexcept {
   return (rows + rows_a_register - 1) / rows_a_register;
 }
 
-/// Hands out the results of a tile, given sum_halves [row, pair of tokens]: take(i, register i).
+/// Calls take(i, register i) with the results of a tile. Requires sum_halves [row, pair of tokens].
 template <index_t rows, class Take>
 REFREEKV_ALWAYS_INLINE void reduce_tile(const lanes (&halves)[std::size_t{rows}][2],
                                         const Take& take) noexcept {
@@ -158,7 +162,7 @@ REFREEKV_ALWAYS_INLINE void reduce_tile(const lanes (&halves)[std::size_t{rows}]
   }(std::make_integer_sequence<index_t, result_registers(rows)>());
 }
 
-/// The last `dims` elements of a key, zeros after them.
+/// Loads the last `dims` elements of a key, followed by zeros.
 template <class Product, class Key>
 typename Product::key_lanes load_rest(const Key* key, index_t dims) noexcept {
   Key rest[static_cast<std::size_t>(Product::dims)];
@@ -167,7 +171,7 @@ typename Product::key_lanes load_rest(const Key* key, index_t dims) noexcept {
   return Product::load_key(rest);
 }
 
-/// Adds the products of some dimensions of the tokens abreast.
+/// Adds the products of `Product::dims` dimensions of the tokens read side by side.
 template <class Product, index_t rows>
 REFREEKV_ALWAYS_INLINE void add_products(
     const typename Product::packed* query,
@@ -181,8 +185,8 @@ REFREEKV_ALWAYS_INLINE void add_products(
   }
 }
 
-/// Where keys are, token by token, and which come later. A processor that is busy drops what it is
-/// asked to fetch, so keys are asked for twice.
+/// Addresses [token] of the current keys, and of keys to prefetch soon and later. Each key is
+/// prefetched twice, because a busy processor drops prefetches.
 template <class Key>
 struct key_addresses {
   const Key* const* now;
@@ -190,9 +194,9 @@ struct key_addresses {
   const Key* const* later;
 };
 
-/// queries [row, packed_dim] . keys [token, head_dim] for the rows of a tile: take(i, first, x)
-/// gets register i of the results for the four tokens from `first` on. Tokens, and their addresses,
-/// come in fours.
+/// Computes queries [row, packed_dim] . keys [token, head_dim] for the rows of a tile. Calls
+/// take(i, first, x) with result register i for the four tokens from `first` on. Processes tokens
+/// in fours: requires addresses for `count` rounded up to a multiple of four.
 template <class Product, index_t rows, class Key, class Take>
 REFREEKV_ALWAYS_INLINE void dot_rows(const typename Product::packed* queries,
                                      const key_addresses<Key>& keys, index_t count,
@@ -247,7 +251,7 @@ REFREEKV_ALWAYS_INLINE void dot_rows(const typename Product::packed* queries,
   }
 }
 
-/// Calls f(rows of a tile, first row, its packed queries) for the tiles that `rows` rows make.
+/// Calls f(rows of the tile, its first row, its packed queries) for each tile of `rows` rows.
 template <class Product, class F>
 void for_each_tile(const typename Product::packed* queries, index_t rows, index_t head_dim,
                    const F& f) noexcept {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// bfloat16 queries times bfloat16 keys with AVX512_BF16, which needs no widening.
+// Dot products of bfloat16 queries and keys with AVX512_BF16, without widening.
 #pragma once
 
 #include "refreekv/cpu/simd/dot.hpp"
@@ -9,7 +9,7 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Products of two bfloat16 are exact in float. The instruction takes denormals for zero.
+/// The product of two bfloat16 is exact in float. The instruction treats denormals as zero.
 template <bfloat16_element Query, bfloat16_element Key>
 struct product<Query, Key> {
   using packed = std::uint16_t;

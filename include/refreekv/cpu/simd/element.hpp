@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The element types of a cache on the CPU, and how they become floats.
+// The element types of a cache on the CPU, and their conversions to and from float.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +21,9 @@ concept bfloat16_element = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<
 template <class T>
 concept element = std::is_same_v<T, float> || half_element<T> || bfloat16_element<T>;
 
-/// Exact, NaN and Inf included, unless the engine treats denormals as zero. Written without
-/// branches and on integers: Eigen 3.4 does not vectorise its casts from half, compilers do
-/// vectorise this.
+/// Returns x as a float. Exact, also for NaN and Inf, unless the engine treats denormals as zero.
+/// Branch-free integer code, because compilers vectorise it; Eigen 3.4 does not vectorise its casts
+/// from half.
 template <element T>
 [[nodiscard]] inline float widen(T x) noexcept {
   if constexpr (bfloat16_element<T>) {
@@ -31,7 +31,7 @@ template <element T>
   } else if constexpr (half_element<T>) {
     const std::uint32_t bits = std::bit_cast<std::uint16_t>(x);
     const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
-    // 2^112 moves the exponent from half's bias to float's and makes subnormals normal.
+    // The factor 2^112 replaces half's exponent bias by float's, and makes subnormals normal.
     const auto finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
     const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
     return std::bit_cast<float>(finite | special | (bits & 0x8000u) << 16);
@@ -40,7 +40,7 @@ template <element T>
   }
 }
 
-/// The nearest value that there is, and the largest finite one of what is too large.
+/// Returns the value of T nearest to x. Saturates at the largest finite value.
 template <element T>
 [[nodiscard]] inline T narrow(float x) noexcept {
   if constexpr (bfloat16_element<T>) {
@@ -54,7 +54,7 @@ template <element T>
   }
 }
 
-/// `lane_count` elements from anywhere.
+/// Loads `lane_count` elements from any address.
 template <element T>
   requires(!std::is_same_v<T, float>)
 REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {

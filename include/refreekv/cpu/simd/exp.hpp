@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp of a vector register, in units of a power of two.
+// exp of a vector register, relative to a power of two.
 #pragma once
 
 #include <numbers>
@@ -8,21 +8,22 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Values below 2^lowest_power units are raised to that, 2e-19: the square of a smaller one would
-/// be denormal, which costs more than it weighs.
+/// Values below 2^lowest_power (2e-19), relative to 2^exponent, are raised to that. The square of a
+/// smaller value would be denormal: slow, and of negligible weight.
 inline constexpr float lowest_power = -62;
 
-/// Units of `exponential` are whole and less than this, either way.
+/// Exponents of `exponential` are whole numbers of magnitude below exponent_limit.
 inline constexpr float exponent_limit = 0x1p21f;
 
-/// exp(x) / 2^exponent where that is below 2^127, given exponent + integer_shift; NaN stays NaN.
-/// Requires x >= (exponent + lowest_power) ln 2, so that no result is denormal. Within 2 units in
-/// the last place for |exponent| up to 1000. Ours: x = n ln 2 + r, and on |r| <= ln 2 / 2 the
-/// polynomial of degree 6 that starts with 1 + r and has the smallest relative error, 3.1e-9.
+/// Returns exp(x) / 2^exponent where that is below 2^127; shifted_unit is exponent + integer_shift.
+/// NaN stays NaN. Requires x >= (exponent + lowest_power) ln 2, so that no result is denormal. The
+/// error is within 2 units in the last place for |exponent| up to 1000. Method (ours): x = n ln 2 +
+/// r, and on |r| <= ln 2 / 2 the polynomial of degree 6 that starts with 1 + r and has the smallest
+/// relative error, 3.1e-9.
 REFREEKV_ALWAYS_INLINE lanes exponential(const lanes& x, const lanes& shifted_unit) noexcept {
   const auto shifted = exactly<lanes>(x * std::numbers::log2e_v<float> + integer_shift);
   const lanes n = shifted - integer_shift;
-  // ln 2 in two parts: a multiple of the first by a whole number up to 2^14 is exact.
+  // ln 2 in two parts: the first times a whole number up to 2^14 is exact.
   auto r = exactly<lanes>(x - n * 0.693359375f);
   r = r + n * 2.12194440e-4f;
   lanes p = r * 1.381456968e-3f + 8.368730545e-3f;

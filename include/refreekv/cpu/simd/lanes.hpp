@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A vector register of floats: what the hot loops of the CPU are written in.
+// A vector register of floats: the type that the CPU's hot loops are written in.
 #pragma once
 
 #include <Eigen/Core>
@@ -12,7 +12,7 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Floats of a vector register, and the registers there are.
+/// Floats in a vector register, and the number of vector registers.
 #if defined(__AVX512F__)
 inline constexpr int lane_count = 16, lane_registers = 32;
 #elif defined(__AVX__)
@@ -23,8 +23,8 @@ inline constexpr int lane_count = 4, lane_registers = 32;
 inline constexpr int lane_count = 4, lane_registers = 16;
 #endif
 
-// GCC and clang have vectors in the language; elsewhere, where the processor has none, and with
-// REFREEKV_EIGEN_LANES, the same operators are Eigen's.
+// GCC and clang have vector types in the language. Eigen provides the same operators for other
+// compilers, for processors without vectors, and with REFREEKV_EIGEN_LANES.
 #if defined(__GNUC__) && !defined(REFREEKV_EIGEN_LANES) && !(defined(__i386__) && !defined(__SSE__))
 #define REFREEKV_VECTOR_LANES 1
 #define REFREEKV_ALWAYS_INLINE [[gnu::always_inline]] inline
@@ -36,11 +36,11 @@ using wide_lanes = double __attribute__((vector_size(lane_count * 4)));
 
 REFREEKV_ALWAYS_INLINE lanes splat(float x) noexcept { return x - lanes{}; }
 
-/// The larger of each pair, x where they do not compare.
+/// Returns the larger of each pair; x where the two do not compare.
 REFREEKV_ALWAYS_INLINE lanes larger(lanes x, lanes y) noexcept { return x < y ? y : x; }
 
-/// 2^(a - b) where that is a normal number, of whole numbers to which integer_shift was added; else
-/// anything but a trap.
+/// Returns 2^(a - b) where that is a normal number, and otherwise any value, without a trap.
+/// Requires whole numbers to which integer_shift was added.
 REFREEKV_ALWAYS_INLINE lanes two_to_the_difference(lanes a, lanes b) noexcept {
   return std::bit_cast<lanes>((std::bit_cast<lane_bits>(a) - std::bit_cast<lane_bits>(b) + 127u)
                               << 23);
@@ -57,7 +57,7 @@ REFREEKV_ALWAYS_INLINE lanes shuffle_lanes(lanes a, lanes b, Index index,
 #endif
 }
 
-/// Lane i is lane index(i) of a and b in a row.
+/// Returns lanes of a and b in any order: lane i is lane index(i) of a followed by b.
 template <class Index>
 REFREEKV_ALWAYS_INLINE lanes shuffle(lanes a, lanes b, Index index) noexcept {
   return shuffle_lanes(a, b, index, std::make_index_sequence<lane_count>());
@@ -95,7 +95,7 @@ REFREEKV_ALWAYS_INLINE lanes shuffle(const lanes& a, const lanes& b, Index index
 
 #endif
 
-/// Added to a number below 2^22, this rounds it to an integer, which then fills the lowest bits.
+/// Adding this to a number below 2^22 rounds it to an integer, which then fills the lowest bits.
 inline constexpr float integer_shift = 12582912;  // 1.5 * 2^23
 
 REFREEKV_ALWAYS_INLINE lanes load(const float* data) noexcept {
@@ -107,7 +107,7 @@ REFREEKV_ALWAYS_INLINE void store(const lanes& x, float* data) noexcept {
   std::memcpy(data, &x, sizeof x);
 }
 
-/// Half as many floats, as doubles: Eigen 3.4 does not vectorise this cast.
+/// Loads lane_count / 2 floats as doubles. Eigen 3.4 does not vectorise this cast.
 REFREEKV_ALWAYS_INLINE wide_lanes load_wide(const float* data) noexcept {
 #if defined(REFREEKV_VECTOR_LANES)
   using half_lanes = float __attribute__((vector_size(lane_count * 2)));
@@ -127,7 +127,7 @@ REFREEKV_ALWAYS_INLINE void store(const wide_lanes& x, double* data) noexcept {
   std::memcpy(data, &x, sizeof x);
 }
 
-/// Makes the compiler keep x in a register: GCC would read it from memory at each of its uses.
+/// Makes the compiler keep x in a register. GCC would otherwise read it from memory at each use.
 template <class Register>
 REFREEKV_ALWAYS_INLINE void keep([[maybe_unused]] Register& x) noexcept {
 #if defined(REFREEKV_VECTOR_LANES) && defined(__x86_64__)
@@ -137,9 +137,10 @@ REFREEKV_ALWAYS_INLINE void keep([[maybe_unused]] Register& x) noexcept {
 #endif
 }
 
-/// x, rounded, and hidden from the compiler: flags that let it reassociate, such as
-/// -funsafe-math-optimizations, would merge what is done before and after, and x87 would not round.
-/// GCC says when they are on; where they are not it may see x, which saves it 5 % of a scan.
+/// Returns x, rounded and hidden from the compiler. Flags that allow reassociation, such as
+/// -funsafe-math-optimizations, would otherwise merge the operations before and after, and x87
+/// would not round. GCC reports when these flags are on. When they are off, x is not hidden from
+/// GCC, which saves 5 % of a scan.
 template <class T>
 [[nodiscard]] REFREEKV_ALWAYS_INLINE T exactly(T x) noexcept {
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
@@ -154,14 +155,14 @@ template <class T>
   return x;
 }
 
-/// Fetches the cache line at `address` into the second-level cache.
+/// Prefetches the cache line at `address` into the second-level cache.
 REFREEKV_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) noexcept {
 #if defined(__GNUC__)
   __builtin_prefetch(address, 0, 2);
 #endif
 }
 
-/// f over all lanes in a tree.
+/// Folds all lanes in a tree.
 template <class Fold>
 REFREEKV_ALWAYS_INLINE float across(lanes x, Fold fold) noexcept {
   if constexpr (lane_count == 16) x = fold(x, shuffle(x, x, [](int i) { return i ^ 8; }));

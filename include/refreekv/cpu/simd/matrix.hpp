@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A product of small matrices that needs no memory of its own: Eigen's packs its operands, on the
-// stack or, where they are large, on the heap.
+// Small matrix products without memory of their own. Eigen's product packs its operands on the
+// stack, or on the heap if they are large.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +10,10 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Elements that hold `count` floats in whole registers of any target.
+/// Returns `count` rounded up to whole registers of any target: a multiple of 16 floats.
 constexpr index_t whole_registers(index_t count) noexcept { return (count + 15) / 16 * 16; }
 
-/// The sum of products of two rows of whole_registers(dims), in double.
+/// Returns the dot product of two rows of whole_registers(dims) elements, in double.
 template <class Other>
 [[nodiscard]] inline double wide_dot(const float* row, const Other* other, index_t dims) noexcept {
   constexpr index_t step = lane_count / 2;
@@ -29,20 +29,21 @@ template <class Other>
   return sum;
 }
 
-/// A factor of which single elements are read.
+/// The left matrix of a product; its elements are read one by one.
 struct left_factor {
   const float* data;
   index_t row_stride, column_stride;
 };
 
-/// Rows of whole_registers of floats, of which all are read.
+/// The right matrix of a product; its rows hold whole_registers(columns) floats, and all are read.
 struct right_factor {
   const float* data;
   index_t row_stride;
 };
 
-/// sums [rows, columns] += left [rows, depth] . right [depth, columns], where `columns` stands for
-/// as many as whole_registers of them. The order of additions is that of the depth.
+/// Adds a product: sums [rows, columns] += left [rows, depth] . right [depth, columns]. Requires
+/// rows of `right` and `sums` that hold whole_registers(columns) floats. Adds in the order of the
+/// depth.
 template <int rows_together>
 REFREEKV_ALWAYS_INLINE void add_product_rows(const left_factor& left, const right_factor& right,
                                              index_t depth, index_t columns, float* sums,
@@ -74,14 +75,14 @@ inline void add_product(left_factor left, const right_factor& right, index_t row
   }
 }
 
-/// Columns of a map that are solved for together.
+/// Columns of a map that fit_map solves for together.
 inline constexpr int map_columns = 32;
 
-/// The map by which a ridge regression finds how a key has to change from how much too large its
-/// logits are. x [row, dims], with dim_stride floats between rows, becomes -(X^T X + ridge *
-/// tr(X^T X) / dims * I)^-1 x, row by row; 0 where X is. normal: [dims, dims]; solved: [dims,
-/// map_columns]. O((rows + dims) * dims^2), in double: the quotient of the largest and the smallest
-/// eigenvalue is up to dims / ridge.
+/// Writes the map of a ridge regression: from how much too large a key's logits are to how the key
+/// must change. Replaces each row of X = x [row, dims], with dim_stride floats between rows, by
+/// -(X^T X + ridge * tr(X^T X) / dims * I)^-1 times that row. Writes 0 if X is 0 or not finite.
+/// Scratch: normal [dims, dims], solved [dims, map_columns]. O((rows + dims) * dims^2). Computes in
+/// double, because the largest eigenvalue is up to dims / ridge times the smallest.
 inline void fit_map(float* x, index_t rows, index_t dims, index_t dim_stride, double ridge,
                     double* normal, double* solved) noexcept {
   const auto vector = [](double* data, index_t count) {
@@ -100,7 +101,7 @@ inline void fit_map(float* x, index_t rows, index_t dims, index_t dim_stride, do
     std::fill_n(x, rows * dim_stride, 0.0f);
     return;
   }
-  // Cholesky's factor takes the place of the matrix, row by row.
+  // The Cholesky factor overwrites the matrix, row by row.
   for (index_t i = 0; i < dims; ++i) {
     double* row = normal + i * dims;
     row[i] += ridge * trace / static_cast<double>(dims);

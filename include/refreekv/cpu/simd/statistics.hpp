@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From logits to the statistics of a chunk: of a stored row, or of a tile in passing.
+// Turns logits into chunk statistics, from a stored row or on the fly from a register tile.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Makes the logits [count] of one row whole registers, of which the last are -inf, and returns the
-/// unit of their values: the power of two that is nearest to the largest. O(count).
+/// Pads the logits [count] of one row with -inf to whole registers. Returns the exponent of their
+/// values: that of the power of two nearest to the largest. O(count).
 inline float exponent_of(float* logits, index_t count) noexcept {
   constexpr float none = -std::numeric_limits<float>::infinity();
   const index_t padded = (count + lane_count - 1) / lane_count * lane_count;
@@ -24,14 +24,15 @@ inline float exponent_of(float* logits, index_t count) noexcept {
   const float peak = largest_of(largest);
   const float exponent = std::rint(peak * std::numbers::log2e_v<float>);
   if (peak > none && !(std::abs(exponent) < exponent_limit)) {
-    // Logits without digits after the point. Relative to their peak they are exact.
+    // Logits this large have no fractional digits. Relative to their peak they are exact.
     for (index_t t = 0; t < count; ++t) logits[t] -= peak;
   }
   return exponent;
 }
 
-/// Turns logits into values exp(logit) / 2^exponent: nearly 0 where a logit is -inf, NaN where it
-/// is NaN or +Inf. After exponent_of. O(count).
+/// Turns logits [count] into values exp(logit) / 2^exponent, and returns their statistics. A value
+/// is nearly 0 for a logit of -inf, and NaN for NaN or +Inf. Requires logits padded by exponent_of.
+/// O(count).
 inline chunk_statistics exponentiate(float* values, index_t count, float exponent) noexcept {
   const float local = std::abs(exponent) < exponent_limit ? exponent : 0;
   const lanes lowest = splat((local + lowest_power) * std::numbers::ln2_v<float>);
@@ -46,30 +47,31 @@ inline chunk_statistics exponentiate(float* values, index_t count, float exponen
   return {exponent, sum_of(sum), sum_of(sum_squares)};
 }
 
-/// The statistics of a register of results, four tokens of each row at a time, without a look back:
-/// units are those of the first four, and values above 2^highest_power of them do not fit.
+/// Statistics of a register of results, with four tokens of each row at a time, in one pass. The
+/// first four tokens set the exponents. Values above 2^highest_power relative to these do not fit.
 class running_statistics {
  public:
   static constexpr float highest_power = 50;
 
-  /// The first logits.
+  /// Adds the first logits, which set the exponents.
   REFREEKV_ALWAYS_INLINE void start(const lanes& x) noexcept {
     const auto fold = [](const lanes& y, auto swapped) {
       return larger(y, shuffle(y, y, swapped));
     };
     largest_ = fold(fold(x, [](int i) { return i ^ 1; }), [](int i) { return i ^ 2; });
-    // Whole numbers, or beyond the limits that `finish` looks at.
+    // Whole numbers, or outside the limits that `finish` checks.
     shifted_exponent_ = exactly<lanes>(largest_ * std::numbers::log2e_v<float> + integer_shift);
     lowest_ = (shifted_exponent_ - integer_shift + lowest_power) * std::numbers::ln2_v<float>;
     pending_ = x;
   }
-  /// All others. What is added waits for the next call: its exponentials have the time that the
-  /// sums of the next tile take, and do not stand in their way.
+  /// Adds further logits. x is processed at the next call: its exponentials then overlap with the
+  /// sums of the next tile, and do not delay them.
   REFREEKV_ALWAYS_INLINE void add(const lanes& x) noexcept {
     add_pending();
     pending_ = x;
   }
-  /// Writes the statistics of `rows` rows; false where they have to be found another way.
+  /// Writes the statistics of `rows` rows. Returns false if an exponent reaches exponent_limit or a
+  /// value 2^highest_power; the statistics must then be found another way.
   bool finish(index_t rows, chunk_statistics* statistics) noexcept {
     add_pending();
     for (index_t r = 0; r < rows; ++r) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instruction set that a file is compiled for, as a name: REFREEKV_TARGET.
+// REFREEKV_TARGET: the name of the instruction set that a file is compiled for.
 //
-// What depends on it is in an inline namespace of that name, so that objects of one program that
-// are compiled for different ones each have their own, where a linker would take the first for all.
+// Code that depends on the instruction set is in an inline namespace of that name. Objects of one
+// program that are compiled for different instruction sets then each have their own functions.
+// Otherwise a linker would use the first definition for all.
 #pragma once
 
 #if defined(__AVX512F__)
