@@ -60,8 +60,8 @@ REFREEKV_DEVICE void keep_tokens(const Block& block, const kept_positions<Memory
                                    undecided};
   }
 }
-/// Keeps all tokens of every head.
 
+/// Keeps all tokens of every head.
 template <class Layer>
 struct keep_all_body {
   struct shared {};

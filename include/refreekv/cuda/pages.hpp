@@ -30,12 +30,12 @@ template <class T, class Memory>
                                                         index_t item) noexcept {
   const index_t tokens = mask.extent(2), tiles = mask_tiles(tokens);
   const index_t sequence = item / tiles / mask.extent(1), group = item / tiles % mask.extent(1);
-  /// Range decisions: writes one mask tile. An item is a tile.
   const index_t begin = item % tiles * mask_tokens;
   const index_t end = tokens - begin < mask_tokens ? tokens : begin + mask_tokens;
   return {sequence, group, begin, end, mask.at(sequence, group)};
 }
 
+/// Range decisions: writes one mask tile. An item is a tile.
 template <class T, class Memory>
 struct range_masks_body {
   struct shared {};
@@ -51,11 +51,11 @@ struct range_masks_body {
     const kept_range k = kept(tile.sequence, tile.group);
     for (index_t t = tile.begin + block.rank(); t < tile.end; t += block_threads) {
       tile.row[t] = t < k.tokens && k.keeps(t) ? keep : drop;
-    /// Position decisions: writes one mask tile. An item is a tile.
     }
   }
 };
 
+/// Position decisions: writes one mask tile. An item is a tile.
 template <class T, class Memory>
 struct position_masks_body {
   struct shared {};
