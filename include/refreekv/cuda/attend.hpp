@@ -13,7 +13,7 @@ inline constexpr int row_registers = 8;
 template <class Query, class Keys>
 inline constexpr int row_registers<query_layer<Query, Keys>> = key_reader<Keys>::width;
 
-/// most_rows: rows of a tile for which registers suffice. few_rows: the same for a body that goes
+/// most_rows: rows of a tile for which registers suffice. few_rows: likewise, for a body that goes
 /// on to work with the values.
 template <class Layer>
 inline constexpr int most_rows = row_registers<Layer> > 8 ? 4 : 8;

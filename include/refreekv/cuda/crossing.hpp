@@ -122,7 +122,7 @@ struct crossing_body {
   }
 };
 
-/// Sums norms over the KV heads of each group, and takes the largest mass. Writes chunk_norms and
+/// For the KV heads of each group, sums norms and finds the largest mass. Writes chunk_norms and
 /// chunk_masses, both [sequence, group, chunk_tokens].
 template <class Layer>
 struct join_heads_body {

@@ -144,8 +144,8 @@ struct weigh_parts_body {
   }
 };
 
-/// Finds the last digit and each part's limit. Also counts what the part keeps, if no other row
-/// takes part in that (group 1).
+/// Finds the last digit and each part's limit. Also counts what the part keeps, if each KV head has
+/// one row (group 1).
 template <class Bins, class Memory>
 struct part_limits_body {
   using shared = limit_memory<Bins>;

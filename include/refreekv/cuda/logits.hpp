@@ -109,7 +109,7 @@ REFREEKV_DEVICE void copy_words(Block& block, Slot& to, const char* from, unsign
   }
 }
 
-/// Writes q.k to the tile's values [row, token]. The caller must sync before reading them. Place:
+/// Writes q.k to the tile's values [row, token]. Requires a sync before they are read. Place:
 /// tile_place, or a type with its members. O(Rows * tokens * head_dim)
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys, class Place>
 REFREEKV_DEVICE void multiply(Block& block, tile<query_layer<Query, Keys>, Rows>& s,

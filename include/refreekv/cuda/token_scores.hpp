@@ -13,7 +13,8 @@ namespace refreekv::inline v0::cuda_detail {
 inline constexpr index_t block_rows = 128;
 
 /// Scratch of the attention primitives. For each query head of each sequence it has 16 bytes for
-/// each row (normalisers) and 12 bytes for each chunk of a block of rows (statistics).
+/// each row (normalisers). For one block of rows it has 12 bytes for each row and chunk
+/// (statistics).
 struct attention_scratch {
   index_t window;                ///< rows of the longest sequence
   index_t rows;                  ///< rows of each query head in one block of rows

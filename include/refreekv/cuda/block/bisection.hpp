@@ -18,8 +18,8 @@ struct bisection_memory {
   warp_values<double> sums;
 };
 
-/// Returns the limit of the values that Twilight's published kernel (arXiv 2502.02770) selects:
-/// those above a threshold, which it finds by bisection from the first value. Requires values >= 0
+/// Returns the limit of the values that Twilight's published kernel (arXiv 2502.02770) selects: the
+/// values above a threshold, which it finds by bisection from the first value. Requires values >= 0
 /// with a sum of 1 / part. O(count / threads) per step of the bisection
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE value_limit limit_of_bisection(Block& block, bisection_memory& s,

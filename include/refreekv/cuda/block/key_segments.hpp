@@ -51,7 +51,7 @@ struct key_segments {
   }
 
  private:
-  /// Returns the number of bits of the numbers below `count`.
+  /// Returns how many bits the numbers below `count` need.
   [[nodiscard]] static int bits_of(index_t count) noexcept {
     return count > 1 ? static_cast<int>(std::bit_width(static_cast<std::uint64_t>(count - 1))) : 0;
   }

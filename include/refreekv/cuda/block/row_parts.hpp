@@ -24,7 +24,7 @@ struct row_parts {
     return {rows, parts < most ? parts : most};
   }
 
-  /// As `of`, but for chunks of keys, with at least 32 parts. A chunk takes a block 10 us, so a
+  /// As `of`, but for chunks of keys, with at least 32 parts. A block reads a chunk in 10 us, so a
   /// block with many chunks finishes late even where the rows fill the device. A block without
   /// chunks costs the device 3 ns. (a model of an H100, not confirmed on a device)
   [[nodiscard]] static constexpr row_parts of_chunks(index_t rows, index_t chunks) noexcept {
@@ -37,9 +37,8 @@ struct row_parts {
 /// Cuts rows of values whose lengths are known on the device only, for work in steps. Each step is
 /// a launch, since blocks of a row do not see each other's results within one launch.
 struct row_cut {
-  static constexpr index_t read_at_once =
-      2048;                                  ///< values read by a block at once: see tile_values
-  static constexpr index_t most_parts = 32;  ///< each block sums the results of all parts of a row
+  static constexpr index_t read_at_once = 2048;  ///< values, by one block: see tile_values
+  static constexpr index_t most_parts = 32;      ///< each block sums the results of all parts
 
   /// The most parts of a row, at most block_threads; 1: one block processes the whole row.
   index_t parts;
@@ -47,7 +46,7 @@ struct row_cut {
 
   /// Chooses the parts by a model that is not confirmed on a device. A block reads 2,048 values in
   /// 1 us, which is the latency of its loads. 512 such blocks reach a device's bandwidth, and a
-  /// launch takes 3.5 us. A step over parts costs one more launch, and saves the other parts' share
+  /// launch costs 3.5 us. A step over parts costs one more launch, and saves the other parts' share
   /// of reading the row.
   [[nodiscard]] static constexpr row_cut of(index_t rows, index_t capacity,
                                             index_t most = most_parts) noexcept {

@@ -87,8 +87,8 @@ struct count_bins_of {
   REFREEKV_DEVICE void add(Block& block, shared& s, std::uint32_t bin, float) const noexcept {
     block.add(s.counts[bin], 1u);
   }
-  /// values_of: how many values, all equal to `value`, weigh w. values_for: the
-  /// fewest that weigh at least w.
+  /// values_of: how many values, all equal to `value`, weigh w. values_for: the fewest that weigh
+  /// at least w.
   [[nodiscard]] REFREEKV_DEVICE static index_t values_of(weight w, float) noexcept {
     return static_cast<index_t>(w);
   }
@@ -194,7 +194,7 @@ struct descent_digits {
   }
 };
 
-/// Weighs those of the row's first `count` values that share the digits found before this one.
+/// Weighs the values, of the row's first `count`, that share the digits found before this one.
 /// Returns the weight of a bin to the first of its threads, 0 to the others. O(count / threads)
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE typename Bins::weight weigh(Block& block, limit_memory<Bins>& s,
@@ -214,7 +214,7 @@ template <class Bins, thread_block Block>
 }
 
 /// Returns `end` with one more digit. own: the whole row's weight of the thread's bin, as `weigh`
-/// returns it. Requires a needed weight, and a value of non-zero weight.
+/// returns it. Requires end.needed > 0, and a value of non-zero weight.
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE descent_end<typename Bins::weight> descended(
     Block& block, limit_memory<Bins>& s, descent_end<typename Bins::weight> end,

@@ -74,7 +74,7 @@ template <class Key>
                                                   segment_end{segments.capacity, lengths + first}),
                   segments.first_bit(), segments.last_bit(), stream);
     if (error != cudaSuccess) return error;
-    // The same for all segments: each call does the same number of passes.
+    // All calls do the same number of passes, so all results are in the same array.
     keys = buffers.selector == 0 ? from : to;
     spare = buffers.selector == 0 ? to : from;
   }
