@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of a tile of rows to a chunk, in units of each row's own.
+// Unnormalised attention of a tile of rows to a chunk; each row has its own power-of-two scale.
 #pragma once
 
 #include "refreekv/cuda/block/row_parts.hpp"
@@ -7,30 +7,31 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Registers of a thread that a row of its tile takes: those of its part of a query.
+/// Registers per thread that one row of a tile occupies: the thread's part of the query.
 template <class Layer>
 inline constexpr int row_registers = 8;
 template <class Query, class Keys>
 inline constexpr int row_registers<query_layer<Query, Keys>> = key_reader<Keys>::width;
 
-/// The most rows of a tile that registers have room for, and those in a body that goes on working
-/// with values.
+/// most_rows: rows of a tile for which registers suffice. few_rows: likewise, for a body that goes
+/// on to work with the values.
 template <class Layer>
 inline constexpr int most_rows = row_registers<Layer> > 8 ? 4 : 8;
 template <class Layer>
 inline constexpr int few_rows = most_rows<Layer> / 2;
 
-/// Whether a tile's values are left for others to read.
+/// What `attend` writes: statistics only, or the tile's values, too.
 enum class leaves { statistics, values };
 
-/// exp(x) / 2^exponent, for a whole unit up to 2^21. NaN stays NaN.
+/// Returns exp(x) / 2^exponent. Requires a whole exponent of magnitude up to 2^21. NaN stays NaN.
 [[nodiscard]] REFREEKV_DEVICE float exponential(float x, float exponent) noexcept {
-  // ln 2 in two parts: a multiple of the first by a whole number up to 2^14 is exact.
+  // ln 2 in two parts: the first, times a whole number up to 2^14, is exact.
   const float r = x - exponent * 0.693359375f;
   return std::exp(r + exponent * 2.12194440e-4f);
 }
 
-/// Logits become values; one warp, which owns the row.
+/// Turns a row's logits into values and returns their statistics. Called by one warp, which owns
+/// the row. O(count / warp_threads)
 template <leaves Leaves, thread_block Block, class Query, class Keys>
 [[nodiscard]] REFREEKV_DEVICE chunk_statistics to_values(Block& block,
                                                          const query_layer<Query, Keys>&,
@@ -40,7 +41,7 @@ template <leaves Leaves, thread_block Block, class Query, class Keys>
   for (int t = lane_of(block); t < count; t += warp_threads) peak = larger{}(peak, row[t]);
   peak = block.warp_reduce(peak, larger{});
   const float exponent = std::rint(peak * log2e);
-  // Logits without digits after the point are exact relative to their peak.
+  // Logits this large have no fractional digits: they are exact relative to their peak.
   const bool exact = std::fabs(exponent) < 0x1p21f;
   const float origin = exact || peak == -infinity ? 0 : peak;
   for (int t = lane_of(block); t < count; t += warp_threads) {
@@ -52,7 +53,7 @@ template <leaves Leaves, thread_block Block, class Query, class Keys>
   return {exponent, block.warp_reduce(sum, plus{}), block.warp_reduce(sum_squares, plus{})};
 }
 
-/// The same for ready rows: values are attention / 2^exponent.
+/// As above, but for ready rows: values are attention / 2^exponent.
 template <leaves Leaves, thread_block Block, class Row, class Memory>
 [[nodiscard]] REFREEKV_DEVICE chunk_statistics to_values(Block& block,
                                                          const row_layer<Row, Memory>&, float* row,
@@ -70,12 +71,12 @@ template <leaves Leaves, thread_block Block, class Row, class Memory>
     if constexpr (Leaves == leaves::values) row[t] = value;
   }
   sum = block.warp_reduce(sum, plus{});
-  // Not where there is NaN: it has no peak.
+  // Tests the sum, not the peak: a row of NaN has no peak.
   return {sum == 0 ? -infinity : exponent, sum, block.warp_reduce(sum_squares, plus{})};
 }
 
-/// Fills a tile with its rows' values, if they are asked for, and their statistics. Requires a
-/// token. The block's threads are in step afterwards. O(rows of the tile * tokens * head_dim)
+/// Writes the statistics of a tile's rows and, if asked for, their values. Requires at least one
+/// token. Synchronises the block at the end. O(rows of the tile * tokens * head_dim)
 template <leaves Leaves, int Lanes, int Rows, thread_block Block, class Layer>
 REFREEKV_DEVICE void attend(Block& block, tile<Layer, Rows>& s, const Layer& layer, index_t rows,
                             const tile_place& at) noexcept {
@@ -87,8 +88,7 @@ REFREEKV_DEVICE void attend(Block& block, tile<Layer, Rows>& s, const Layer& lay
   block.sync();
 }
 
-/// Sets a tile's units to f(i), which a warp each finds. The block's threads are in step
-/// afterwards.
+/// Sets weights[i] of a tile to f(i), which one warp computes. Synchronises the block at the end.
 template <int Rows, thread_block Block, class F>
 REFREEKV_DEVICE void set_weights(Block& block, tile_rows<Rows>& s, const F& f) noexcept {
   for (int i = warp_of(block); i < Rows; i += block_warps) {
@@ -105,8 +105,8 @@ REFREEKV_DEVICE void set_weights(Block& block, tile_rows<Rows>& s, const F& f) n
   return tokens.begin >= hull.end || tokens.end <= hull.begin;
 }
 
-/// Calls f(chunk, tokens) for the chunks of a sequence that are a part's turn. The length is read
-/// again for each: a register more would be one too many.
+/// Calls f(chunk, tokens) for chunks part, part + parts, ... of a sequence. Reads the length again
+/// for each chunk, because there is no register to keep it.
 template <class Layer, class F>
 REFREEKV_DEVICE void for_each_chunk(const Layer& layer, index_t sequence, index_t sinks,
                                     index_t part, index_t parts, const F& f) noexcept {
@@ -117,33 +117,34 @@ REFREEKV_DEVICE void for_each_chunk(const Layer& layer, index_t sequence, index_
   }
 }
 
-/// How many tiles hold all rows of a KV head.
+/// Returns how many tiles hold all rows of a KV head.
 template <int Rows>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t row_tiles(index_t rows) noexcept {
   return (rows + Rows - 1) / Rows;
 }
 
-/// Leaves statistics [sequence, q_head, rows, chunk] of some rows of the window; of a shard zeros
-/// wherever it has no chunk.
+/// Writes statistics [sequence, q_head, rows, chunk] of some rows of the window. On a shard, chunks
+/// of other ranks are written as zeros.
 template <class Layer, int Rows, int Lanes>
 struct statistics_body {
   struct shared {
     cuda_detail::tile<Layer, Rows> tile;
   };
-  /// As many as there are registers for, without a spill of queries.
+  /// As many blocks as registers allow without spilling queries.
   static constexpr int resident_blocks = Rows * row_registers<Layer> <= 8    ? 4
                                          : Rows * row_registers<Layer> <= 32 ? 3
                                                                              : 2;
 
   Layer layer;
-  index_t window;     ///< rows of it
-  index_t row, rows;  ///< [row, row + rows) of them are read
-  index_t sinks;      ///< which have chunks of their own
-  index_t chunks;     ///< of the longest sequence
+  index_t window;     ///< number of rows of the window
+  index_t row, rows;  ///< rows [row, row + rows) of the window are read
+  index_t sinks;      ///< sinks have chunks of their own
+  index_t chunks;     ///< chunks of the longest sequence
   row_parts cut;      ///< of the chunks of a tile
   chunk_statistics* statistics;
 
-  /// item: [sequence, part, kv_head, tile], so that tiles of one chunk find its keys in the cache.
+  /// item: [sequence, part, kv_head, tile]. Tiles of one chunk are neighbours and share its keys in
+  /// the cache.
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const index_t kv_heads = layer.kv_heads();
@@ -154,7 +155,7 @@ struct statistics_body {
     const int kv_head = narrow(item % kv_heads), part = narrow(item / kv_heads % cut.parts);
     const int sequence = narrow(item / kv_heads / cut.parts);
     for (int chunk = part;; chunk += narrow(cut.parts)) {
-      // As for_each_chunk, but a shard leaves zeros for all others, too.
+      // As for_each_chunk, but a shard also writes zeros to all chunks past the end.
       const chunking there{layer.tokens(sequence), sinks};
       const bool is_there = chunk < there.count();
       if (!is_there && (!sharded_layer<Layer> || chunk >= chunks)) return;
@@ -189,9 +190,9 @@ struct statistics_body {
   }
 };
 
-/// Joins statistics [sequence, q_head, rows, chunk] to normalisers [sequence, q_head, window] of
-/// rows [row, row + rows) of the window. Ready rows are normalised, but for those that are
-/// `checked` and have NaN or Inf. A warp a row.
+/// Combines statistics [sequence, q_head, rows, chunk] to normalisers [sequence, q_head, window] of
+/// the window's rows [row, row + rows). One warp per row. Ready rows get a normaliser of 1; if
+/// `checked`, those with NaN or Inf get 0.
 template <class Layer>
 struct normalise_body {
   struct shared {};
@@ -249,17 +250,18 @@ struct normalise_body {
   }
 };
 
-/// Calls f with the number of rows of a tile as a constant: 1, or `Most` if more are wanted.
+/// Calls f with the number of rows of a tile as a constant: 1, or `Most` if rows > 1.
 template <int Most, class F>
 [[nodiscard]] status with_tile(index_t rows, const F& f) noexcept {
   if (rows <= 1) return f(std::integral_constant<int, 1>{});
   return f(std::integral_constant<int, Most>{});
 }
 
-/// The lanes that read a key together where it does not matter much.
+/// The number of lanes that read a key together, where it matters little.
 inline constexpr int any_lanes = 16;
 
-/// Calls f with how many lanes share a key, as a constant: no more than it has vectors, if 8 do.
+/// Calls f with the number of lanes that share a key, as a constant: 8 if 8 slots hold a whole key,
+/// otherwise any_lanes.
 template <class Query, class Keys, class F>
 [[nodiscard]] status with_lanes(const query_layer<Query, Keys>& layer, const F& f) noexcept {
   if (layer.head_dim() <= 8 * key_reader<Keys>::width) {
@@ -272,7 +274,8 @@ template <class Row, class Memory, class F>
   return f(std::integral_constant<int, any_lanes>{});
 }
 
-/// Runs a statistics_body of as many rows and lanes as suit the observation.
+/// Runs statistics_body with as many rows and lanes as suit the layer. O(q_heads * rows * tokens *
+/// head_dim)
 template <class Backend, class Layer>
 [[nodiscard]] status read_chunks(const Backend& exec, const Layer& layer, index_t window,
                                  index_t row, index_t rows, index_t sinks, index_t chunks,

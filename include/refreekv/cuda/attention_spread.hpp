@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scores of CAKE (arXiv 2503.12491) on a device: mean and variance of attention, its entropy.
+// The scores of CAKE (arXiv 2503.12491, section 4) on a device: mean and variance of attention, and
+// its entropy.
 #pragma once
 
 #include "refreekv/cuda/token_scores.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Mean attention and a multiple of its variance, a thread a token, and what they add to the
-/// sequence's totals.
+/// Writes scores: mean attention plus `gain` times its variance. One thread per token. Also writes
+/// each chunk's entropy and variance, summed over its tokens, to scratch.totals.
 template <class Layer, int Rows>
 struct attention_spread_body {
   struct shared {
     cuda_detail::tile<Layer, Rows> tile;
     warp_values<double> sums;
   };
-  static constexpr int resident_blocks = row_registers<Layer> > 8 ? 1 : 2;  // without a spill
+  static constexpr int resident_blocks = row_registers<Layer> > 8 ? 1 : 2;  // no spill
 
   Layer layer;
   index_t window;
@@ -87,14 +88,14 @@ struct attention_spread_body {
   }
 };
 
-/// Sums totals [sequence, kv_head, chunk, 2] to [sequence, 2]. A thread a KV head.
+/// Sums totals [sequence, kv_head, chunk, 2] to [sequence, 2]. One thread per KV head.
 template <class Layer>
 struct totals_body {
   struct shared {
     warp_values<double> sums;
   };
   Layer layer;
-  index_t chunks;  ///< of the longest sequence
+  index_t chunks;  ///< chunks of the longest sequence
   const double* parts;
   double* totals;
 
@@ -110,7 +111,7 @@ struct totals_body {
         of_head += part[0];
         variance += part[1];
       }
-      entropy += of_head < 0 ? 0 : of_head;  // of ready rows that exceed 1, say
+      entropy += of_head < 0 ? 0 : of_head;  // negative, for example, where ready rows exceed 1
     }
     entropy = block_reduce(block, s.sums, entropy, plus{});
     variance = block_reduce(block, s.sums, variance, plus{});

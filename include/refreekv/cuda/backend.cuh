@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA backend.
+// The CUDA backend: `cuda_backend{stream}`, and how it launches kernels.
 #pragma once
 
 #include "refreekv/cuda/device/sort.cuh"
@@ -7,21 +7,23 @@
 
 namespace refreekv::inline v0 {
 
-/// Where the device's work runs: `cuda_backend{stream}`. Calls return before it is done, launch the
-/// same kernels whatever the lengths are, and may be captured into a graph (after a first call
-/// outside of one, as code is loaded then). Nothing waits for the device, so an error inside a
-/// kernel shows where the engine waits for the stream; a launch that is refused comes back as
-/// status::device_error, and cudaGetLastError tells why. A policy that sorts, attention_ranked, is
-/// refused where an earlier error waits to be read, too.
-/// Elements are float, __half, __nv_bfloat16 and their raw bits; keys may be scaled_keys of int8 or
-/// __nv_fp8_e4m3. Pointers to them need no alignment but their own: 16 bytes make rows fast.
+/// A CUDA stream on which the work runs: `cuda_backend{stream}`.
+/// Calls only enqueue work: they return before it is done and never synchronise. The kernels that
+/// are launched do not depend on sequence lengths, so calls may be captured into a CUDA graph.
+/// Requires one call outside of a capture first, because code is loaded then.
+/// Errors: a refused launch returns status::device_error, and cudaGetLastError has the reason. An
+/// error inside a kernel appears where the engine synchronises the stream. attention_ranked, the
+/// policy that sorts, also returns device_error while an earlier CUDA error is unread.
+/// Elements are float, __half, __nv_bfloat16 and their raw bits. Keys may also be scaled_keys of
+/// int8 or __nv_fp8_e4m3. Pointers need the alignment of their element only; rows aligned to 16
+/// bytes are read faster.
 template <int... Architectures>
 struct cuda_backend_for {
   cudaStream_t stream = nullptr;
 };
-/// Another type for each list of architectures that nvcc compiles for: of two shared libraries that
-/// are built for different devices the dynamic linker must not take one's functions for the
-/// other's. Between files that are compiled for different ones, pass the stream.
+/// A distinct type for each list of architectures that nvcc compiles for. Otherwise the dynamic
+/// linker could merge functions of two shared libraries that are built for different devices.
+/// Between files compiled for different architectures, pass the stream instead.
 #if defined(__CUDA_ARCH_LIST__)
 using cuda_backend = cuda_backend_for<__CUDA_ARCH_LIST__>;
 #else
@@ -30,7 +32,7 @@ using cuda_backend = cuda_backend_for<>;
 
 namespace cuda_detail {
 
-/// Starts run_body, and does not wait for it.
+/// Launches run_body on the stream and returns without waiting.
 template <kernel_body Body>
 [[nodiscard]] REFREEKV_HIDDEN status run_blocks(const cuda_backend& exec, index_t items,
                                                 const Body& body) noexcept {
@@ -48,14 +50,14 @@ template <kernel_body Body>
                                                const key_segments& segments) noexcept {
   return sort_bytes_of(segments);
 }
-/// A template, so that only who ranks tokens compiles CUB's kernels.
+/// A template, so that CUB's kernels are compiled only where tokens are ranked.
 template <class Key>
 [[nodiscard]] REFREEKV_HIDDEN status sort_segments(const cuda_backend& exec,
                                                    const key_segments& segments, Key*& keys,
                                                    Key*& spare, const index_t* lengths,
                                                    std::byte* temporary,
                                                    std::size_t bytes) noexcept {
-  // CUB takes any error that waits to be read for one of its own, after its first launch.
+  // After its first launch CUB would report an earlier unread error as its own.
   if (cudaPeekAtLastError() != cudaSuccess) return status::device_error;
   return sort_on_stream(exec.stream, segments, keys, spare, lengths, temporary, bytes) ==
                  cudaSuccess
@@ -65,7 +67,8 @@ template <class Key>
 
 }  // namespace cuda_detail
 
-// ranked_scan.hpp finds it by the backend, and what else it asks of CUB by the segments.
+// Found by argument-dependent lookup through the backend. sort_bytes and sort_segments, which
+// ranked_scan.hpp calls too, are found through key_segments in cuda_detail.
 [[nodiscard]] constexpr bool sorts_together(const cuda_backend&, index_t count,
                                             index_t capacity) noexcept {
   return cuda_detail::sort_together(count, capacity);

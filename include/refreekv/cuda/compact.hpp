@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Moving the rows of a cache on a device, in place, whatever its layout.
+// Moves the rows of a cache on a device, in place, for any layout.
 //
-// Columns of a row are independent of each other, so a block moves a slice of the columns of all
-// rows of one (sequence, kv_head): blocks need not know of each other, and there are enough of them
-// for one long sequence. Within a slice, rows go in an order in which none lands where a later one
-// still is: a tile of them is read and, after a barrier, written. The next one need not wait for
-// that.
+// The columns of a row are independent. A block therefore moves a slice of the columns of all rows
+// of one (sequence, kv_head): blocks need no synchronisation, and even one long sequence has enough
+// of them. Within a slice, rows move in an order in which no row overwrites a later one that is
+// still to be moved. A tile of rows is read and, after a barrier, written. The next tile is read
+// without waiting for these writes.
 #pragma once
 
 #include <cstring>
@@ -17,9 +17,9 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Rows of one (sequence, kv_head) that move, as if through a buffer: row i of `count` goes from
-/// slot source(i) to slot target(i). Both ascend with i, and targets are either all at most the
-/// sources, so that rows go in ascending order, or all at least.
+/// The rows of one (sequence, kv_head) that move, as if through a buffer: row i of `count` moves
+/// from slot source(i) to slot target(i). Both ascend with i. Either no target is above its source,
+/// and rows move in ascending order, or no target is below it, and they move in descending order.
 struct range_moves {
   index_t count;
   token_move move;
@@ -31,6 +31,7 @@ struct range_moves {
   [[nodiscard]] REFREEKV_DEVICE index_t target(index_t i) const noexcept { return move.target + i; }
 };
 
+/// As range_moves, but row i comes from positions[i * stride] and goes to first_slot + i.
 struct position_moves {
   index_t count;
   const position_t* positions;
@@ -64,22 +65,22 @@ template <class Range, class Memory>
   return {move.tokens, move};
 }
 
-/// An item is a slice of the columns of one (sequence, kv_head). Kept is a view of kept_range, or
-/// kept_positions.
+/// Moves a slice of the columns of one (sequence, kv_head), which is an item. Kept is a view of
+/// kept_range, or kept_positions.
 template <kv_source Source, class Kept>
 struct compact_body {
   using element_type = typename Source::element_type;
 
-  /// As many as there are registers for, without a spill.
+  /// As many blocks as registers allow without a spill.
   static constexpr int resident_blocks = 3;
 
   static constexpr int element_bytes = sizeof(element_type);
   static constexpr int row_threads = 4;
   static constexpr int rows_a_round = block_threads / row_threads;
-  static constexpr int rounds = 4;  // reads that a thread has on their way
+  static constexpr int rounds = 4;  // reads that a thread has in flight
   static_assert(rounds * rows_a_round == block_threads);
 
-  /// What a thread moves of a row: 16 bytes, where they are a whole number of elements.
+  /// What a thread moves of a row at a time: 16 bytes if that is a whole number of elements.
   static constexpr int piece_elements = element_bytes < 16 ? 16 / element_bytes : 1;
   static constexpr bool piece_is_vector = piece_elements * element_bytes == sizeof(vector16);
   static constexpr int slice_elements = row_threads * piece_elements;
@@ -87,15 +88,15 @@ struct compact_body {
     vector16 of[(sizeof(element_type) * piece_elements + 15) / 16];
   };
 
-  /// Where a row's slice is and where it goes; null where it stays.
+  /// Source and target of a row's slice; null if the row stays.
   struct row {
     const element_type* from;
     element_type* to;
     index_t from_stride;
     index_t to_stride;
   };
-  /// A thread finds one row of a tile, and moves pieces of others. The next tile's rows are found
-  /// while some threads still write the last one's: there are three.
+  /// Each thread finds one row of a tile, and moves pieces of other rows. There are three tiles:
+  /// the next tile's rows are found while some threads still write the previous one.
   struct shared {
     row tiles[3][block_threads];
   };
@@ -129,7 +130,7 @@ struct compact_body {
       piece held[rounds];
       REFREEKV_UNROLL
       for (int i = 0; i < rounds; ++i) read(held[i], rows[i * rows_a_round], place, columns);
-      // A page is found in a table, which takes as long as a read of a row: at the same time.
+      // A page is looked up in a table, which takes as long as reading a row: both overlap.
       find_tile(s.tiles[tile], first + block_threads);
       block.sync();
       REFREEKV_UNROLL
@@ -138,7 +139,7 @@ struct compact_body {
   }
 
  private:
-  /// The n-th row to move.
+  /// Returns the n-th row to move.
   [[nodiscard]] REFREEKV_DEVICE row find(const auto& moves, index_t n, index_t sequence,
                                          index_t kv_head, index_t column) const noexcept {
     if (n >= moves.count) return {};
@@ -151,7 +152,7 @@ struct compact_body {
             to.dim_stride};
   }
 
-  /// Whether the row moves 16 bytes at a time.
+  /// Whether the row moves in pieces of 16 bytes.
   [[nodiscard]] REFREEKV_DEVICE bool in_vectors(const row& r) const noexcept {
     const auto addresses =
         reinterpret_cast<std::uintptr_t>(r.from) | reinterpret_cast<std::uintptr_t>(r.to);
@@ -159,7 +160,7 @@ struct compact_body {
            addresses % sizeof(vector16) == 0 && source.head_dim() % piece_elements == 0;
   }
 
-  // Both take the row by value: for all that the compiler knows, a write changes shared memory.
+  // Both take the row by value: a write could alias shared memory, so the compiler would reload it.
 
   REFREEKV_DEVICE void read(piece& to, const row r, int place, int columns) const noexcept {
     if (r.from == nullptr) return;
@@ -192,7 +193,7 @@ struct compact_body {
     for (int i = 0; i < piece_elements; ++i) {
       const int d = i * row_threads + place;
       if (d >= columns) break;
-      // Bits, as an engine's element type may have no constructor that device code can call.
+      // Copies bits: an engine's element type may have no constructor that device code can call.
       void* element = to + d * r.to_stride;
       std::memcpy(__builtin_assume_aligned(element, alignof(element_type)),
                   reinterpret_cast<const char*>(&from) + i * element_bytes, sizeof(element_type));
@@ -200,7 +201,8 @@ struct compact_body {
   }
 };
 
-/// Both forms of the primitive, see ops. Kept is a view of kept_range, or kept_positions.
+/// Both forms of the primitive `compact`, see ops. Kept is a view of kept_range, or kept_positions.
+/// O(rows moved * head_dim)
 template <class Backend, kv_source Source, class Kept>
 [[nodiscard]] status compact(const Backend& exec, const Source& source, const Kept& kept,
                              compaction mode) noexcept {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The second half of the norm scan on a device: the curve inside the chunk in which the loss
+// The second half of the norm scan on a device: the loss curve inside the chunk where the loss
 // crosses the threshold, and the cut.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// norm_scan::crossing by a whole block.
+/// norm_scan::crossing, computed by a whole block. O(chunks / threads)
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE index_t crossing(Block& block, warp_values<index_t>& shared,
                                                const norm_scan& scan, const double* norms,
@@ -17,7 +17,8 @@ template <thread_block Block>
   return first + last_allowed(block, shared, scan, norms + first, chunks - first, norms[first]);
 }
 
-/// Leaves what each KV head adds to the curves inside its group's crossing chunk.
+/// Writes the contribution of each KV head to the curves inside its group's crossing chunk:
+/// head_norms and head_masses. Writes zeros where there is nothing to decide.
 template <class Layer, int Rows>
 struct crossing_body {
   struct shared {
@@ -50,7 +51,7 @@ struct crossing_body {
       const index_t chunk = crossing(block, s.last, scan, norms, chunks.count());
       tile_place at = kv_head_place(layer, scan, sequence, kv_head, chunks[chunk]);
       if (!detail::has_chunk_at(layer, sequence, at.tokens.begin))
-        at.span.heads = 0;  // for another rank
+        at.span.heads = 0;  // another rank owns the chunk
       for_each_energy(
           block, s.tile, layer, scan, buffers, chunk, at,
           [&](const scanned_head& head, float energy) {
@@ -77,7 +78,7 @@ struct crossing_body {
   }
 
  private:
-  /// A head's energy behind a chunk, which norm_curve has summed up.
+  /// Returns a query head's energy after a chunk, from the curve that norm_curve wrote.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE double energy_after(Block& block, const scanned_head& head,
                                                     index_t chunk, index_t chunks) const noexcept {
@@ -92,7 +93,8 @@ struct crossing_body {
     return of < tile.span.count() && tile.span.row_of(of) >= window.first_row();
   }
 
-  /// A row's values become the attention to all candidates before each of their tokens.
+  /// Replaces a row's values by the attention to all candidates before each of their tokens.
+  /// Computed by a warp.
   template <thread_block Block>
   REFREEKV_DEVICE void masses_before(Block& block, cuda_detail::tile<Layer, Rows>& s, int i,
                                      const tile_place& at, index_t chunk) const noexcept {
@@ -120,7 +122,8 @@ struct crossing_body {
   }
 };
 
-/// Sums the KV heads of each group: chunk_norms and chunk_masses [sequence, group, chunk_tokens].
+/// For the KV heads of each group, sums norms and finds the largest mass. Writes chunk_norms and
+/// chunk_masses, both [sequence, group, chunk_tokens].
 template <class Layer>
 struct join_heads_body {
   struct shared {};
@@ -148,7 +151,7 @@ struct join_heads_body {
   }
 };
 
-/// Writes kept [sequence, group]: `stop`, by a whole block.
+/// Writes kept [sequence, group]: detail::stop, computed by a whole block.
 template <class Layer>
 struct find_cuts_body {
   struct shared {

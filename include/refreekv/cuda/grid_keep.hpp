@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keeping what limits take of rows that are cut in parts, a block each: a launch counts what every
-// part keeps, the next one writes it, behind what the parts before it keep.
+// Keeps the tokens that limits select, in rows that are cut in parts with a block each. One launch
+// counts what each part keeps; the next launch writes it, after what the parts before it keep.
 #pragma once
 
 #include "refreekv/backend/token_scores.hpp"
@@ -10,20 +10,21 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
+/// Token counts of one score row.
 struct row_tokens {
-  index_t candidates;  ///< the first ones, of which a limit takes some
+  index_t candidates;  ///< the first tokens, from which a limit selects
   index_t all;
 };
 
-/// Rows of scores that are cut in parts, and what one launch leaves the next. No block reads what
-/// another writes in the same launch.
+/// Score rows that are cut in parts, and what one launch passes to the next. No block reads what
+/// another block writes in the same launch.
 template <class Memory>
 struct cut_rows {
   scores_view<Memory> scores;  ///< [sequence, head, token]: each head is a row
   row_cut cut;
   row_tokens* tokens;   ///< [row]
-  value_limit* limits;  ///< [row, part]: of the part's values
-  position_t* counts;   ///< [kept row, part]: candidates that are kept; -1 for undecided()
+  value_limit* limits;  ///< [row, part]: limit of the part's values
+  position_t* counts;   ///< [kept row, part]: number of kept candidates; -1 if undecided
 
   [[nodiscard]] constexpr index_t items() const noexcept {
     return scores.extent(0) * scores.extent(1) * cut.parts;
@@ -33,7 +34,8 @@ struct cut_rows {
   }
 };
 
-/// What each KV head keeps: what any row of its group takes, and the tokens after the candidates.
+/// What each KV head keeps: the candidates that any row of its group selects, and all tokens after
+/// the candidates.
 template <class Memory>
 struct grid_keep {
   cut_rows<Memory> rows;
@@ -44,7 +46,7 @@ struct grid_keep {
     return kept.counts.extent(0) * kept.counts.extent(1) * rows.cut.parts;
   }
 
-  /// Counts what a part keeps. item: [sequence, kv_head, part]
+  /// Counts what a part keeps; -1 if it is undecided or has NaN. item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void count(Block& block, warp_values<std::uint64_t>& shared,
                              index_t item) const noexcept {
@@ -108,7 +110,7 @@ struct grid_keep {
   }
 
  private:
-  /// Of a part of the rows from `row` on.
+  /// Returns the union of the limits of one part of `group` rows, from `row` on.
   [[nodiscard]] REFREEKV_DEVICE limit_union limits_of(index_t row, index_t part) const noexcept {
     const index_t parts = rows.cut.parts;
     return {rows.row(row), rows.scores.stride(1), rows.limits + row * parts + part, parts, group};

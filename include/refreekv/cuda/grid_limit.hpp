@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The limits of long rows, over a grid: the steps of value_limit.hpp, each a launch whose blocks
-// take a part of a row.
+// Finds the limits of long rows over a grid. The steps are those of value_limit.hpp, but each step
+// is a launch, and each block works on a part of a row.
 //
-// A block leaves what each bin of its part weighs. In the next launch all blocks of the row sum
-// these, find the same digit, and weigh their parts by the one after it.
+// A block writes the weight of each bin of its part. In the next launch every block of the row sums
+// these weights, finds the same digit, and weighs its part by the next digit.
 #pragma once
 
 #include "refreekv/core/workspace.hpp"
@@ -11,13 +11,14 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// How far a limit is found. Each part has its own, as all others have it.
+/// The progress of one limit. Each part of a row has its own copy, which equals all others.
 template <class Bins>
 struct descent_state {
   Bins bins;
-  descent_end<typename Bins::weight> end;  ///< needed: 0 where the limit is known
+  descent_end<typename Bins::weight> end;  ///< needed is 0 once the limit is known
 };
 
+/// A radix descent over rows that are cut in parts.
 template <class Bins, class Memory>
 struct grid_descent {
   using digits = descent_digits<Bins>;
@@ -26,11 +27,11 @@ struct grid_descent {
 
   cut_rows<Memory> rows;
   descent_state<Bins>* states;  ///< [row, part]
-  weight* weights;              ///< [2, row, part, bin]: of the last two digits, by turns
-  double* sums;                 ///< [row, tile]: of the values; of masses alone
-  index_t joined;               ///< neighbouring rows that share a limit: those of 1, of 2, ...
+  weight* weights;              ///< [2, row, part, bin]: of the last two digits, alternating
+  double* sums;                 ///< [row, tile]: sums of the values; for mass_bins only
+  index_t joined;               ///< neighbouring rows that share a limit; 1 if each row has its own
 
-  /// scores: [sequence, head, capacity]
+  /// Carves the buffers. scores: [sequence, head, capacity]
   [[nodiscard]] static grid_descent carve(arena& from, const scores_view<Memory>& scores,
                                           const row_cut& cut, index_t joined = 1) noexcept {
     const index_t count = scores.extent(0) * scores.extent(1);
@@ -46,12 +47,13 @@ struct grid_descent {
     return d;
   }
 
-  /// The first parts of a row, those that are weighed; all of them where rows share a limit.
+  /// Returns how many parts of a row are weighed: the first ones, which have values. If rows share
+  /// a limit, all parts are weighed.
   [[nodiscard]] REFREEKV_DEVICE index_t weighed(index_t count) const noexcept {
     return joined == 1 ? rows.cut.used(count) : rows.cut.parts;
   }
 
-  /// Weighs a part by a digit. item: [row, part]
+  /// Weighs a part by a digit: writes its state and the weights of its bins. item: [row, part]
   template <thread_block Block>
   REFREEKV_DEVICE void weigh(Block& block, memory& s, index_t item, token_range part,
                              const descent_state<Bins>& state, int digit) const noexcept {
@@ -65,7 +67,8 @@ struct grid_descent {
     }
   }
 
-  /// The end with a digit found by which the launch before weighed the row's first `used` parts.
+  /// Returns `end` with digit `digit` found. Requires that the previous launch weighed the row's
+  /// first `used` parts by it.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE descent_end<weight> found(Block& block, memory& s, index_t row,
                                                           index_t used,
@@ -86,7 +89,7 @@ struct grid_descent {
     return descended(block, s, end, block.rank() % lanes == 0 ? all : 0, digit);
   }
 
-  /// The limit of a part's values, once all digits but the last are found.
+  /// Returns the limit of a part's values. Requires that all digits but the last are found.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE value_limit limit(Block& block, memory& s, index_t row,
                                                   index_t index, index_t count,
@@ -109,18 +112,18 @@ struct grid_descent {
   }
 
  private:
-  /// The first part of the rows that share a row's limit.
+  /// Returns the first part of the rows that share a row's limit.
   [[nodiscard]] REFREEKV_DEVICE index_t first_item(index_t row) const noexcept {
     return row / joined * joined * rows.cut.parts;
   }
-  /// What each bin weighs. item: [row, part]
+  /// Returns the weights [bin] of a part. item: [row, part]
   [[nodiscard]] REFREEKV_DEVICE weight* weights_by(int digit, index_t item) const noexcept {
     const index_t items = rows.scores.extent(0) * rows.scores.extent(1) * rows.cut.parts;
     return weights + (digit % 2 * items + item) * digits::bins;
   }
 };
 
-/// Finds a digit, and weighs by the next one.
+/// Finds a digit from the previous launch, and weighs each part by the next digit.
 template <class Bins, class Memory>
 struct weigh_parts_body {
   using shared = limit_memory<Bins>;
@@ -141,7 +144,8 @@ struct weigh_parts_body {
   }
 };
 
-/// Finds the last digit, and each part's limit; counts what it takes where no other row has a say.
+/// Finds the last digit and each part's limit. Also counts what the part keeps, if each KV head has
+/// one row (group 1).
 template <class Bins, class Memory>
 struct part_limits_body {
   using shared = limit_memory<Bins>;
@@ -165,7 +169,7 @@ struct part_limits_body {
   }
 };
 
-/// Finds the limits of rows that a launch has weighed by the first digit.
+/// Finds the limits of rows. Requires that a launch has weighed them by the first digit.
 template <class Backend, class Bins, class Memory>
 [[nodiscard]] status find_on_grid(const Backend& exec, const grid_descent<Bins, Memory>& descent,
                                   const grid_keep<Memory>& keep) noexcept {
@@ -178,7 +182,8 @@ template <class Backend, class Bins, class Memory>
   return run_blocks(exec, items, part_limits_body<Bins, Memory>{descent, keep});
 }
 
-/// Keeps what each group of rows takes, once a launch has weighed them by the first digit.
+/// Keeps what each group of rows selects. Requires that a launch has weighed the rows by the first
+/// digit.
 template <class Backend, class Bins, class Memory>
 [[nodiscard]] status keep_on_grid(const Backend& exec, const grid_descent<Bins, Memory>& descent,
                                   index_t group, const kept_positions<Memory>& kept) noexcept {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sharing a sequence's quota out among its KV heads, on a device: the descent of grid_limit.hpp,
-// with one limit for the scores of all heads.
+// Shares a sequence's quota among its KV heads, on a device. It uses the radix descent of
+// grid_limit.hpp, with one limit for the scores of all heads of a sequence.
 #pragma once
 
 #include "refreekv/cuda/top_tokens.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The scores of all heads may be more than 32 bits count.
+/// Counts in 64 bits, because all heads together may have more than 2^32 scores.
 template <class Memory>
 using sharing_scratch = grid_descent<count_bins_of<std::uint64_t>, Memory>;
 
@@ -18,7 +18,8 @@ template <class Layer>
   const scores_view<memory> rows(nullptr, {layer.sequences(), layer.kv_heads(), layer.capacity()});
   return sharing_scratch<memory>::carve(from, rows, cut, layer.kv_heads());
 }
-/// Each block sums what the parts of all heads left, so these are cut in fewer the more there are.
+/// Each block sums the counts of all heads' parts. The more heads there are, the fewer parts a row
+/// is therefore cut into.
 template <class Layer>
 [[nodiscard]] auto carve_sharing_scratch(arena& from, const Layer& layer) noexcept {
   const index_t heads = layer.kv_heads();
@@ -27,7 +28,7 @@ template <class Layer>
                                row_cut::of(layer.sequences() * heads, layer.capacity(), most));
 }
 
-/// The first launch: weighs the parts by the first digit.
+/// The first launch: weighs each part by the first digit.
 template <class Layer>
 struct rank_heads_body {
   using memory = typename Layer::memory;
@@ -57,7 +58,8 @@ struct rank_heads_body {
   }
 };
 
-/// The last launch: sums what the parts of a head have of the best, those with NaN none.
+/// The last launch: sums how many of the best scores are in the parts of a head, and writes its
+/// share. A part with NaN counts as 0.
 template <class Layer>
 struct assign_share {
   using memory = typename Layer::memory;

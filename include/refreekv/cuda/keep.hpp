@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writing down which tokens a head keeps.
+// Writes the positions that a head keeps.
 #pragma once
 
 #include "refreekv/cuda/block/value_row.hpp"
@@ -7,8 +7,8 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Writes those of one head's tokens [begin, end) for which holds(t), from place `first` on.
-/// Returns how many they are.
+/// Writes the positions of one head's tokens [begin, end) for which holds(t), from place `first`
+/// on. Returns their number.
 template <class Memory, thread_block Block, class Predicate>
 REFREEKV_DEVICE index_t write_where(Block& block, warp_values<std::uint64_t>& shared,
                                     const kept_positions<Memory>& kept, index_t sequence,
@@ -23,8 +23,8 @@ REFREEKV_DEVICE index_t write_where(Block& block, warp_values<std::uint64_t>& sh
       });
 }
 
-/// Writes all of one head's tokens [begin, end) from place `first` on, where `parts` blocks take
-/// turns.
+/// Writes the positions of all tokens [begin, end) of one head, from place `first` on. `parts`
+/// blocks share the work; this one is number `part`.
 template <class Memory, thread_block Block>
 REFREEKV_DEVICE void write_all(const Block& block, const kept_positions<Memory>& kept,
                                index_t sequence, index_t head, token_range tokens, index_t first,
@@ -35,7 +35,7 @@ REFREEKV_DEVICE void write_all(const Block& block, const kept_positions<Memory>&
   }
 }
 
-/// Keeps those of one head's tokens [0, candidates) for which holds(t), and all after them.
+/// Keeps one head's tokens of [0, candidates) for which holds(t), and all tokens after them.
 template <class Memory, thread_block Block, class Predicate>
 REFREEKV_DEVICE void keep_where(Block& block, warp_values<std::uint64_t>& shared,
                                 const kept_positions<Memory>& kept, index_t sequence, index_t head,
@@ -49,7 +49,7 @@ REFREEKV_DEVICE void keep_where(Block& block, warp_values<std::uint64_t>& shared
   }
 }
 
-/// Keeps all of one head.
+/// Keeps all tokens of one head.
 template <class Memory, thread_block Block>
 REFREEKV_DEVICE void keep_tokens(const Block& block, const kept_positions<Memory>& kept,
                                  index_t sequence, index_t head, index_t tokens,
@@ -61,6 +61,7 @@ REFREEKV_DEVICE void keep_tokens(const Block& block, const kept_positions<Memory
   }
 }
 
+/// Keeps all tokens of every head.
 template <class Layer>
 struct keep_all_body {
   struct shared {};
@@ -86,7 +87,7 @@ template <class Backend, class Layer>
   return run_blocks(exec, body.items(), body);
 }
 
-/// Keeps all of a sequence of which a head is undecided.
+/// Keeps all tokens of a sequence if any of its heads is undecided, and marks all heads undecided.
 template <class Layer>
 struct keep_undecided_body {
   struct shared {};

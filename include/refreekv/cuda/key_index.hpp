@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Updates the 4-bit keys and the bounds of pages on a device.
+// Updates the 4-bit keys and the page bounds, on a device.
 #pragma once
 
 #include <cmath>
@@ -22,8 +22,8 @@ REFREEKV_DEVICE void for_each_key(const Keys& keys, index_t sequence, index_t kv
   }
 }
 
-/// Writes the mean of the finite elements of the keys of each head that starts at token 0, a block
-/// for warp_threads dimensions.
+/// Writes the centres: the mean of the finite elements of each head's keys. Only for sequences that
+/// start at token 0. One block per warp_threads dimensions.
 template <kv_source Keys>
 struct centres_body {
   using memory = typename Keys::memory;
@@ -51,7 +51,7 @@ struct centres_body {
     if (from.data() != nullptr && from(sequence) != 0) return;
     const index_t lane = lane_of(block), warp = warp_of(block);
     const index_t d = item % parts() * warp_threads + lane, tokens = keys.tokens(sequence);
-    const index_t share = (tokens + block_warps - 1) / block_warps;  // of a warp
+    const index_t share = (tokens + block_warps - 1) / block_warps;  // tokens of one warp
     const index_t begin = warp * share;
     const index_t end = begin + share < tokens ? begin + share : tokens;
     double sum = 0;
@@ -77,12 +77,12 @@ struct centres_body {
   }
 };
 
-/// Writes codes and ranges, a warp a key.
+/// Writes codes and ranges of new keys. One warp per key.
 template <kv_source Keys>
 struct quantise_body {
   using memory = typename Keys::memory;
   struct shared {};
-  static constexpr index_t warp_keys = 8;  ///< that lie side by side, in one run if they can
+  static constexpr index_t warp_keys = 8;  ///< neighbouring keys, in one run if possible
   static constexpr index_t block_keys = warp_keys * block_warps;
 
   Keys keys;
@@ -157,7 +157,7 @@ template <class Backend, kv_source Keys>
   return run_blocks(exec, cut.items(), body_type{keys, from, to, cut});
 }
 
-/// Writes the bounds of the pages from that of token from(sequence) on, a warp a page.
+/// Writes page bounds, from the page of token from(sequence) on. One warp per page.
 template <kv_source Keys>
 struct bound_pages_body {
   using memory = typename Keys::memory;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How kernels find and read the keys of every kind of source.
+// How kernels find and read keys, for every kind of source.
 #pragma once
 
 #include "refreekv/cache/int4_keys.hpp"
@@ -9,23 +9,27 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The largest power of two, up to 16, that divides an address and a number of bytes.
+/// Returns the largest power of two, up to 16, that divides both an address and a number of bytes.
 [[nodiscard]] REFREEKV_DEVICE int common_alignment(const void* address, unsigned bytes) noexcept {
   const auto bits = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(address)) | bytes | 16u;
   return static_cast<int>(bits & (0u - bits));
 }
 
-/// How a key of a source is found, brought to shared memory and read.
-/// - `at(keys, sequence, kv_head, token)`: its address.
-/// - `slot`: what a lane brings of a key at a time, `width` elements.
-/// - `alignment(address, dims)`: of the bytes of a key; 1 where they do not lie side by side.
-/// - `bytes(dims)`: how many that are, and `data(address, dim)`: where those from dim on begin.
-/// - `gather(address, dim, dims, to)`: a slot, element by element, with zeros past the end; a word
-///   at a time, as there are no registers for more loads at once.
-/// - `unpack(slot, address, to)`: a slot's elements, up to what all keys of a head have in common.
-/// - `has_common`: whether that is anything; `common(address, dim, dims, query)`: the product of it
-///   and a part of a query.
-/// - `product(address, x)`: q.k, given the sum x of products with a slot's elements.
+/// Locates the keys of a source, brings them to shared memory and unpacks them.
+/// - `at(keys, sequence, kv_head, token)`: returns the address of a key.
+/// - `slot`: the part of a key that one lane reads at a time, `width` elements.
+/// - `alignment(address, dims)`: returns the alignment of the key in bytes; 1 if its elements are
+///   not contiguous.
+/// - `bytes(dims)`: returns the size of `dims` elements. `data(address, dim)`: returns where the
+///   bytes of dimension `dim` begin.
+/// - `gather(address, dim, dims, to)`: fills a slot element by element, with zeros past the last
+///   dimension. It reads word by word, because registers do not suffice for more loads at once.
+/// - `unpack(slot, address, to)`: writes the slot's elements as floats, without the part that all
+///   keys of a head have in common.
+/// - `has_common`: whether there is such a common part. `common(address, dim, dims, query)`:
+///   returns its product with a part of a query.
+/// - `product(address, x)`: returns q.k. x: the sum of products of the query with unpacked
+///   elements.
 template <class Keys>
 struct key_reader {
   using element_type = std::remove_const_t<typename Keys::element_type>;
@@ -105,7 +109,7 @@ struct key_reader<shard<Source>> : key_reader<Source> {
   }
 };
 
-/// 16 codes a lane: of 128 dimensions, as most heads have, 8 lanes share a key.
+/// Keys in 4 bits. A lane reads 16 codes, so a key of 128 dimensions is shared by 8 lanes.
 template <class Memory>
 struct key_reader<int4_keys<Memory>> {
   struct alignas(8) slot {
@@ -116,7 +120,7 @@ struct key_reader<int4_keys<Memory>> {
   struct address {
     const std::uint8_t* codes;
     float low, step;
-    const float* centre;  ///< or null
+    const float* centre;  ///< the head's centre [head_dim], or null
   };
 
   [[nodiscard]] static REFREEKV_DEVICE address at(const int4_keys<Memory>& keys, index_t sequence,

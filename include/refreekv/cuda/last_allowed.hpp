@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stop rule of a falling curve, by a whole block.
+// The norm scan's stop rule on a falling curve, computed by a whole block.
 #pragma once
 
 #include "refreekv/backend/norm_scan.hpp"
@@ -7,7 +7,7 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// norm_scan::last_allowed by a whole block. O(count / threads)
+/// norm_scan::last_allowed, computed by a whole block. curve: [count]. O(count / threads)
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE index_t last_allowed(Block& block, warp_values<index_t>& shared,
                                                    const norm_scan& scan, const double* curve,

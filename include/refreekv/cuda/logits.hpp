@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Logits of a tile of queries against a chunk of keys: the read that all decisions wait for.
+// Logits of a tile of queries against a chunk of keys: the read that dominates every decision.
 //
-// A key is read by neighbouring threads, a slot of up to 16 bytes each, and multiplied with every
-// query of the tile before the next: query heads of a group share the read. Reads go through shared
-// memory, a round ahead of the products, because that keeps them in flight while sums are
-// exchanged.
+// Neighbouring threads read a key, each a slot of up to 16 bytes. They multiply it with every query
+// of the tile before the next key, so the query heads of a group share the read. Reads go through
+// shared memory, a round ahead of the products: they stay in flight during reductions.
 #pragma once
 
 #include <cmath>
@@ -16,22 +15,22 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// A chunk has a token for each thread.
+/// Each thread has one token of a chunk.
 static_assert(chunk_tokens == block_threads);
 
-/// The vectors that a thread has on their way in each of the two rounds.
+/// Slots that a thread has in flight in each of the two rounds.
 inline constexpr int reads_ahead = 4;
 
-/// A number that no valid description makes larger: int, as two registers hold an index_t.
+/// Returns n as an int, for numbers that fit in every valid layer. An index_t needs two registers.
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int narrow(index_t n) noexcept {
   return static_cast<int>(n);
 }
 
 /// Rows [row, row + rows) of `heads` query heads, numbered [q_head, row].
 struct row_span {
-  int q_head;  ///< the first
+  int q_head;  ///< the first query head
   int heads;
-  int row;  ///< the first, of the window
+  int row;  ///< the first row, counted in the window
   int rows;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int count() const noexcept { return heads * rows; }
@@ -43,14 +42,14 @@ struct row_span {
   }
 };
 
-/// Which rows of which tokens a block works on: those of a span from `first` on, as many as its
-/// tile has; past the span's end there is nothing.
+/// The rows and tokens that a block works on. The rows are those of a span from number `first` on,
+/// as many as the tile has; the tile's rows past the span's end are unused.
 struct tile_place {
   int sequence;
   int kv_head;
   row_span span;
   int first;
-  token_range tokens;  ///< chunk_tokens at most
+  token_range tokens;  ///< at most chunk_tokens
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int size() const noexcept {
     return static_cast<int>(tokens.end - tokens.begin);
@@ -60,13 +59,13 @@ struct tile_place {
   }
 };
 
-/// What a block shares to fill a tile of `Rows` rows.
+/// The shared memory of a tile of `Rows` rows.
 template <int Rows>
 struct tile_rows {
-  /// A row ends 4 floats before the next: rows that a warp stores side by side meet in no bank.
+  /// Rows are padded by 4 floats: rows that a warp stores together then use different banks.
   float values[std::size_t{Rows}][block_threads + 4];
   chunk_statistics statistics[std::size_t{Rows}];
-  float weights[std::size_t{Rows}];  ///< what a value of 1 stands for, see set_weights
+  float weights[std::size_t{Rows}];  ///< attention of a value of 1, see set_weights
 };
 template <class Layer, int Rows>
 struct tile : tile_rows<Rows> {};
@@ -76,7 +75,7 @@ struct tile<query_layer<Query, Keys>, Rows> : tile_rows<Rows> {
   typename key_reader<Keys>::address keys[block_threads];
 };
 
-/// Dimensions [dim, dim + N) of a query, with zeros past its end. query: [head_dim], or null.
+/// Loads dimensions [dim, dim + N) of a query, with zeros past its end. query: [head_dim] or null.
 template <int N, class Query>
 REFREEKV_DEVICE void load_query(const Query* query, index_t stride, index_t dim, index_t dims,
                                 float (&to)[std::size_t{N}]) noexcept {
@@ -101,7 +100,7 @@ REFREEKV_DEVICE void load_query(const Query* query, index_t stride, index_t dim,
   }
 }
 
-/// Copies the words of a slot that there are.
+/// Copies the words of a slot that lie within its first `bytes` bytes.
 template <thread_block Block, class Slot>
 REFREEKV_DEVICE void copy_words(Block& block, Slot& to, const char* from, unsigned bytes) noexcept {
   REFREEKV_UNROLL
@@ -110,8 +109,8 @@ REFREEKV_DEVICE void copy_words(Block& block, Slot& to, const char* from, unsign
   }
 }
 
-/// Leaves q.k in the tile's values [row, token], each by the thread that is told to: nobody may
-/// read them before a sync. Place: tile_place, or what has its members.
+/// Writes q.k to the tile's values [row, token]. Requires a sync before they are read. Place:
+/// tile_place, or a type with its members. O(Rows * tokens * head_dim)
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys, class Place>
 REFREEKV_DEVICE void multiply(Block& block, tile<query_layer<Query, Keys>, Rows>& s,
                               const query_layer<Query, Keys>& layer, index_t rows,
@@ -121,10 +120,10 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_layer<Query, Keys>, Rows>
   constexpr int width = reader::width;
   constexpr int tokens_at_once = block_threads / Lanes;
   constexpr int round = tokens_at_once * reads_ahead;
-  constexpr int lanes_of_row = Lanes / Rows;  // that end up with the same one
+  constexpr int lanes_of_row = Lanes / Rows;  // lanes that end up with the same row
   const int count = at.size(), rank = block.rank();
   const int lane = rank % Lanes, own = rank / Lanes;
-  const auto dims = static_cast<unsigned>(layer.head_dim());  // no address is made of it
+  const auto dims = static_cast<unsigned>(layer.head_dim());  // 32 bits: never part of an address
 
   int alignment = int{sizeof(slot)};
   if (rank < count) {
@@ -161,7 +160,7 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_layer<Query, Keys>, Rows>
       }
       block.commit();
     };
-    if (dim + width > dims) {  // what is past the end nobody brings
+    if (dim + width > dims) {  // no copy writes past the last dimension
       for (int u = 0; u < 2 * reads_ahead; ++u)
         s.staging[u / reads_ahead][u % reads_ahead][rank] = {};
     }
@@ -212,7 +211,7 @@ REFREEKV_DEVICE void multiply(Block& block, tile<query_layer<Query, Keys>, Rows>
   }
 }
 
-/// An observation whose scale is worked out: a root and a division that no thread has to do.
+/// Returns the layer with its scale computed, so that no thread does a root and a division.
 template <class Query, class Keys>
 [[nodiscard]] query_layer<Query, Keys> scaled(query_layer<Query, Keys> layer) noexcept {
   layer.info.attention.scale = layer.scale();
@@ -223,8 +222,8 @@ template <class Row, class Memory>
   return layer;
 }
 
-/// What a model makes of q.k: scale, soft cap, ALiBi; -inf where the row does not see the token.
-/// Requires a `scaled` observation, and cap_inverse: 1 / soft_cap.
+/// Returns the logit of a product q.k: scale, soft cap, ALiBi; -inf if the row does not see the
+/// token. Requires a `scaled` layer. cap_inverse: 1 / soft_cap.
 template <class Query, class Keys>
 [[nodiscard]] REFREEKV_DEVICE float logit(const query_layer<Query, Keys>& layer,
                                           const query_window& window, double cap_inverse,
@@ -245,17 +244,17 @@ template <class Query, class Keys>
   return x;
 }
 
-/// Fills the tile's values with logits of the last `rows` rows; one that does not exist has -inf
-/// alone. The block's threads are in step afterwards.
+/// Fills the tile's values with logits of the last `rows` rows; -inf in rows that do not exist.
+/// Synchronises the block at the end.
 template <int Lanes, int Rows, thread_block Block, class Query, class Keys>
 REFREEKV_DEVICE void fill(Block& block, tile<query_layer<Query, Keys>, Rows>& s,
                           const query_layer<Query, Keys>& layer, index_t rows,
                           const tile_place& at) noexcept {
   multiply<Lanes>(block, s, layer, rows, at);
   block.sync();
-  // Not before: while keys are read there is no register for it.
+  // Computed only now: while keys are read there is no register for it.
   const query_window window = window_of(layer, at.sequence, rows);
-  // Outside of the loop and behind a branch: else compilers divide where there is no cap, too.
+  // Outside the loop and behind a branch: otherwise compilers divide even without a cap.
   double cap_inverse = 0;
   if (const float cap = layer.info.attention.soft_cap; cap > 0) cap_inverse = 1 / double{cap};
   const int t = block.rank();
@@ -274,7 +273,7 @@ REFREEKV_DEVICE void fill(Block& block, tile<query_layer<Query, Keys>, Rows>& s,
   block.sync();
 }
 
-/// The same for ready rows: attention, and 0 where the row does not see the token.
+/// As above, but for ready rows: attention, and 0 if the row does not see the token.
 template <int Lanes, int Rows, thread_block Block, class Row, class Memory>
 REFREEKV_DEVICE void fill(Block& block, tile<row_layer<Row, Memory>, Rows>& s,
                           const row_layer<Row, Memory>& layer, index_t rows,

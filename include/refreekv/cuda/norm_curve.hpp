@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// The first steps of the norm scan on a device: the keys are read, and the curve at the chunks'
-// starts comes out.
+// The first half of the norm scan on a device: reads the keys and writes the loss curve at the
+// starts of chunks.
 //
-// One kernel reads the keys; all others work on three floats a chunk. Lengths are read by the
-// kernels: what is launched depends on extents alone.
+// One kernel reads the keys. All others work on three floats per chunk. Kernels read the sequence
+// lengths themselves, so launches depend on extents only.
 #pragma once
 
 #include "refreekv/cuda/scanned_head.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// What the norm scan works in besides norm_scan_buffers: of each sequence 8 bytes for each query
-/// head and chunk, and 3 KB for each KV head. norm_curve leaves the first for crossing_curve.
+/// Scratch of the norm scan, besides norm_scan_buffers. For each sequence it has 8 bytes for each
+/// query head and chunk, and 3 KB for each KV head. norm_curve writes head_curves, which
+/// crossing_curve reads.
 struct scan_scratch {
   double* head_curves;  ///< [sequence, q_head, chunk]
   double* head_norms;   ///< [sequence, kv_head, chunk_tokens]: inside the crossing chunk
-  float* head_masses;   ///< [sequence, kv_head, chunk_tokens]
+  float* head_masses;   ///< [sequence, kv_head, chunk_tokens]: likewise
 
   template <class Layer>
   static scan_scratch carve(arena& from, const norm_scan& scan, const Layer& layer) noexcept {
@@ -27,8 +28,8 @@ struct scan_scratch {
   }
 };
 
-/// A mean over rows needs their normalisers: from a second read of a chunk, its energy takes the
-/// place of the first row's sum of squares.
+/// Reads each chunk again and writes its energy over the first row's sum of squares. A mean over
+/// rows needs their normalisers, which are known only after the first read.
 template <class Layer, int Rows>
 struct energies_body {
   struct shared {
@@ -59,7 +60,7 @@ struct energies_body {
     const query_window window = window_of(layer, at.sequence, scan.window);
     if (window.first_row() == scan.window) return;
     if (!detail::has_chunk_at(layer, at.sequence, at.tokens.begin)) return clear(block, at, chunk);
-    if (at.size() == 0) return;  // its statistics are zeros
+    if (at.size() == 0) return;  // an empty chunk has zeros already
     for_each_energy(
         block, s.tile, layer, scan, buffers, chunk, at,
         [&](const scanned_head& head, float energy) {
@@ -71,7 +72,7 @@ struct energies_body {
         [](const tile_place&) {});
   }
 
-  /// Leaves zeros for the rank whose chunk it is.
+  /// Writes zeros: the chunk belongs to another rank.
   template <thread_block Block>
   REFREEKV_DEVICE void clear(Block& block, const tile_place& at, index_t chunk) const noexcept {
     for (int i = block.rank(); i < at.span.count(); i += block_threads) {
@@ -81,7 +82,7 @@ struct energies_body {
   }
 };
 
-/// Leaves each query head's norms at the chunks' starts. A warp a head.
+/// Writes each query head's norms at the starts of chunks. One warp per query head.
 template <class Layer>
 struct head_curves_body {
   struct shared {};
@@ -102,7 +103,7 @@ struct head_curves_body {
     const scanned_head head = scanned_head::of(scan, layer, buffers, sequence, i % layer.q_heads());
     const index_t count = chunking{head.window.tokens, scan.sinks}.count();
     double after = head.outside_cut(block);
-    // Whole warps of chunks from the last one back, of which a lane has one.
+    // A warp of chunks at a time, from the last chunk back; each lane has one chunk.
     for (index_t base = (count - 1) / warp_threads * warp_threads;
          base + warp_threads > scan.first_chunk(); base -= warp_threads) {
       const index_t c = base + lane_of(block);
@@ -114,7 +115,8 @@ struct head_curves_body {
   }
 };
 
-/// Sums the heads of each group: norms [sequence, group, chunk], 0 where there is no candidate.
+/// Sums the query heads of each group. Writes norms [sequence, group, chunk], 0 for chunks without
+/// candidates.
 template <class Layer>
 struct join_curves_body {
   struct shared {};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The primitives of a device, on whatever runs blocks of threads: see run_blocks.
+// `ops` for any backend that can run thread blocks: CUDA, or the emulation in the tests.
 #pragma once
 
 #include "refreekv/backend/backend.hpp"
@@ -18,8 +18,9 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// What ops<> of a device is made of. Elements are float, f16_bits, bf16_bits and what stored_as
-/// knows to be one of them; keys may be int8 or fp8_e4m3_bits, too, as scaled_keys.
+/// The primitives of ops<Backend>, started by run_blocks. Elements are float, f16_bits, bf16_bits
+/// and types that stored_as maps to one of these. Keys may also be scaled_keys of int8 or
+/// fp8_e4m3_bits.
 template <class Backend, class Memory>
 struct device_ops {
   using memory = Memory;
@@ -67,7 +68,7 @@ struct device_ops {
     return run_blocks(exec, blocks_for(sequences), for_each_body<F>{sequences, f});
   }
 
-  // Each is the function of its name, in the header that tells what it is about.
+  // Each forwards to the function of its name in cuda_detail. Contracts: backend/backend.hpp.
   static status read_chunks(const auto&... arguments) noexcept {
     return cuda_detail::read_chunks(arguments...);
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Masks and page tables of a batch on a device.
+// Masks and page tables of a batch, on a device.
 #pragma once
 
 #include "refreekv/cuda/block/block.hpp"
@@ -8,14 +8,14 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Tokens of a mask that a block writes.
+/// Number of mask tokens that one block writes.
 inline constexpr index_t mask_tokens = 8 * block_threads;
 
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t mask_tiles(index_t tokens) noexcept {
   return (tokens + mask_tokens - 1) / mask_tokens;
 }
 
-/// Tokens [begin, end) of a row of a mask: what an item writes.
+/// The tokens [begin, end) of one mask row that an item writes.
 template <class T>
 struct mask_tile {
   index_t sequence;
@@ -35,6 +35,7 @@ template <class T, class Memory>
   return {sequence, group, begin, end, mask.at(sequence, group)};
 }
 
+/// Range decisions: writes one mask tile. An item is a tile.
 template <class T, class Memory>
 struct range_masks_body {
   struct shared {};
@@ -54,6 +55,7 @@ struct range_masks_body {
   }
 };
 
+/// Position decisions: writes one mask tile. An item is a tile.
 template <class T, class Memory>
 struct position_masks_body {
   struct shared {};
@@ -73,7 +75,7 @@ struct position_masks_body {
     const auto position = [&](index_t i) {
       return index_t{kept.positions(tile.sequence, tile.group, i)};
     };
-    index_t first = 0;  // to be in the tile, found by bisection
+    index_t first = 0;  // index of the first kept position in the tile, by bisection
     for (index_t last = count; first < last;) {
       const index_t middle = first + (last - first) / 2;
       if (position(middle) < tile.begin) {
@@ -82,7 +84,7 @@ struct position_masks_body {
         last = middle;
       }
     }
-    block.sync();  // a token that stays has been dropped before
+    block.sync();  // the tile is dropped as a whole before kept tokens are set
     for (index_t i = first + block.rank(); i < count; i += block_threads) {
       if (position(i) >= tile.end) break;
       tile.row[position(i)] = keep;
@@ -106,7 +108,8 @@ template <class Backend, class T, class Memory>
                     position_masks_body<T, Memory>{kept, mask, keep, drop});
 }
 
-/// Pages [first, last) that nobody shares, counted together.
+/// Counts the pages in [first, last) that are not shared with another sequence; computed by the
+/// whole block.
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE index_t private_pages(Block& block, warp_values<index_t>& sums,
                                                     shared_pages shared, index_t first,
@@ -119,7 +122,7 @@ template <thread_block Block>
   return block_reduce(block, sums, count, plus{});
 }
 
-/// An item is a sequence.
+/// Plans the pages of one sequence. An item is a sequence.
 template <class Memory>
 struct plan_pages_body {
   struct shared {
@@ -158,7 +161,7 @@ template <class Backend, class Memory>
   return run_blocks(exec, kept.extent(0), plan_pages_body<Memory>{kept, page_tokens, shared, to});
 }
 
-/// An item is a sequence.
+/// Removes a plan's pages from one sequence's table. An item is a sequence.
 template <class Index, class Memory>
 struct release_pages_body {
   struct shared {
@@ -176,7 +179,7 @@ struct release_pages_body {
     const index_t pages = table.counts(sequence);
     Index* ids = table.ids.at(sequence);
     const index_t count = list_freed(block, s, plan, ids, sequence);
-    block.sync();  // all have read how many pages there were
+    block.sync();  // every thread has read the old number of pages
     shift(block, ids, plan.first, plan.last, pages);
     if (block.rank() == 0) {
       freed.counts(sequence) = static_cast<position_t>(count);
@@ -185,7 +188,7 @@ struct release_pages_body {
   }
 
  private:
-  /// Appends the plan's pages that nobody shares to `freed`, in their order. Returns how many.
+  /// Appends the plan's pages that are not shared to `freed`, in table order. Returns their number.
   template <thread_block Block>
   REFREEKV_DEVICE index_t list_freed(Block& block, shared& s, const page_plan& plan,
                                      const Index* ids, index_t sequence) const noexcept {
@@ -202,7 +205,8 @@ struct release_pages_body {
     return count;
   }
 
-  /// Moves pages [from, pages) to [to, ...), tile by tile: none lands where a later one still is.
+  /// Moves table entries [from, pages) down to [to, ...), one tile of block_threads entries at a
+  /// time. Ascending order is safe: no entry overwrites a later one that is still to be moved.
   template <thread_block Block>
   REFREEKV_DEVICE static void shift(Block& block, Index* ids, index_t to, index_t from,
                                     index_t pages) noexcept {

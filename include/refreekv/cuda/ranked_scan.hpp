@@ -8,14 +8,15 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
+/// Scratch of rank_tokens and stop_ranked.
 struct ranking_scratch {
   key_segments segments;
   std::uint64_t* keys;   ///< [sequence, kv_head, capacity]
-  std::uint64_t* spare;  ///< the same: sorts go back and forth
-  index_t* lengths;      ///< [sequence, kv_head]: candidates
-  double* energies;      ///< [sequence, q_head, block]: of the tokens of 256 ranks
+  std::uint64_t* spare;  ///< as keys: sorts alternate between both
+  index_t* lengths;      ///< [sequence, kv_head]: number of candidates
+  double* energies;      ///< [sequence, q_head, block]: energy of the tokens at 256 ranks
   std::uint8_t* marks;   ///< [sequence, kv_head, capacity]: whether a token is kept
-  std::byte* temporary;  ///< the sort's
+  std::byte* temporary;  ///< temporary memory of the sort
   std::size_t temporary_bytes;
 
   template <class Backend, class Layer>
@@ -36,8 +37,8 @@ struct ranking_scratch {
   }
 };
 
-/// Writes for each candidate a key: in their order are first the lowest scores, and among equals
-/// the last positions.
+/// Writes a sort key for each candidate. Keys order candidates by ascending score, and equal scores
+/// by descending position.
 template <class Layer>
 struct rank_keys_body {
   struct shared {};
@@ -67,8 +68,8 @@ struct rank_keys_body {
   }
 };
 
-/// Writes the order out of the sorted keys, and what the tokens of a block of it weigh. Of a head
-/// that has none, because of NaN, the first rank is -1.
+/// Writes the order from the sorted keys, and the energies of each block of 256 ranks. If a head
+/// has no order, because of NaN, its first entry is -1.
 template <class Layer>
 struct rank_energies_body {
   using shared = warp_values<double>;
@@ -118,7 +119,7 @@ struct rank_energies_body {
   }
 };
 
-/// Writes the norms of the order, 0 from the last candidate on.
+/// Writes the norms along the order; 0 past the last candidate, NaN at 0 without an order.
 template <class Layer>
 struct rank_norms_body {
   using shared = warp_values<double>;
@@ -149,7 +150,7 @@ struct rank_norms_body {
   }
 
  private:
-  /// Whether all heads have an order. Requires candidates.
+  /// Whether all heads have an order. Requires at least one candidate.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE bool is_ordered(Block& block, index_t sequence) const noexcept {
     bool ordered = true;
@@ -159,7 +160,7 @@ struct rank_norms_body {
     return block.sync_and(ordered);
   }
 
-  /// The squared weights of all from the thread's own rank on.
+  /// Returns the sum of squared weights from the thread's own rank on.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE double energy_from(Block& block, shared& s, index_t sequence,
                                                    index_t head, index_t b,
@@ -204,7 +205,7 @@ template <class Backend, class Layer>
   return run_blocks(exec, of_sequences.items(), curve);
 }
 
-/// Keeps what comes from the cut on in a head's order.
+/// Keeps the tokens of a head's order from the cut on, and the recent tokens.
 template <class Layer>
 struct stop_ranked_body {
   using memory = typename Layer::memory;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norm scan knows of a query head, and what another read of a chunk adds to that.
+// A query head as the norm scan sees it, and the second read of a chunk for token energies.
 #pragma once
 
 #include "refreekv/backend/norm_scan.hpp"
@@ -7,12 +7,12 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// What is known of one query head of a sequence.
+/// One query head of one sequence: its window, chunk statistics and row normalisers.
 struct scanned_head {
   norm_scan scan;
   query_window window;
-  index_t number;                ///< [sequence, q_head]
-  index_t chunks;                ///< of the longest sequence
+  index_t number;                ///< [sequence, q_head], flattened
+  index_t chunks;                ///< chunks of the longest sequence
   chunk_statistics* statistics;  ///< [window, chunk]
   const row_normaliser* rows;    ///< [window]
 
@@ -30,12 +30,13 @@ struct scanned_head {
     return statistics[row * chunks + chunk];
   }
 
-  /// What a value of 1 in a chunk stands for in a row.
+  /// Returns the attention that a value of 1 in a chunk stands for, in one row.
   [[nodiscard]] REFREEKV_DEVICE double attention(index_t row, index_t chunk) const noexcept {
     return detail::weight_of(statistics_of(row, chunk).exponent, rows[row]);
   }
 
-  /// The most that it stands for in any row; NaN where any row's is. For a thread alone.
+  /// Returns the largest `attention` of a chunk over all rows; NaN if any row has NaN. Computed by
+  /// one thread. O(window)
   [[nodiscard]] REFREEKV_DEVICE double largest_attention(index_t chunk) const noexcept {
     double largest = 0;
     REFREEKV_NO_UNROLL
@@ -44,7 +45,7 @@ struct scanned_head {
     }
     return largest;
   }
-  /// The same for a warp together.
+  /// As above, but computed by a warp together, which all lanes must call. O(window / warp_threads)
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE double largest_attention(Block& block,
                                                          index_t chunk) const noexcept {
@@ -56,7 +57,7 @@ struct scanned_head {
     return block.warp_reduce(largest, larger_or_nan{});
   }
 
-  /// The energy of a chunk.
+  /// Returns the energy of a chunk: the squared attention that the norm sums over tokens. O(window)
   [[nodiscard]] REFREEKV_DEVICE double energy(index_t chunk) const noexcept {
     const index_t first = window.first_row();
     if (first == scan.window) return 0;
@@ -73,7 +74,8 @@ struct scanned_head {
     return energy;
   }
 
-  /// The energy that no cut removes, and that a warp finds together.
+  /// Returns the energy of the sinks, which no cut removes; 0 unless the norm is over full rows.
+  /// Computed by a warp together.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE double outside_cut(Block& block) const noexcept {
     double energies = 0;
@@ -87,7 +89,7 @@ struct scanned_head {
   }
 };
 
-/// Where the rows of one KV head are.
+/// Returns the place of all rows of one KV head's query heads, for some tokens.
 template <class Layer>
 [[nodiscard]] REFREEKV_DEVICE tile_place kv_head_place(const Layer& layer, const norm_scan& scan,
                                                        index_t sequence, index_t kv_head,
@@ -96,16 +98,17 @@ template <class Layer>
   return {narrow(sequence), of, {of * group, group, 0, narrow(scan.window)}, 0, tokens};
 }
 
-/// How many rows that are.
+/// Returns the number of rows of one KV head: query heads of the group times window.
 template <class Layer>
 [[nodiscard]] index_t rows_of_kv_head(const norm_scan& scan, const Layer& layer) noexcept {
   return layer.q_heads() / layer.kv_heads() * scan.window;
 }
 
-/// Reads a chunk of one KV head again for the energies of its tokens. For each of its query heads
-/// on_head(head, energy) is called by all threads: the energy of the thread's token, in units of
-/// the head's largest_attention squared. After each tile of rows on_tile(place) is, in step, and
-/// may use up the tile's values.
+/// Reads a chunk of one KV head again and computes the energies of its tokens. For each query head
+/// of the KV head all threads call on_head(head, energy). `energy` is that of the thread's token,
+/// in units of the head's largest_attention squared. After each tile of rows all threads call
+/// on_tile(place); the block is synchronised then, and on_tile may overwrite the tile's values.
+/// O(q_heads of the KV head * window * chunk_tokens * head_dim)
 template <int Rows, thread_block Block, class Layer, class OnHead, class OnTile>
 REFREEKV_DEVICE void for_each_energy(Block& block, tile<Layer, Rows>& s, const Layer& layer,
                                      const norm_scan& scan, const norm_scan_buffers& buffers,

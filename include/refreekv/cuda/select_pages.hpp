@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quest's choice of pages (arXiv 2406.10774) on a device.
+// Page selection by Quest (arXiv 2406.10774), on a device.
 #pragma once
 
 #include "refreekv/attention/page_bounds.hpp"
@@ -7,7 +7,7 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The pages of a sequence that its last query sees.
+/// The pages [first, end) of a sequence that its last query sees.
 struct seen_pages {
   index_t first;
   index_t end;
@@ -20,7 +20,8 @@ struct seen_pages {
   }
 };
 
-/// Writes what the last query could find at most on each page it sees, a warp a page.
+/// Writes an upper bound of the last query's product with any key, for each page that it sees. One
+/// warp per page.
 template <class Layer>
 struct page_scores_body {
   struct shared {};
@@ -55,7 +56,7 @@ struct page_scores_body {
   }
 };
 
-/// Finds which pages a query head takes: the best, or all where one has no score.
+/// Finds the pages that a query head selects: the best ones, or all if any score is NaN.
 template <class Layer>
 struct page_limits_body {
   using shared = limit_memory<count_bins>;
@@ -83,7 +84,7 @@ struct page_limits_body {
   }
 };
 
-/// Takes the scores of the other pages away, a thread a token.
+/// Sets the scores of tokens on other pages to 0. One thread per token.
 template <class Layer>
 struct clear_pages_body {
   struct shared {};
@@ -106,7 +107,7 @@ struct clear_pages_body {
     const value_limit limit = scratch.limits[row];
     for (index_t t = there.first * size + part * block_threads + block.rank(); t < tokens;
          t += cut.parts * block_threads) {
-      // Both fit in 32 bits, in which devices divide faster.
+      // Both fit in 32 bits, which devices divide faster than 64.
       const auto page = static_cast<std::uint32_t>(t) / static_cast<std::uint32_t>(size);
       if (!limit.takes(page_scores[page], page - there.first)) scores(sequence, head, t) = 0;
     }

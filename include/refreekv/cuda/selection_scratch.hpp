@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// What choosing tokens by score works in, and whether it does so over a grid.
+// The scratch of primitives that select tokens by score, and whether they run over a grid.
 #pragma once
 
 #include "refreekv/cuda/grid_limit.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
+/// Scratch of top_tokens, top_mass and select_pages.
 struct selection_scratch {
   value_limit* limits;  ///< [sequence, q_head]
-  float* page_scores;   ///< [sequence, q_head, page]; null where no bounds of pages are observed
-  row_cut kv_rows;      ///< how the scores of KV heads are cut
-  row_cut q_rows;       ///< and those of query heads
-  std::byte* grid;      ///< a grid_descent of the ones or the others; empty where none are cut
+  float* page_scores;   ///< [sequence, q_head, page]; null if the layer has no page bounds
+  row_cut kv_rows;      ///< how the score rows of KV heads are cut
+  row_cut q_rows;       ///< how the score rows of query heads are cut
+  std::byte* grid;      ///< a grid_descent of either; empty if neither is cut
 
   template <class Layer>
   [[nodiscard]] static selection_scratch carve(arena& from, const Layer& layer) noexcept {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores of tokens on a device: attention summed over rows, its spread, and pooling.
+// Token scores on a device: attention summed over rows, and pooling.
 #pragma once
 
 #include "refreekv/backend/token_scores.hpp"
@@ -9,25 +9,26 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Rows of all query heads of a KV head whose statistics are kept at the same time.
+/// Rows, over all query heads of a KV head, whose statistics are stored at once.
 inline constexpr index_t block_rows = 128;
 
-/// Of each sequence: normalisers of all rows of a query head, 16 bytes each, and statistics of a
-/// block of them, 12 bytes for each chunk.
+/// Scratch of the attention primitives. For each query head of each sequence it has 16 bytes for
+/// each row (normalisers). For one block of rows it has 12 bytes for each row and chunk
+/// (statistics).
 struct attention_scratch {
   index_t window;                ///< rows of the longest sequence
-  index_t rows;                  ///< of each query head in a block
-  index_t chunks;                ///< of the longest sequence
+  index_t rows;                  ///< rows of each query head in one block of rows
+  index_t chunks;                ///< chunks of the longest sequence
   chunk_statistics* statistics;  ///< [sequence, q_head, rows, chunk]
   row_normaliser* normalisers;   ///< [sequence, q_head, window]
-  double* totals;                ///< [sequence, kv_head, chunk, 2]
+  double* totals;                ///< [sequence, kv_head, chunk, 2]: entropy and variance
 
   template <class Layer>
   static attention_scratch carve(arena& from, index_t window, const Layer& layer) noexcept {
     const index_t group = layer.q_heads() / layer.kv_heads();
     const index_t most = group < block_rows ? block_rows / group : 1;
     attention_scratch s{};
-    // Only rows with ends may be more than there are tokens.
+    // Only rows with `ends` may outnumber the tokens.
     const bool is_capped = layer.info.rows.ends.data() == nullptr && window > layer.capacity();
     s.window = is_capped ? layer.capacity() : window;
     s.rows = s.window < most ? s.window : most;
@@ -40,8 +41,9 @@ struct attention_scratch {
   }
 };
 
-/// Leaves rows out that have no softmax: their normalisers become 0 in all heads of the KV head,
-/// which is undecided then, or if there is no row.
+/// Excludes rows without a softmax. A row of which any query head has none gets the normaliser 0 in
+/// all query heads of the KV head, which becomes undecided. With row_is_needed a KV head without a
+/// row becomes undecided, too.
 template <class Layer>
 struct leave_out_body {
   struct shared {};
@@ -75,7 +77,8 @@ struct leave_out_body {
   }
 };
 
-/// Leaves the normalisers of the last rows. The keys are read once for each block of rows.
+/// Writes the normalisers of the last `window` rows. Reads the keys once for each block of rows.
+/// O(q_heads * window * tokens * head_dim)
 template <class Backend, class Layer>
 [[nodiscard]] status normalise_rows(const Backend& exec, index_t window, bad_rows bad,
                                     const Layer& layer, const attention_scratch& scratch) noexcept {
@@ -98,9 +101,9 @@ template <class Backend, class Layer>
   return s;
 }
 
-/// Reads a chunk again and calls f(attention) for each row of a span of the last `rows` that sees
-/// the thread's token and is not left out. The block is in step between tiles. normalisers:
-/// [q_head of the span, window]
+/// Reads a chunk again and calls f(attention) in each thread, for the thread's token and each row
+/// that sees it. The rows are a span of the last `rows` rows, without those that are left out. The
+/// block is synchronised between tiles. normalisers: [q_head of the span, window]
 template <int Rows, thread_block Block, class Layer, class F>
 REFREEKV_DEVICE void for_each_attention(Block& block, tile<Layer, Rows>& s, const Layer& layer,
                                         index_t rows, tile_place at, bad_rows bad,
@@ -115,7 +118,7 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Layer, Rows>& s, cons
       if (sees_nothing(window_of(layer, at.sequence, rows), span, at.tokens)) continue;
     }
     attend<leaves::values, any_lanes>(block, s, layer, rows, at);
-    // Not before: while keys are read there is no register for it.
+    // Computed only now: while keys are read there is no register for it.
     const query_window window = window_of(layer, at.sequence, rows);
     set_weights(block, s, [&](int i) {
       const int of = at.first + i;
@@ -129,7 +132,7 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Layer, Rows>& s, cons
     const index_t token = at.tokens.begin + block.rank();
     REFREEKV_NO_UNROLL
     for (int i = 0; at.first + i < last && token < at.tokens.end; ++i) {
-      // Not by its value: where a row is NaN, that of what it does not see is still 0.
+      // Tests visibility, not the value: a row of NaN gives 0, not NaN, to tokens it does not see.
       const index_t row = at.span.row_of(at.first + i);
       if (row < window.first_row() || s.weights[i] < 0) continue;
       const token_range visible = window.visible(row);
@@ -141,7 +144,7 @@ REFREEKV_DEVICE void for_each_attention(Block& block, tile<Layer, Rows>& s, cons
   }
 }
 
-/// Scores of the tokens: a thread each.
+/// Writes the scores of the tokens: attention summed over rows. One thread per token.
 template <class Layer, int Rows>
 struct attention_sums_body {
   struct shared {
@@ -167,7 +170,7 @@ struct attention_sums_body {
   }
 
  private:
-  /// Of the heads of a KV head the first one does.
+  /// Writes whether a KV head has no row; done once per KV head, by its first score head.
   REFREEKV_DEVICE void tell_blindness(index_t sequence, index_t head) const noexcept {
     const index_t heads = scores.extent(1) / layer.kv_heads();
     if (head % heads != 0) return;
@@ -177,7 +180,7 @@ struct attention_sums_body {
   template <thread_block Block>
   REFREEKV_DEVICE void sum(Block& block, shared& s, index_t sequence, index_t head,
                            token_range tokens) const noexcept {
-    const index_t q_heads = layer.q_heads() / scores.extent(1);  // of a score
+    const index_t q_heads = layer.q_heads() / scores.extent(1);  // averaged in one score
     const tile_place at{narrow(sequence),
                         narrow(head * q_heads / (layer.q_heads() / layer.kv_heads())),
                         {narrow(head * q_heads), narrow(q_heads), 0, narrow(window)},
@@ -218,7 +221,7 @@ template <class Backend, class Layer>
   });
 }
 
-/// Pools scores, a thread a token.
+/// Pools scores. One thread per token.
 template <class Layer>
 struct pool_body {
   struct shared {};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Choosing tokens by score on a device: the best ones, or those that hold a share of the sum.
+// Selects tokens by score on a device: the k best, or the fewest that hold a share of the sum.
 #pragma once
 
 #include "refreekv/backend/norm_scan.hpp"
@@ -8,7 +8,7 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The tokens before the last `recent`.
+/// Returns the number of tokens before the last `recent`.
 template <class Layer>
 [[nodiscard]] REFREEKV_DEVICE index_t candidates_of(const Layer& layer, index_t sequence,
                                                     index_t recent) noexcept {
@@ -16,7 +16,7 @@ template <class Layer>
   return tokens > recent ? tokens - recent : 0;
 }
 
-/// Keeps a head's best and most recent tokens.
+/// Keeps a head's best and most recent tokens. One block per KV head.
 template <class Layer>
 struct top_tokens_body {
   using memory = typename Layer::memory;
@@ -52,8 +52,8 @@ struct top_tokens_body {
   }
 };
 
-/// The first launch of top_tokens over a grid: weighs the parts by the first digit. NaN shows where
-/// the tokens that are kept are counted.
+/// The first launch of top_tokens over a grid: weighs each part by the first digit. NaN is detected
+/// later, in the launch that counts kept tokens.
 template <class Layer>
 struct rank_parts_body {
   using memory = typename Layer::memory;
@@ -107,7 +107,7 @@ template <class Backend, class Layer>
   return run_blocks(exec, layer.sequences(), keep_undecided_body<Layer>{layer, kept});
 }
 
-/// Finds which scores of a query head hold a share of their sum.
+/// Finds the limit above which scores of a query head hold `share` of their sum.
 template <class Layer>
 struct mass_limits_body {
   struct shared {
@@ -148,7 +148,7 @@ struct mass_limits_body {
   }
 };
 
-/// Keeps what any query head of a KV head takes.
+/// Keeps the union of the tokens that the query heads of a KV head select.
 template <class Layer>
 struct keep_union_body {
   using memory = typename Layer::memory;
@@ -177,7 +177,7 @@ struct keep_union_body {
   }
 };
 
-/// The first launch of top_mass over a grid: sums the tiles of the scores of query heads.
+/// The first launch of top_mass over a grid: sums the tiles of each query head's scores.
 template <class Layer>
 struct sum_parts_body {
   using memory = typename Layer::memory;
@@ -200,7 +200,7 @@ struct sum_parts_body {
   }
 };
 
-/// The second launch: weighs the parts by the first digit.
+/// The second launch of top_mass over a grid: weighs each part by the first digit.
 template <class Memory>
 struct weigh_masses_body {
   struct shared {
@@ -235,7 +235,8 @@ template <class Backend, class Layer>
                               const Layer& layer, const scores_view<typename Layer::memory>& scores,
                               const kept_positions<typename Layer::memory>& kept,
                               const selection_scratch& scratch) noexcept {
-  // How often a bisection reads its row depends on the values, and so is not a number of launches.
+  // A bisection reads its row a number of times that depends on the values. It cannot be a fixed
+  // number of launches, so it stays in one block.
   if (scratch.q_rows.parts > 1 && !sink_start) {
     using memory = typename Layer::memory;
     arena carve(scratch.grid);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The limit that Twilight's published kernel finds, by a block.
+// The limit that Twilight's published kernel finds, computed by a block.
 #pragma once
 
 #include "refreekv/cuda/block/value_limit.hpp"
@@ -18,8 +18,9 @@ struct bisection_memory {
   warp_values<double> sums;
 };
 
-/// The limit of the values that Twilight's published kernel takes: those above what it finds by
-/// bisection from the first one. Requires values >= 0 that sum to 1 / part.
+/// Returns the limit of the values that Twilight's published kernel (arXiv 2502.02770) selects: the
+/// values above a threshold, which it finds by bisection from the first value. Requires values >= 0
+/// with a sum of 1 / part. O(count / threads) per step of the bisection
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE value_limit limit_of_bisection(Block& block, bisection_memory& s,
                                                              const value_row& row, index_t count,

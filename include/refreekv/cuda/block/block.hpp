@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a kernel body may ask of the threads that run it.
+// The operations that a kernel body may use of the threads that run it.
 //
-// Bodies are written once, as templates over thread_block: CUDA runs them on the device, tests run
-// them on the CPU with an emulated block. Few lines know which it is.
+// Bodies are written once, as templates over thread_block. CUDA runs them on the device; tests run
+// them on the CPU with an emulated block. Only the block types themselves know which.
 #pragma once
 
 #include <concepts>
@@ -16,7 +16,8 @@
 #error "refreekv's kernels copy to shared memory while they compute: compile for sm_80 or later"
 #endif
 
-/// Marks what runs inside a kernel. It is inlined: arrays that are passed on stay in registers.
+/// Marks functions that run inside a kernel. They are inlined, so arrays that are passed on stay in
+/// registers.
 #if defined(__CUDACC__)
 #define REFREEKV_DEVICE __device__ __forceinline__
 #define REFREEKV_UNROLL _Pragma("unroll")
@@ -33,7 +34,7 @@ inline constexpr int warp_threads = 32;
 inline constexpr int block_threads = 256;
 inline constexpr int block_warps = block_threads / warp_threads;
 
-// Constants, as device code may not call std::numeric_limits.
+// Constants, because device code may not call std::numeric_limits.
 inline constexpr float infinity = std::numeric_limits<float>::infinity();
 inline constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 
@@ -42,8 +43,8 @@ struct alignas(16) vector16 {
   std::uint32_t words[4];
 };
 
-/// The same pointer, which is known to point to global memory: of one that has been in shared
-/// memory the compiler does not know, and would have each access look.
+/// Returns p, known to point to global memory. The compiler cannot know this of a pointer that was
+/// stored in shared memory, and would check it at each access.
 template <class T>
 [[nodiscard]] REFREEKV_DEVICE T* in_global(T* p) noexcept {
 #if defined(__CUDA_ARCH__)
@@ -59,7 +60,7 @@ struct plus {
     return a + b;
   }
 };
-/// NaN is never the larger one, unless it comes first.
+/// Returns the larger value. Ignores NaN, unless it is the first argument.
 struct larger {
   template <class T>
   REFREEKV_DEVICE T operator()(T a, T b) const noexcept {
@@ -67,7 +68,7 @@ struct larger {
   }
 };
 
-/// NaN where either is.
+/// Returns the smaller (larger) value; NaN if either is NaN.
 struct smaller_or_nan {
   template <class T>
   REFREEKV_DEVICE T operator()(T low, T x) const noexcept {
@@ -81,23 +82,24 @@ struct larger_or_nan {
   }
 };
 
-/// One of block_threads threads that run the same body, with memory that they share. All threads of
-/// a block, or of a warp where the name says so, make the same calls in the same order.
-/// - `rank()`: of the thread, from 0.
-/// - `sync()`: what any thread of the block wrote before, to shared or global memory, all see
-///   after. Nothing else orders memory between threads.
-/// - `sync_and(b)`: the same, and whether b holds for all threads.
-/// - `copy_async<n>(to, from)`: 4, 8 or 16 bytes, aligned so, from global to shared memory;
-///   `commit()` closes a group of a thread's copies, `wait<n>()` returns when all but its n latest
-///   groups are there, for that thread to read.
-/// - `tile_reduce_scatter<lanes>(x, op)`: of N values in each of `lanes` neighbouring threads, lane
-///   p of them gets the reduction of x[p / (lanes / N)]. lanes and N are powers of two, N <= lanes.
-///   x is used up.
-/// - `warp_reduce(x, op)`: of the warp's values, to all of its threads.
-/// - `warp_prefix_sum(x)`, `warp_suffix_sum(x)`: the sum of the values up to, or from, the thread's
-///   own on.
-/// - `warp_broadcast(x, lane)`: that lane's value.
-/// - `add(to, x)`: to += x in shared memory, whole and in any order; of unsigned.
+/// One of block_threads threads that run the same body and share memory. All threads of the block
+/// call `sync` and `sync_and` in the same order. All threads of a warp do so with the functions
+/// that begin with `warp_` or `tile_`.
+/// - `rank()`: returns the thread's number in the block, from 0.
+/// - `sync()`: waits for all threads of the block. Afterwards each sees what any of them wrote
+///   before, to shared or global memory. Nothing else orders memory between threads.
+/// - `sync_and(b)`: syncs, and returns whether b holds for all threads.
+/// - `copy_async<n>(to, from)`: copies n = 4, 8 or 16 bytes, aligned to n, from global to shared
+///   memory. `commit()` closes a group of the thread's copies. `wait<n>()` returns when all groups
+///   but the n latest have arrived, for this thread to read.
+/// - `tile_reduce_scatter<lanes>(x, op)`: reduces x[N] over `lanes` neighbouring threads. Lane p of
+///   them returns the reduction of x[p / (lanes / N)]. lanes and N are powers of two, N <= lanes.
+///   Overwrites x.
+/// - `warp_reduce(x, op)`: returns the reduction of the warp's values, to all of its threads.
+/// - `warp_prefix_sum(x)`, `warp_suffix_sum(x)`: returns the sum up to, or from, the thread's own
+///   value, which is included.
+/// - `warp_broadcast(x, lane)`: returns that lane's x.
+/// - `add(to, x)`: adds x to an unsigned in shared memory; atomic, in any order.
 template <class B>
 concept thread_block = requires(B& block, bool all, float x, double y, unsigned& counter,
                                 float (&some)[4], void* to, const void* from) {
@@ -117,7 +119,7 @@ concept thread_block = requires(B& block, bool all, float x, double y, unsigned&
   block.add(counter, 1u);
 };
 
-/// A thread's warp, and its place in it.
+/// warp_of: the number of a thread's warp. lane_of: the thread's place in it.
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE int warp_of(const Block& block) noexcept {
   return block.rank() / warp_threads;
@@ -127,13 +129,14 @@ template <thread_block Block>
   return block.rank() % warp_threads;
 }
 
-/// What warps leave each other, in shared memory.
+/// One value of each warp, in shared memory, for the other warps to read.
 template <class T>
 struct warp_values {
   T of[block_warps];
 };
 
-/// The reduction of the block's values, in the order of its warps, to all threads.
+/// Returns the reduction of the block's values, in the order of its warps, to all threads.
+/// Synchronises the block.
 template <class T, class Op, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE T block_reduce(Block& block, warp_values<T>& shared, T x,
                                              Op op) noexcept {
@@ -147,14 +150,14 @@ template <class T, class Op, thread_block Block>
   return x;
 }
 
-/// A thread's sum, and that of the whole block.
+/// The sum up to (or from) a thread's value, and the sum of the whole block.
 template <class T>
 struct block_sums {
   T own;
   T all;
 };
 
-/// Sums of the values up to each thread's own.
+/// Returns the sum of the values up to each thread's own, included. Synchronises the block.
 template <class T, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE block_sums<T> block_prefix_sum(Block& block, warp_values<T>& shared,
                                                              T x) noexcept {
@@ -171,7 +174,7 @@ template <class T, thread_block Block>
   return {before + x, all};
 }
 
-/// Sums of the values from each thread's own on.
+/// Returns the sum of the values from each thread's own on, included. Synchronises the block.
 template <class T, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE block_sums<T> block_suffix_sum(Block& block, warp_values<T>& shared,
                                                              T x) noexcept {
@@ -188,14 +191,14 @@ template <class T, thread_block Block>
   return {after + x, all};
 }
 
-/// What a kernel runs: a trivially copyable object with a type `shared` of what its block shares,
-/// and a template operator()(block, shared, item). It is called once for each item, with `shared`
-/// uninitialised and in no particular order; blocks do not see each other.
-/// `run_blocks(on, items, body)`, which a backend provides, starts it and returns a status.
+/// The body of a kernel: a trivially copyable object with a type `shared`, the block's shared
+/// memory, and a template operator()(block, shared, item). It is called once for each item, in no
+/// particular order, with `shared` uninitialised. Blocks do not see each other's work. A backend
+/// provides `run_blocks(exec, items, body)`, which starts it and returns a status.
 template <class Body>
 concept kernel_body = std::is_trivially_copyable_v<Body> && requires { typename Body::shared; };
 
-/// Calls f(i) for i in [0, count), a thread each.
+/// Calls f(i) for each i in [0, count), one thread per i.
 template <class F>
 struct for_each_body {
   struct shared {};
@@ -209,7 +212,7 @@ struct for_each_body {
   }
 };
 
-/// Items that take `count` elements, one a thread.
+/// Returns the number of blocks that `count` elements need, with one thread per element.
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t blocks_for(index_t count) noexcept {
   return (count + block_threads - 1) / block_threads;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The element types of a cache on a device, and how 16 bytes of them become floats.
+// The element types of a cache on a device, and their conversion to float, 16 bytes at a time.
 #pragma once
 
 #include <cstring>
@@ -14,8 +14,8 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// What the bits of an element mean: float, f16_bits, bf16_bits, fp8_e4m3_bits or int8. A type that
-/// an engine has for one of them is a specialisation.
+/// The meaning of an element's bits: float, f16_bits, bf16_bits, fp8_e4m3_bits or int8. An engine's
+/// own type for one of them specialises this.
 template <class T>
 struct stored_as {
   using type = T;
@@ -43,7 +43,7 @@ concept element =
     std::is_same_v<stored<T>, bf16_bits> || std::is_same_v<stored<T>, fp8_e4m3_bits> ||
     std::is_same_v<stored<T>, std::int8_t>;
 
-/// Elements in 16 bytes.
+/// The number of elements in 16 bytes.
 template <element T>
 inline constexpr int fragment_elements = 16 / int{sizeof(T)};
 
@@ -58,27 +58,27 @@ inline constexpr int fragment_elements = 16 / int{sizeof(T)};
   return bits;
 }
 
-/// A half in the low 16 bits, exactly.
+/// Returns the half in the low 16 bits as a float; exact.
 [[nodiscard]] REFREEKV_DEVICE float widen_half(std::uint32_t bits) noexcept {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 #else
   const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
-  // 2^112 moves the exponent from half's bias to float's and makes subnormals normal.
+  // 2^112 moves the exponent from half's bias to float's, and makes subnormals normal.
   const std::uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
   const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return as_float(finite | special | (bits & 0x8000u) << 16);
 #endif
 }
 
-/// e4m3 whose sign and magnitude are where a half has its own: 2^8 smaller than it is, and finite
-/// where it is NaN.
+/// Returns an e4m3 value, whose sign and magnitude are shifted to those of a half. As a half it is
+/// 2^8 too small, and finite where e4m3 has NaN.
 [[nodiscard]] REFREEKV_DEVICE float widen_fp8(std::uint32_t as_half) noexcept {
   const float x = widen_half(as_half & 0xffffu) * 256;
   return x == 480 || x == -480 ? not_a_number : x;
 }
 
-/// Exact, NaN and Inf included.
+/// Returns x as a float; exact, including NaN and Inf.
 template <element T>
 [[nodiscard]] REFREEKV_DEVICE float widen(T x) noexcept {
   using type = stored<T>;
@@ -95,13 +95,13 @@ template <element T>
   }
 }
 
-/// x - zero, for whole numbers of few bits: 2^23 + x has x in its last ones. No conversion, of
-/// which devices do few.
+/// Returns x - zero, for small whole numbers: 2^23 + x has x in its lowest bits. This avoids a
+/// conversion, of which devices execute few per cycle.
 [[nodiscard]] REFREEKV_DEVICE float small_float(std::uint32_t x, float zero) noexcept {
   return as_float(0x4b000000u | x) - (0x1p23f + zero);
 }
 
-/// 16 bytes of elements as floats.
+/// Converts 16 bytes of elements to floats.
 template <element T>
 REFREEKV_DEVICE void unpack(const vector16& from,
                             float (&to)[std::size_t{fragment_elements<T>}]) noexcept {

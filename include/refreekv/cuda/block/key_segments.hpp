@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keys that rankings by score are sorted by.
+// The sort keys of rankings by score.
 //
-// Sorting is the backend's: it provides, for a key_segments,
-// - `sorts_together(on, count, capacity)`: whether it sorts segments as one array;
-// - `sort_bytes(on, segments)`: the temporary memory that sort_segments needs;
-// - `sort_segments(on, segments, keys, spare, lengths, temporary, bytes)`: sorts lengths[i] keys of
-//   each segment, all of it if together, by bits [first_bit, last_bit) and in the order of equals.
-//   `keys` is the sorted array afterwards, `spare` the other one.
+// The backend sorts. It provides these functions for a key_segments:
+// - `sorts_together(exec, count, capacity)`: whether it sorts all segments as one array.
+// - `sort_bytes(exec, segments)`: the bytes of temporary memory that sort_segments needs.
+// - `sort_segments(exec, segments, keys, spare, lengths, temporary, bytes)`: sorts lengths[i] keys
+//   of each segment, or all slots if together. The sort is stable and by bits [first_bit,
+//   last_bit). On return `keys` is the sorted array, and `spare` the other one.
 #pragma once
 
 #include <bit>
@@ -15,16 +15,16 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The keys of each head's candidates, [segment, capacity] of them: from the top bit, the number of
-/// the segment, 32 bits of the score, and the token, which is carried along. As they are written
-/// from the last token back and sorts keep the order of equals, half of the bits are sorted by.
+/// The keys of each head's candidates, [segment, capacity]. From the top bit a key holds the number
+/// of its segment, 32 bits of the score, and the token. Keys are written from the last token back
+/// and sorts are stable, so the token's bits need no sorting: only half of the bits do.
 struct key_segments {
   index_t count;
   index_t capacity;
   int token_bits;
-  bool together;  ///< sorted as one array: slots that no candidate has hold keys that come last
+  bool together;  ///< sorted as one array; slots without a candidate hold keys that sort last
 
-  /// A score that has no place in any order, or none at all.
+  /// Marks a score without a place in the order (NaN), or a slot without a candidate.
   static constexpr std::uint32_t no_score = 0xffffffff;
 
   template <class Backend>
@@ -32,7 +32,7 @@ struct key_segments {
                                        index_t capacity) noexcept {
     return {count, capacity, bits_of(capacity), sorts_together(exec, count, capacity)};
   }
-  /// The bits that keys are sorted by.
+  /// Keys are sorted by bits [first_bit, last_bit).
   [[nodiscard]] int first_bit() const noexcept { return token_bits; }
   [[nodiscard]] int last_bit() const noexcept {
     return token_bits + 32 + (together ? bits_of(count) : 0);
@@ -51,7 +51,7 @@ struct key_segments {
   }
 
  private:
-  /// Of the numbers below `count`.
+  /// Returns how many bits the numbers below `count` need.
   [[nodiscard]] static int bits_of(index_t count) noexcept {
     return count > 1 ? static_cast<int>(std::bit_width(static_cast<std::uint64_t>(count - 1))) : 0;
   }

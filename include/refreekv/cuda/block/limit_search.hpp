@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is known of the scores at the last places of a ranking's sizes while they are searched for.
+// The state of the search for a ranking's limits: the score at the last place of each size.
 #pragma once
 
 #include "refreekv/backend/importance.hpp"
@@ -7,26 +7,26 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// What is known of a ranking's limits: the bits that the scores at the last places of its sizes
-/// begin with. Scores are >= 0, whose bits are in their order.
+/// The search for the limits of one ranking: the leading bits of the score at each size's last
+/// place. Scores are >= 0, so their bits order as they do.
 struct limit_search {
-  static constexpr int digit_bits = 7;  // that a step finds
+  static constexpr int digit_bits = 7;  // bits that one step finds
   static constexpr int bins = 1 << digit_bits;
 
   bool decides;  ///< whether there is anything to rank
-  // Of the size i + 1: what its last score begins with, before a step and after it, by turns; of
-  // the scores that begin so, how many come before it and, in the end, how many equal it.
+  // For size i + 1: begins has the leading bits of its last score, before and after a step,
+  // alternating. Among scores with these bits, `left` come before it; in the end `equals` equal it.
   std::uint32_t begins[2][max_sizes];
   index_t left[max_sizes];
   index_t equals[max_sizes];
 };
-/// Sizes whose last scores begin alike, numbered from large to small.
+/// Groups of sizes whose last scores share their leading bits, numbered from large to small.
 struct limit_groups {
   std::uint32_t begins[max_sizes];
-  int of[max_sizes];  ///< the group of the size i + 1
+  int of[max_sizes];  ///< group of size i + 1
   warp_values<int> counts;
 
-  /// Returns how many there are. The block's threads are in step afterwards.
+  /// Returns the number of groups. Synchronises the block at the end.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE int find(Block& block, const std::uint32_t* of_sizes,
                                          int sizes) noexcept {
@@ -46,10 +46,10 @@ struct search_digit {
   int shift, bits;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE static constexpr search_digit first() noexcept {
-    return {0, 31 - limit_search::digit_bits, limit_search::digit_bits};  // there is no sign
+    return {0, 31 - limit_search::digit_bits, limit_search::digit_bits};  // no sign bit
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool is_last() const noexcept { return shift == 0; }
-  /// Which of a search's `begins` it goes by; the other is what it leaves.
+  /// before: which of a search's `begins` the step reads. after: which one it writes.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int before() const noexcept { return number % 2; }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int after() const noexcept { return 1 - number % 2; }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr search_digit next() const noexcept {
@@ -59,11 +59,11 @@ struct search_digit {
   }
 };
 
-/// What finds the limits works in.
+/// The buffers of the search for limits.
 struct limit_parts {
   limit_search* searches;  ///< [sequence, ranking]
-  /// [sequence, kv_head, split, sizes, bins]: of the scores of a split that begin as those of a
-  /// group do, how many have which digit next.
+  /// [sequence, kv_head, split, sizes, bins]: for each group, how many scores of a split that share
+  /// the group's leading bits have which next digit. A split is a part of a head's tokens.
   unsigned* counts;
 
   template <class Layer>

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a block stops taking values of a row: at the k largest, or at those that hold a share.
+// Finds where a block stops selecting values of a row: at the k largest, or at a share of the sum.
 //
-// A radix descent finds the limit in place: digit by digit from the top, the values that share the
-// digits found so far are weighed in bins by their next one. Weights are integers, so sums are the
-// same in any order. A row is read once a digit, without temporary memory. grid_limit.hpp takes the
-// same steps over parts of a row.
+// A radix descent finds the limit in place, digit by digit from the top. Values that share the
+// digits found so far are weighed in bins by their next digit. Weights are integers, so sums do not
+// depend on their order. A row is read once per digit, without temporary memory. grid_limit.hpp
+// does these steps over parts of a row.
 #pragma once
 
 #include <cmath>
@@ -15,14 +15,14 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Which values of a row are taken: those above `least`, and its equals among the first tokens.
+/// Selects values of a row: those above `least`, and equal ones at positions below equals_end.
 struct value_limit {
   float least;
-  index_t equals_end;  ///< negative: everything is taken, NaN too
+  index_t equals_end;  ///< negative: everything is selected, NaN included
 
   [[nodiscard]] REFREEKV_DEVICE static value_limit everything() noexcept { return {0, -1}; }
   [[nodiscard]] REFREEKV_DEVICE static value_limit nothing() noexcept { return {infinity, 0}; }
-  /// Everything, since there is nothing to decide on.
+  /// Selects everything, because nothing can be decided.
   [[nodiscard]] REFREEKV_DEVICE static value_limit undecided() noexcept {
     return {not_a_number, -1};
   }
@@ -34,7 +34,7 @@ struct value_limit {
   }
 };
 
-/// What the limits of a group of rows take together.
+/// The union of what the limits of a group of rows select.
 struct limit_union {
   value_row first;
   index_t row_stride;
@@ -60,7 +60,7 @@ struct limit_union {
   }
 };
 
-/// An integer that orders as the float does; -0 is 0. Requires no NaN.
+/// Returns an integer that orders as the float does; -0 becomes 0. Requires no NaN.
 [[nodiscard]] REFREEKV_DEVICE std::uint32_t ordered_bits(float x) noexcept {
   const std::uint32_t bits = as_bits(x == 0 ? 0.0f : x);
   return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
@@ -69,8 +69,8 @@ struct limit_union {
   return as_float(bits >> 31 != 0 ? bits & 0x7fffffffu : ~bits);
 }
 
-/// Weighs each value 1. The block shares its bins: to add 1, a device joins the threads of a warp
-/// that add to the same place.
+/// Weighs each value 1. The block shares its bins: devices combine a warp's additions of 1 to the
+/// same place.
 template <class Weight>
 struct count_bins_of {
   using weight = Weight;
@@ -87,7 +87,8 @@ struct count_bins_of {
   REFREEKV_DEVICE void add(Block& block, shared& s, std::uint32_t bin, float) const noexcept {
     block.add(s.counts[bin], 1u);
   }
-  /// How many values, all equal to `value`, have a weight, and how many have at least that.
+  /// values_of: how many values, all equal to `value`, weigh w. values_for: the fewest that weigh
+  /// at least w.
   [[nodiscard]] REFREEKV_DEVICE static index_t values_of(weight w, float) noexcept {
     return static_cast<index_t>(w);
   }
@@ -95,7 +96,8 @@ struct count_bins_of {
     return static_cast<index_t>(w);
   }
 
-  /// The weight of a bin, to the first of block_threads / bins neighbouring threads; 0 to others.
+  /// Returns the weight of a bin to the first of block_threads / bins neighbouring threads; 0 to
+  /// the others.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE weight of_bin(Block& block, const shared& s) const noexcept {
     return s.counts[block.rank()];
@@ -103,10 +105,9 @@ struct count_bins_of {
 };
 using count_bins = count_bins_of<unsigned>;
 
-/// Weighs each value > 0 by itself in fixed point, in which no value vanishes and one that holds
-/// at least 2^-37 of the sum is exact. Each thread has bins of its own: devices have no 64-bit
-/// addition in shared memory but a loop of compare and swap, in which threads that meet in a bin
-/// wait for each other.
+/// Weighs each value > 0 by itself, in fixed point. No value vanishes, and values of at least 2^-37
+/// of the sum are exact. Each thread has its own bins. Devices have no 64-bit addition in shared
+/// memory, only a loop of compare-and-swap in which threads that meet in a bin wait.
 class mass_bins {
  public:
   using weight = std::uint64_t;
@@ -116,7 +117,7 @@ class mass_bins {
     weight masses[bins][block_threads];
   };
 
-  /// `sum` is that of the values, up to rounding. Requires a normal number > 0.
+  /// sum: the sum of the values, up to rounding. Requires a normal number > 0.
   REFREEKV_DEVICE explicit mass_bins(double sum) noexcept
       : scale_(detail::power_of_two(static_cast<float>(60 - std::ilogb(sum)))) {}
 
@@ -125,7 +126,7 @@ class mass_bins {
     const auto mass = static_cast<weight>(double{value} * scale_);
     return mass > 0 ? mass : 1;
   }
-  /// What sums to at least `needed`; at least one value does.
+  /// Returns the weight of a sum of at least `needed`; at least 1, so that a value is needed.
   [[nodiscard]] REFREEKV_DEVICE weight at_least(double needed) const noexcept {
     const auto mass = static_cast<weight>(std::ceil(needed * scale_));
     return mass > 0 ? mass : 1;
@@ -159,15 +160,15 @@ class mass_bins {
   }
 
  private:
-  double scale_;  // a power of two: the sum becomes 2^60 to 2^61, which leaves room for rounding up
+  double scale_;  // power of two: scales the sum to 2^60 ... 2^61, with room for rounding up
 };
 
-/// The smallest value that is taken, or what is known of it.
+/// The smallest selected value, as far as its digits are found.
 template <class Weight>
 struct descent_end {
-  std::uint32_t bits;  ///< ordered_bits of it: those of the digits that are found
-  Weight needed;       ///< what its equals, in these digits, must weigh together
-  Weight equals;       ///< what all of them weigh
+  std::uint32_t bits;  ///< its ordered_bits, in the digits found so far
+  Weight needed;       ///< weight that values equal in these digits must contribute
+  Weight equals;       ///< weight of all values equal in these digits
 };
 
 template <class Bins>
@@ -181,20 +182,20 @@ struct limit_memory {
   index_t equals_end;
 };
 
-/// The digits of a value, from the top. Bin i is that of block_threads / bins neighbouring threads.
+/// The digits of a value, from the top. Bin i belongs to block_threads / bins neighbouring threads.
 template <class Bins>
 struct descent_digits {
   static constexpr std::uint32_t bins = 1u << Bins::digit_bits;
   static constexpr int count = 32 / Bins::digit_bits;
-  static constexpr int lanes = block_threads / static_cast<int>(bins);  ///< threads of a bin
+  static constexpr int lanes = block_threads / static_cast<int>(bins);  ///< threads per bin
 
   [[nodiscard]] REFREEKV_DEVICE static int shift(int digit) noexcept {
     return 32 - Bins::digit_bits * (digit + 1);
   }
 };
 
-/// Weighs those of the row's first `count` values that share the digits found before this one. The
-/// weight of a bin, to the first of its threads; 0 to others.
+/// Weighs the values, of the row's first `count`, that share the digits found before this one.
+/// Returns the weight of a bin to the first of its threads, 0 to the others. O(count / threads)
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE typename Bins::weight weigh(Block& block, limit_memory<Bins>& s,
                                                           const value_row& row, index_t count,
@@ -212,8 +213,8 @@ template <class Bins, thread_block Block>
   return bins.of_bin(block, s.bins);
 }
 
-/// The end with one more digit found, given what the whole row weighs as `weigh` gives it. Requires
-/// a needed weight, and a value of some weight.
+/// Returns `end` with one more digit. own: the whole row's weight of the thread's bin, as `weigh`
+/// returns it. Requires end.needed > 0, and a value of non-zero weight.
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE descent_end<typename Bins::weight> descended(
     Block& block, limit_memory<Bins>& s, descent_end<typename Bins::weight> end,
@@ -230,8 +231,8 @@ template <class Bins, thread_block Block>
   return s.end;
 }
 
-/// The limit of values [begin, begin + count), which `row` starts with, at a value of which the
-/// first `wanted` are taken, of `equals` that there are.
+/// Returns the limit of values [begin, begin + count), which `row` starts with. `equals` of them
+/// equal `least`; the first `wanted` of these are selected.
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE value_limit limit_at(Block& block, limit_memory<Bins>& s,
                                                    const value_row& row, index_t begin,
@@ -248,9 +249,9 @@ template <class Bins, thread_block Block>
   return {least, s.equals_end};
 }
 
-/// The limit of the fewest of the row's first `count` values, the largest ones, that weigh `needed`
-/// together; all of some weight if they do not. Requires no NaN, needed > 0 and a value of some
-/// weight.
+/// Returns the limit of the fewest of the row's first `count` values, the largest ones, that
+/// together weigh `needed`; if they do not, of all with a weight. Requires no NaN, needed > 0 and a
+/// value of non-zero weight. O(count / threads) per digit
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE value_limit limit_of_weight(Block& block, limit_memory<Bins>& s,
                                                           const value_row& row, index_t count,
@@ -266,8 +267,8 @@ template <class Bins, thread_block Block>
                   bins.values_of(end.equals, least));
 }
 
-/// The limit of the k largest of the row's first `count` values. Requires 0 < k <= count and no
-/// NaN.
+/// Returns the limit of the k largest of the row's first `count` values. Requires 0 < k <= count
+/// and no NaN.
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE value_limit limit_of_largest(Block& block,
                                                            limit_memory<count_bins>& s,
@@ -276,8 +277,8 @@ template <thread_block Block>
   return limit_of_weight(block, s, row, count, count_bins{}, static_cast<unsigned>(k));
 }
 
-/// The limit of the fewest of the row's first `count` values that sum to at least `needed`; all
-/// that are not 0 if they do not. Requires values >= 0 and their sum, up to rounding, > 0.
+/// Returns the limit of the fewest of the row's first `count` values that sum to at least `needed`;
+/// if they do not, of all that are not 0. Requires values >= 0 and their sum, up to rounding, > 0.
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE value_limit limit_of_sum(Block& block, limit_memory<mass_bins>& s,
                                                        const value_row& row, index_t count,

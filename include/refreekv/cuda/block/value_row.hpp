@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a block goes through the values of one head, and counts them in their order.
+// Loops of a block over the values of one head, and selection in token order.
 #pragma once
 
 #include "refreekv/cuda/block/block.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Values of one head: [token].
+/// The values of one head: [token].
 struct value_row {
   const float* values;
   index_t stride;
@@ -14,14 +14,14 @@ struct value_row {
   [[nodiscard]] REFREEKV_DEVICE float operator()(index_t t) const noexcept {
     return values[t * stride];
   }
-  /// The row from a token on.
+  /// Returns the row from token t on.
   [[nodiscard]] REFREEKV_DEVICE value_row from(index_t t) const noexcept {
     return {values + t * stride, stride};
   }
 };
 
-/// Calls f(value) for each of the row's first `count`. Loads go out in batches: what bounds a block
-/// that reads a row on its own is how long each one takes.
+/// Calls f(value) for each of the row's first `count` values. A block that reads a row alone is
+/// latency-bound, so loads are issued in batches. O(count / threads)
 template <thread_block Block, class F>
 REFREEKV_DEVICE void for_each_value(const Block& block, const value_row& row, index_t count,
                                     const F& f) noexcept {
@@ -40,7 +40,7 @@ REFREEKV_DEVICE void for_each_value(const Block& block, const value_row& row, in
   }
 }
 
-/// Whether any of the row's first `count` values is NaN.
+/// Whether any of the row's first `count` values is NaN. O(count / threads)
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE bool any_nan(Block& block, const value_row& row,
                                            index_t count) noexcept {
@@ -49,15 +49,16 @@ template <thread_block Block>
   return !block.sync_and(ordered);
 }
 
-/// Values that are summed at once. A row's sum is that of its tiles, of which thread i adds i,
-/// i + block_threads and so on: the same bits, whichever blocks have summed the tiles.
+/// Values of a tile, which are summed at once. A row's sum is the sum of its tiles; thread i adds
+/// tiles i, i + block_threads and so on. So its bits do not depend on which blocks summed the
+/// tiles.
 inline constexpr index_t tile_values = 8 * block_threads;
 
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tiles_of(index_t count) noexcept {
   return (count + tile_values - 1) / tile_values;
 }
 
-/// The sum of a tile of the row's first `count` values, to all threads.
+/// Returns the sum of a tile of the row's first `count` values, to all threads.
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE double sum_of_tile(Block& block, warp_values<double>& shared,
                                                  const value_row& row, index_t count,
@@ -69,7 +70,7 @@ template <thread_block Block>
   return block_reduce(block, shared, sum, plus{});
 }
 
-/// The sum of the row's first `count` values, to all threads.
+/// Returns the sum of the row's first `count` values, to all threads. O(count / threads)
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE double sum_of_values(Block& block, warp_values<double>& shared,
                                                    const value_row& row, index_t count) noexcept {
@@ -81,7 +82,7 @@ template <thread_block Block>
   return block_reduce(block, shared, sum, plus{});
 }
 
-/// The same, of the sums of its tiles.
+/// As sum_of_values, but from the sums of the row's tiles.
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE double sum_of_tiles(Block& block, warp_values<double>& shared,
                                                   const double* tiles, index_t count) noexcept {
@@ -92,13 +93,13 @@ template <thread_block Block>
   return block_reduce(block, shared, sum, plus{});
 }
 
-/// Calls f(i, t) for the tokens t of [0, tokens) for which holds(t), the i-th of them from 0 in
-/// their order. Returns how many there are.
+/// Calls f(i, t) for each token t of [0, tokens) for which holds(t). i counts these tokens from 0,
+/// in ascending order. Returns their number. O(tokens / threads)
 template <thread_block Block, class Predicate, class F>
 REFREEKV_DEVICE index_t for_each_where(Block& block, warp_values<std::uint64_t>& shared,
                                        index_t tokens, const Predicate& holds,
                                        const F& f) noexcept {
-  // One prefix sum counts four times 256 tokens, in 16 bits each.
+  // One prefix sum counts four batches of 256 tokens, in 16 bits each.
   constexpr int parts = 4;
   index_t count = 0;
   for (index_t first = 0; first < tokens; first += parts * block_threads) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The block that a kernel runs in on a device, and the one kernel there is.
+// The thread block of a CUDA kernel, and the only kernel: run_body.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,8 +8,8 @@
 
 #include "refreekv/cuda/block/block.hpp"
 
-/// Kernels, and what launches them: of two shared libraries that are compiled for different devices
-/// each has its own, which the dynamic linker must not make one.
+/// Hides kernels and their launchers from the dynamic linker. Two shared libraries that are
+/// compiled for different devices have their own, and the linker must not merge them.
 #if defined(_WIN32)
 #define REFREEKV_HIDDEN
 #else
@@ -18,7 +18,7 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// thread_block on the device: threads exchange values by shuffles.
+/// thread_block on a device: threads exchange values by warp shuffles.
 struct cuda_block {
   __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
@@ -27,7 +27,7 @@ struct cuda_block {
   template <int Bytes>
   __device__ __forceinline__ void copy_async(void* to, const void* from) const {
     const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    if constexpr (Bytes == 16) {  // past the first-level cache
+    if constexpr (Bytes == 16) {  // bypasses the L1 cache
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
     } else {
       asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(Bytes)
@@ -42,7 +42,7 @@ struct cuda_block {
     asm volatile("cp.async.wait_group %0;" ::"n"(Latest) : "memory");
   }
 
-  /// N - 1 + log2(Lanes / N) shuffles, where a reduction of each value would take N log2(Lanes).
+  /// Costs N - 1 + log2(Lanes / N) shuffles; reducing each value alone costs N log2(Lanes).
   template <int Lanes, class T, std::size_t N, class Op>
   __device__ __forceinline__ T tile_reduce_scatter(T (&x)[N], Op op) const {
     if constexpr (N == 1) {
@@ -97,15 +97,15 @@ struct cuda_block {
 };
 static_assert(thread_block<cuda_block>);
 
-/// Blocks that share a multiprocessor, at least: what is left of its registers is a thread's. A
-/// body may say so itself.
+/// The minimum number of blocks that share a multiprocessor. Their number limits the registers of a
+/// thread. A body may define its own.
 template <class Body>
 inline constexpr int resident_blocks = 2;
 template <class Body>
   requires requires { Body::resident_blocks; }
 inline constexpr int resident_blocks<Body> = Body::resident_blocks;
 
-/// Shared memory of a multiprocessor, of which a block takes 1 KB more than its own.
+/// Shared memory of a multiprocessor, in bytes. Each block occupies 1 KB more than its own.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 inline constexpr int shared_bytes = 228 << 10;
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
@@ -113,7 +113,8 @@ inline constexpr int shared_bytes = 164 << 10;
 #else
 inline constexpr int shared_bytes = 100 << 10;
 #endif
-/// No more than that has room for: they would cost registers, and not come.
+/// resident_blocks, limited to what fits in shared memory. More would cost registers without ever
+/// running together.
 template <class Body>
 inline constexpr int blocks_with_room = (std::min)(
     resident_blocks<Body>, shared_bytes / (int{sizeof(typename Body::shared)} + (1 << 10)));

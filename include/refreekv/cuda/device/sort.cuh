@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorting the keys of a ranking on a device, by CUB.
+// Sorts the keys of a ranking on a device, with CUB.
 #pragma once
 
 #include <thrust/iterator/counting_iterator.h>
@@ -13,12 +13,12 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Where segment i of an array begins.
+/// Returns where segment i of an array begins, in keys.
 struct segment_begin {
   index_t stride;
   __host__ __device__ int operator()(int i) const { return static_cast<int>(i * stride); }
 };
-/// Where it ends.
+/// Returns where segment i of an array ends, in keys.
 struct segment_end {
   index_t stride;
   const index_t* lengths;
@@ -27,28 +27,28 @@ struct segment_end {
   }
 };
 
-/// The segments that CUB, whose counts are ints, sorts in one call.
+/// Returns how many segments one call of CUB sorts; its counts are ints.
 [[nodiscard]] constexpr index_t segments_at_once(const key_segments& segments) noexcept {
   const index_t most = segments.capacity == 0 ? max_count : max_count / segments.capacity;
   return segments.count < most ? segments.count : most;
 }
 
-/// A block sorts a segment in six passes of 2 ns a key, all of a device an array in five or six of
-/// 8 ps a key and 20 us for its launches: few long segments are sorted as one array. (a model of an
-/// H100, not measured)
+/// Whether to sort all segments as one array, which is faster for few long segments. Separately,
+/// one block sorts a segment in six passes of 2 ns per key. As one array, the whole device needs
+/// five or six passes of 8 ps per key, and 20 us for its launches. (model of an H100, not measured)
 [[nodiscard]] constexpr bool sort_together(index_t count, index_t capacity) noexcept {
   return count > 0 && count <= 32 && capacity >= 16384 && capacity <= max_count / count;
 }
 
-/// Bytes that sort_on_stream needs. CUB would tell, but asks the device for it; if it ever needs
-/// more, its sort is refused. As one array: 1 KB for each tile of at least 1,024 keys, and
-/// counters.
+/// Returns the bytes of temporary memory that sort_on_stream needs. CUB can report them, but asks
+/// the device for that. If CUB ever needs more, it refuses the sort with an error. One array needs
+/// counters, and 1 KB for each tile of at least 1,024 keys.
 [[nodiscard]] constexpr std::size_t sort_bytes_of(const key_segments& segments) noexcept {
   const auto keys = static_cast<std::size_t>(segments.count * segments.capacity);
   return segments.together ? keys + (std::size_t{256} << 10) : 256;
 }
 
-/// See sort_segments. Neither allocates nor synchronises.
+/// sort_segments of key_segments.hpp. Neither allocates nor synchronises.
 template <class Key>
 [[nodiscard]] REFREEKV_HIDDEN cudaError_t sort_on_stream(cudaStream_t stream,
                                                          const key_segments& segments, Key*& keys,
@@ -74,7 +74,7 @@ template <class Key>
                                                   segment_end{segments.capacity, lengths + first}),
                   segments.first_bit(), segments.last_bit(), stream);
     if (error != cudaSuccess) return error;
-    // The same number of passes for all of them.
+    // All calls do the same number of passes, so all results are in the same array.
     keys = buffers.selector == 0 ? from : to;
     spare = buffers.selector == 0 ? to : from;
   }
