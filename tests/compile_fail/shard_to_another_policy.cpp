@@ -9,10 +9,10 @@ using policy = refreekv::policy::snapkv;
 using policy = refreekv::policy::refreekv;
 #endif
 
-refreekv::status decide(const policy& policy, refreekv::view<const float, 4> queries,
+refreekv::status decide(const policy& chosen, refreekv::view<const float, 4> queries,
                         const refreekv::shard<refreekv::dense<float>>& keys,
                         const refreekv::decision_of<policy, refreekv::host_memory>& kept) {
   const auto exchange = [](std::uint32_t*, refreekv::index_t) { return refreekv::status::ok; };
-  return refreekv::select(policy, refreekv::cpu_backend{}, refreekv::observe(queries, keys), kept,
+  return refreekv::select(chosen, refreekv::cpu_backend{}, refreekv::observe(queries, keys), kept,
                           refreekv::workspace<>{}, exchange);
 }
