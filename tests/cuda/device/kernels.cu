@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every policy and verb on the CUDA backend, for every element type and layout: this compiles
 // where there is no device to run it.
+#include <tuple>
+
 #include "refreekv/cuda.cuh"
 
 using namespace refreekv;
@@ -15,19 +17,16 @@ void select_and_size(const Policy& policy, const Layer& layer) {
   (void)select(policy, cuda_backend{}, layer, decision_of<Policy, device>{}, workspace<device>{});
 }
 
+/// Every policy that can decide about the layer, and those that need state beside it.
 template <class Layer>
 void use_every_policy(const Layer& layer) {
-  select_and_size(policy::refreekv{}, layer);
-  select_and_size(policy::streaming_llm{}, layer);
-  select_and_size(policy::h2o{}, layer);
+  const auto use = [&]<class Policy>(const Policy& policy) {
+    if constexpr (policy_for<Policy, cuda_backend, Layer>) select_and_size(policy, layer);
+  };
+  std::apply([&](const auto&... each) { (use(each), ...); }, all_policies{});
   select_and_size(policy::h2o{}, with_scores(layer, scores_view<device>{}));
-  select_and_size(policy::snapkv{}, layer);
-  select_and_size(policy::pyramidkv{}, layer);
   select_and_size(policy::cake{}, with_layers(layer, cake_layers<device>{}));
   select_and_size(policy::cake_decode{}, layer);
-  select_and_size(policy::tova{}, layer);
-  select_and_size(policy::attention_ranked{}, layer);
-  select_and_size(policy::twilight{}, layer);
   if constexpr (requires { layer.queries; }) {
     select_and_size(policy::twilight{}, with_pages(layer, page_bounds<device>{}));
   }
