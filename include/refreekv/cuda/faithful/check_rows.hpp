@@ -7,8 +7,8 @@
 namespace refreekv::inline v0::cuda_detail {
 
 /// Writes the logarithm of each existing row's sum of exponentials. Sets `undecided` of each head,
-/// before any score is known: true if a row has no softmax, a query is not finite, or no row
-/// exists.
+/// before any score is known: true if a row has no softmax, a query is not finite, or there are
+/// tokens but no row.
 template <class Layer>
 struct check_rows_body {
   struct shared {};
