@@ -4,8 +4,8 @@
 
 #include "layouts.hpp"
 
-/// 4-bit keys and page bounds of the shape of `keys`; the library fills them. Elements start as
-/// 0xA5 or NaN, which shows those that were not written.
+/// Memory for the 4-bit keys and page bounds of `keys`; the library fills it. Elements start as
+/// 0xA5 or NaN, which shows unwritten ones.
 class estimates {
  public:
   template <class Keys>

@@ -117,8 +117,8 @@ class fiber {
     tsan_ = as.handle();
 #endif
 #if EMULATION_ASSEMBLY
-    // The frame that change_stack pops: six registers and a return address. At the start of a
-    // function the stack holds 8 bytes above an aligned address.
+    // The frame that change_stack pops: six registers and a return address. At function entry
+    // rsp + 8 must be aligned to 16 bytes.
     auto* const top = reinterpret_cast<std::uintptr_t*>(stack + bytes / 16 * 16) - 1;
     *top = 0;
     top[-1] = reinterpret_cast<std::uintptr_t>(enter);
