@@ -39,6 +39,7 @@ struct plain_rows {
   }
 };
 
+/// The inputs of one layer: keys, queries and the parameters of attention.
 struct problem {
   index_t group, head_dim, window;
   std::vector<position_t> lengths;

@@ -119,8 +119,7 @@ struct weigh_body {
       const float variance = squares * n - sum * n * (sum * n);
       all.spread += double{std::sqrt(variance < 0 ? 0 : variance)};
       all.peak += double{peak} + last_row * double{last};
-      if (!(squares < infinity))
-        all.peak = NAN;  // a logit is not finite, even if its row is masked
+      if (!(squares < infinity)) all.peak = NAN;  // a logit is not finite, even if masked
     }
     return all;
   }

@@ -18,7 +18,7 @@ struct start_sizes {
   REFREEKV_DEVICE void operator()(index_t sequence) const noexcept {
     const double* const own = lost + sequence * (index_t{rule.sizes} + 1);
     size_range range{-1, static_cast<position_t>(rule.sizes)};
-    if (!rule.error_term || !(own[0] > 0)) {  // the error cannot change the result
+    if (!rule.error_term || !(own[0] > 0)) {  // the error is unused, or lost is 0 or NaN
       while (range.is_open()) {
         const position_t middle = range.middle();
         (rule.is_enough(own[middle], 0) ? range.high : range.low) = middle;
