@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// 4-bit keys and bounds of pages in memory of their own, as Twilight's caller holds them.
+// Owns the memory of 4-bit keys and page bounds, as a caller of Twilight does.
 #pragma once
 
 #include "layouts.hpp"
 
-/// Made from keys by the library; what is not written is recognisable.
+/// Memory for the 4-bit keys and page bounds of `keys`; the library fills it. Elements start as
+/// 0xA5 or NaN, which shows unwritten ones.
 class estimates {
  public:
   template <class Keys>
@@ -33,7 +34,7 @@ class estimates {
     return {.bounds = {bounds_.data(), {count(), heads_, pages(), 2, dims_}},
             .page_tokens = page_tokens_};
   }
-  /// [sequence, kv_head, head_dim], if there are any.
+  /// [sequence, kv_head, head_dim]; empty unless `centred`.
   refreekv::view<float, 3> centres() {
     if (centres_.empty()) return {};
     return {centres_.data(), {count(), heads_, dims_}};
@@ -42,7 +43,7 @@ class estimates {
     const int pair = keys().codes(s, h, t, d / 2);
     return d % 2 == 0 ? pair & 15 : pair >> 4;
   }
-  /// A key as its 4 bits say.
+  /// A key, decoded from its 4-bit codes.
   std::vector<double> key(index_t s, index_t h, index_t t) {
     std::vector<double> out;
     const auto ranges = keys().ranges;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The faithful rule in double precision, as it is stated and as slow: the oracle.
+// The oracle of policy::faithful: double precision, written as stated, without regard to speed.
 #pragma once
 
 #include "policy_reference.hpp"
@@ -9,7 +9,7 @@ namespace reference {
 using refreekv::token_range;
 using vectors = std::vector<scores>;  // [row, dim]
 
-/// One sequence under the rule.
+/// One sequence of a layer, decided by policy::faithful.
 class faithful_layer {
  public:
   using rule_type = refreekv::policy::faithful;
@@ -43,12 +43,13 @@ class faithful_layer {
   index_t candidates() const { return end_ - first_; }  // of a KV head
   index_t kv_heads() const { return p_.keys.kv_heads; }
 
-  /// How many candidates a size keeps, of all KV heads or, by the layer's scope, of each.
+  /// How many candidates a size keeps in one ranking: of all KV heads or, with cut_scope::layer,
+  /// of each.
   index_t kept_by(index_t size) const {
     const index_t count = by_layer() ? candidates() : candidates() * kv_heads();
     return (count * size + policy_.sizes - 1) / policy_.sizes;
   }
-  /// Rankings, each of the scores of its candidates: head by head.
+  /// The candidates' scores of each ranking, head by head.
   vectors rankings() const {
     vectors out;
     for (index_t h = 0; h < kv_heads(); ++h) {
@@ -58,8 +59,8 @@ class faithful_layer {
     }
     return out;
   }
-  /// Whether a size's last token and the next one have scores that floats may not tell apart:
-  /// closer than 1e-6 of them.
+  /// Whether float rounding may swap a size's last token with the next one: their scores differ by
+  /// at most 1e-6, relative to the last token's score.
   bool is_near_tie(index_t size) const {
     for (const scores& ranking : rankings()) {
       const std::vector<index_t> order = descending(ranking);
@@ -71,7 +72,7 @@ class faithful_layer {
     }
     return false;
   }
-  /// What a size keeps of each KV head: [kv_head, token].
+  /// Whether a size keeps each token: [kv_head, token].
   std::vector<std::vector<bool>> kept(index_t size) const {
     std::vector<std::vector<bool>> out(static_cast<size_t>(kv_heads()),
                                        std::vector<bool>(static_cast<size_t>(tokens_), true));
@@ -92,7 +93,7 @@ class faithful_layer {
     return out;
   }
 
-  /// The share of the scores that a size loses, and the error that it makes.
+  /// The share of the scores that a size drops, and its mean relative error of the outputs.
   struct cost {
     double lost, error;
   };
@@ -110,7 +111,7 @@ class faithful_layer {
     return {lost / total, error / measured};
   }
 
-  /// Tokens that one row stands in for, of one KV head: those that it loses of each block.
+  /// The tokens of one KV head that each stand-in replaces: the dropped tokens of each block.
   std::vector<std::vector<index_t>> blocks(const std::vector<bool>& stays) const {
     std::vector<std::vector<index_t>> out;
     index_t dropped = 0;
@@ -124,8 +125,8 @@ class faithful_layer {
     return out;
   }
 
-  /// Stand-ins of one KV head for what it loses, `count` of them where that is more than a block's
-  /// one: keys and values.
+  /// Keys and values of the stand-ins of one KV head: one per block that drops a token, or `count`
+  /// if that is more.
   std::pair<vectors, vectors> stand_ins(index_t h, const std::vector<bool>& stays,
                                         size_t count = 0) const {
     std::pair<vectors, vectors> out;
@@ -222,17 +223,17 @@ class faithful_layer {
         undecided_ = undecided_ || !std::isfinite(score);
       }
     }
-    // A soft cap would make a finite logit of an infinite query.
+    // A soft cap would turn an infinite query into a finite logit.
     for (index_t h = 0; h < kv_heads(); ++h) {
       for_each_row(h, [&](index_t q_head, index_t r) {
         for (index_t d = 0; d < p_.head_dim; ++d) {
           undecided_ = undecided_ || !std::isfinite(query(q_head, r, d));
         }
-        // And so may be a logit of what the row does not see.
+        // The logit of a token that the row does not see may also be infinite.
         for (index_t t = begin_; t < tokens_; ++t) {
           undecided_ = undecided_ || !(std::abs(logit(q_head, r, key(h, t))) <= 3e38);
         }
-        // Rows that are not a number are so for all that they see.
+        // A row without a softmax has NaN for all tokens that it sees.
         for (index_t t = 0; t < tokens_; ++t) {
           undecided_ = undecided_ || std::isnan(attention_.at(q_head, r, t));
         }
@@ -344,7 +345,7 @@ class faithful_layer {
         double left = 0, all = 0, log_sum = 0;
         for (index_t t = 0; t < tokens_; ++t) {
           const double a = attention_.at(q_head, row, t);
-          if (a == 0) continue;  // it may be what no row sees, and not a number
+          if (a == 0) continue;  // an unseen token's key or value may be NaN
           log_sum = logit(q_head, row, key(h, t)) + slope(q_head, row, t) - std::log(a);
           const scores v = value(h, t);
           for (size_t d = 0; d < dims; ++d) {
@@ -380,7 +381,7 @@ class faithful_layer {
   const plain_rows& values_;
   index_t s_, tokens_;
   attention_rows attention_;
-  std::vector<index_t> rows_;  // of the window, that exist
+  std::vector<index_t> rows_;  // existing rows of the window
   index_t begin_ = 0, first_ = 0, end_ = 0;
   bool undecided_ = false;
   std::vector<scores> scores_;  // [kv_head]

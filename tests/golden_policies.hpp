@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads golden/policies.json: what the published code of other methods keeps of toy data.
+// Reads golden/policies.json: the tokens of toy data that the methods' published code keeps.
 #pragma once
 
 #include <cstdlib>
@@ -26,7 +26,7 @@ inline json entries() {
   return json::parse(file);
 }
 
-/// Published code keeps its own order of slots; ours is ascending.
+/// Sorts positions: published code has its own order of slots, ours is ascending.
 inline std::vector<position_t> ascending(const json& positions) {
   auto out = positions.get<std::vector<position_t>>();
   std::sort(out.begin(), out.end());
@@ -45,7 +45,7 @@ inline kept_heads positions(const std::vector<reference::choice>& heads) {
   return out;
 }
 
-/// The positions that slots hold.
+/// The positions of the tokens in `slots`, [kv_head].
 inline kept_heads at_slots(const kept_heads& positions, const kept_heads& slots) {
   kept_heads out;
   for (std::size_t h = 0; h < slots.size(); ++h) {
@@ -56,7 +56,7 @@ inline kept_heads at_slots(const kept_heads& positions, const kept_heads& slots)
   return out;
 }
 
-/// Equal but for the six digits of the file.
+/// Checks that values are equal up to the six digits of the file.
 inline void check_close(const scores& ours, const json& theirs, double relative = 0) {
   REQUIRE(ours.size() == theirs.size());
   for (std::size_t i = 0; i < ours.size(); ++i) {
@@ -74,7 +74,7 @@ using check = std::function<void(const json&)>;
 using checks = std::map<std::string, check>;
 using reasons = std::map<std::string, std::string>;
 
-/// Every entry is either checked or has a reason why it cannot be; none is both.
+/// Runs the check of each entry. Each entry must have either a check, or a reason for having none.
 inline void check_entries(const json& entries, const checks& checked, const reasons& others) {
   for (const auto& [name, entry] : entries.items()) {
     INFO(name);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Caches of every layout and element type, filled from plain rows. Whatever is not a row is NaN, so
-// a read outside the rows shows in the result, and `untouched` finds a write there.
+// Caches of every layout and element type, filled from plain rows. All other memory is NaN, so a
+// read outside the rows shows in the result, and `untouched` finds a write outside them.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ float to_float(T x) {
   }
 }
 
-/// What an element type makes of the numbers, so that an oracle sees the same ones.
+/// Rounds values to an element type, so that the oracle reads the numbers that the cache holds.
 template <class T>
 void round_to(std::vector<float>& values) {
   for (float& v : values) v = to_float(to_element<T>(v));
@@ -47,7 +47,7 @@ void round_problem(problem& p) {
 
 inline std::size_t size(index_t n) { return static_cast<std::size_t>(n); }
 
-/// Storage that knows which of its elements are rows.
+/// Storage that records which of its elements belong to rows.
 template <class T>
 class canary_buffer {
  public:
@@ -126,8 +126,8 @@ class dense_cache {
   refreekv::view<T, 4> rows_;
 };
 
-/// Pages in random order of a pool with spare pages. `by_pointer` addresses them one by one,
-/// `ragged` keeps the tables of all sequences in one list.
+/// A pool of pages in random order, some of them spare. With `by_pointer` each page has its own
+/// address; with `ragged` the page tables of all sequences are one list.
 template <class T, class Index = std::int32_t>
 class paged_cache {
  public:
@@ -192,7 +192,7 @@ class paged_cache {
   refreekv::view<T, 4> pool_;
 };
 
-/// Four tokens at the start and a ring that has wrapped: three segments.
+/// Three segments per sequence: four tokens at the start, then a ring that has wrapped.
 template <class T>
 class segmented_cache {
  public:
@@ -227,7 +227,7 @@ class segmented_cache {
 
 #if defined(__CUDACC__)
 
-/// A device calls no function of the host's: there every layout is compiled.
+/// Device code cannot call virtual functions of the host, so there each layout is compiled.
 template <class Cache>
 Cache any_layout(Cache cache) {
   return cache;
@@ -235,8 +235,8 @@ Cache any_layout(Cache cache) {
 
 #else
 
-/// A cache of any layout. The library asks a row_source for its sizes and for runs of rows, and for
-/// nothing else: what is tested with all of them is compiled for one.
+/// A cache of any layout behind virtual functions. The library only asks a source for its sizes and
+/// for runs of rows, so a test with all layouts is compiled once.
 template <class T>
 class any_cache {
   struct layout {
@@ -309,7 +309,7 @@ auto any_layout(Cache cache) {
 
 inline constexpr std::size_t layout_kinds = 7;
 
-/// Calls f(name, cache) for a cache of layout i, of layout_kinds.
+/// Calls f(name, cache) for a cache of layout i, in [0, layout_kinds).
 template <class T, class F>
 void with_layout(std::size_t i, const plain_rows& rows, const F& f) {
   const auto call = [&](const char* name, auto cache) { f(name, any_layout(std::move(cache))); };
@@ -328,7 +328,7 @@ void with_layout(std::size_t i, const plain_rows& rows, const F& f) {
   }
 }
 
-/// The same for one cache of each layout.
+/// Calls f(name, cache) for one cache of each layout.
 template <class T, class F>
 void for_each_layout(const plain_rows& rows, const F& f) {
   for (std::size_t i = 0; i < layout_kinds; ++i) with_layout<T>(i, rows, f);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A random batch in pages, and memory for what is said about it, with canaries around every row.
+// A random batch in pages, and memory for plans and page lists, with canaries around every row.
 #pragma once
 
 #include "layouts.hpp"
 
-/// [row, column] with something before, between and after the rows that must not change.
+/// [row, column], with canaries before, between and after the rows, which must not change.
 template <class T>
 class guarded_rows {
  public:
@@ -60,7 +60,8 @@ class guarded_rows {
 /// How many of a batch's pages are shared.
 enum class sharing { unknown, none, prefixes, some, all };
 
-/// Sequences of up to a few hundred pages whose tables have room, with a decision about each.
+/// Sequences of at most `most_pages` pages, with spare room in their page tables, and one decision
+/// per sequence.
 template <class Index>
 struct page_batch {
   static constexpr refreekv::kept_range no_range{-7, -7, -7, -7, -7};
@@ -119,7 +120,7 @@ struct page_batch {
     return kept.intact() && moves.intact() && slots.intact() && plans.intact() && ids.intact() &&
            freed_ids.intact() && counts.intact() && freed_counts.intact();
   }
-  /// Whether nothing but the table has been written.
+  /// Whether nothing but the page table was written.
   bool unwritten() const {
     return moves.unwritten() && slots.unwritten() && plans.unwritten() && freed_ids.unwritten() &&
            freed_counts.unwritten();

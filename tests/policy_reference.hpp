@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The methods that rank tokens, in double precision, as they are stated and as slow: the oracle.
+// The oracle of the methods that rank tokens: double precision, written as they are stated, without
+// regard to speed.
 #pragma once
 
 #include <numeric>
@@ -13,14 +14,15 @@ namespace reference {
 using std::size_t;
 using scores = std::vector<double>;  // [token]
 
-/// Scores closer than this, in units of the largest one, are one score to float arithmetic; and so
-/// are all that are smaller than what an exponential function for floats may round to.
+/// Float arithmetic cannot distinguish scores that differ by less than near_tie times the largest
+/// score plus `smallest`. `smallest` is what a float exponential function may round to.
 constexpr double near_tie = 1e-6, smallest = 1e-16;
 
-/// What a rule keeps of one KV head, and what rounding may change about it.
+/// The tokens that a policy keeps in one KV head, and those that it must or may keep under
+/// rounding.
 struct choice {
   std::vector<bool> kept, must, may;  // [token]
-  index_t fewest = 0, most = 0;       // tokens that are kept
+  index_t fewest = 0, most = 0;       // number of kept tokens
 
   index_t tokens() const { return static_cast<index_t>(kept.size()); }
   std::vector<position_t> positions() const {
@@ -38,7 +40,8 @@ inline std::string text(const std::vector<position_t>& positions) {
   return out + "]";
 }
 
-/// Empty, or in what `kept` is not the oracle's choice, nor one that rounding explains.
+/// Returns how `kept` differs from the oracle's choice. Returns an empty string if it does not, or
+/// if rounding explains the difference.
 inline std::string disagreement(const std::vector<position_t>& kept, const choice& expected) {
   const auto wrong = [&](const std::string& what) {
     return what + ": kept " + text(kept) + ", oracle " + text(expected.positions());
@@ -76,7 +79,7 @@ inline bool any_nan(const std::vector<scores>& heads) {
   return false;
 }
 
-/// Positions by score, highest first; of equal ones the lower first.
+/// Positions by score, highest first; equal scores by position, lowest first.
 inline std::vector<index_t> descending(const scores& of_head) {
   std::vector<index_t> order(of_head.size());
   std::iota(order.begin(), order.end(), index_t{0});
@@ -92,7 +95,7 @@ inline double tolerance(const scores& of_head, double near = near_tie) {
   return near * largest + smallest;
 }
 
-/// The `count` best of the scored prefix, and all behind it.
+/// Keeps the `count` best tokens of the scored prefix, and all tokens after it.
 inline choice top_k(const scores& prefix, index_t count, index_t tokens, double near = near_tie) {
   const auto ranked = static_cast<index_t>(prefix.size());
   count = std::clamp<index_t>(count, 0, ranked);
@@ -116,7 +119,7 @@ inline choice top_k(const scores& prefix, index_t count, index_t tokens, double 
   return out;
 }
 
-/// top_k of each KV head; a NaN anywhere keeps everything.
+/// top_k of each KV head. A NaN in any head keeps all tokens of all heads.
 inline std::vector<choice> top_k(const std::vector<scores>& heads, index_t count, index_t tokens,
                                  double near = near_tie) {
   std::vector<choice> out;
@@ -127,8 +130,8 @@ inline std::vector<choice> top_k(const std::vector<scores>& heads, index_t count
   return out;
 }
 
-/// As many of each head as it has among the heads * count best of all: those of lower heads, then
-/// the lower positions, before their equals. But `floor` of a count is each head's own.
+/// top_k of each head with its own count: floor * count plus (1 - floor) times the number of its
+/// tokens among the heads * count best of all heads. Equal scores rank by head, then by position.
 inline std::vector<choice> shared_top_k(const std::vector<scores>& heads, index_t count,
                                         index_t tokens, double floor) {
   if (floor == 1 || any_nan(heads)) return top_k(heads, count, tokens);
@@ -158,7 +161,7 @@ inline std::vector<choice> keep_all_heads(index_t kv_heads, index_t tokens) {
   return {static_cast<size_t>(kv_heads), keep_all(tokens)};
 }
 
-/// Whether a row exists and leaves numbers in all query heads of a KV head.
+/// Whether a row exists and has no NaN in any query head of a KV head.
 inline bool is_usable(const attention_rows& rows, index_t kv_heads, index_t kv_head, index_t row) {
   const index_t group = rows.q_heads / kv_heads;
   bool numbers = rows.exists(row);
@@ -168,7 +171,7 @@ inline bool is_usable(const attention_rows& rows, index_t kv_heads, index_t kv_h
   return numbers;
 }
 
-/// The rows without those that are left out of a KV head's scores: 0.
+/// The rows, with 0 in those that a KV head's scores leave out because they are not usable.
 inline attention_rows usable_rows(attention_rows rows, index_t kv_heads) {
   const index_t group = rows.q_heads / kv_heads;
   for (index_t h = 0; h < rows.q_heads; ++h) {
@@ -182,7 +185,7 @@ inline attention_rows usable_rows(attention_rows rows, index_t kv_heads) {
   return rows;
 }
 
-/// How many of the last `window` rows exist, and whether one of them is left out in any KV head.
+/// How many of the last `window` rows exist, and whether any KV head leaves one of them out.
 struct row_state {
   index_t there = 0;
   bool left_out = false;
@@ -199,7 +202,7 @@ inline row_state state_of(const attention_rows& rows, index_t kv_heads, index_t 
   return out;
 }
 
-/// Sum of the last `window` rows of one query head, for the first `columns` tokens.
+/// Sums the last `window` rows of one query head: [columns], for the first `columns` tokens.
 inline scores column_sums(const attention_rows& rows, index_t head, index_t window,
                           index_t columns) {
   scores out(static_cast<size_t>(columns), 0.0);
@@ -209,7 +212,7 @@ inline scores column_sums(const attention_rows& rows, index_t head, index_t wind
   return out;
 }
 
-/// One score for each KV head: the mean over its query heads.
+/// Scores of each KV head, [kv_head, token]: the mean over its query heads.
 template <class ScoresOfHead>
 std::vector<scores> group_means(index_t q_heads, index_t kv_heads, const ScoresOfHead& of_head) {
   const index_t group = q_heads / kv_heads;
@@ -226,7 +229,7 @@ std::vector<scores> group_means(index_t q_heads, index_t kv_heads, const ScoresO
   return out;
 }
 
-/// [kv_head] of the first `columns` tokens.
+/// Mean column_sums of each KV head: [kv_head, columns].
 inline std::vector<scores> votes(const attention_rows& rows, index_t kv_heads, index_t window,
                                  index_t columns) {
   return group_means(rows.q_heads, kv_heads,
@@ -235,7 +238,8 @@ inline std::vector<scores> votes(const attention_rows& rows, index_t kv_heads, i
 
 enum class pool { average, max };
 
-/// Stride 1, odd width; an average counts zeros outside, a maximum does not look there.
+/// Pools with stride 1. Requires an odd width. An average counts tokens outside as 0; a maximum
+/// ignores them.
 inline scores pooled(const scores& x, pool kind, index_t width) {
   const auto n = static_cast<index_t>(x.size());
   scores out;
@@ -266,12 +270,12 @@ inline scores first(const scores& x, index_t count) {
 
 struct h2o_result {
   std::vector<choice> kept;  // [kv_head]
-  std::vector<scores> sums;  // [kv_head] of all tokens, before anything is dropped
+  std::vector<scores> sums;  // [kv_head] of all tokens, before tokens are dropped
 };
 
-/// The `recent` last tokens and, up to `budget` of all, those with the most attention before them.
-/// carried: [kv_head] of the tokens before the rows; empty for a prefill. Rows that are no numbers
-/// are left out of scores that go on, and keep everything this once.
+/// Keeps the `recent` last tokens and, up to `budget` tokens in all, those before them with the
+/// most attention. carried: [kv_head] of the tokens before the rows; empty for a prefill. Carried
+/// scores leave out rows with NaN; such a step keeps all tokens.
 inline h2o_result h2o(const attention_rows& rows, index_t kv_heads, index_t budget, index_t recent,
                       index_t window, const std::vector<scores>& carried = {}) {
   const index_t n = rows.tokens;
@@ -298,7 +302,7 @@ inline h2o_result h2o(const attention_rows& rows, index_t kv_heads, index_t budg
 
 // SnapKV and PyramidKV.
 
-/// Votes of the last `window` rows, pooled over the prefix before them.
+/// Votes of the last `window` rows for the prefix, pooled: [kv_head, tokens before the window].
 inline std::vector<scores> snapkv_scores(const attention_rows& rows, index_t kv_heads,
                                          index_t window, pool kind, index_t width) {
   const index_t prefix = std::max<index_t>(0, rows.tokens - window);
@@ -316,7 +320,7 @@ inline std::vector<choice> snapkv(const attention_rows& rows, index_t kv_heads, 
 
 enum class pyramid_divisor { layers_less_one, layers };
 
-/// How many tokens a layer keeps besides the window; nothing where it keeps all.
+/// How many tokens a layer keeps besides the window; nullopt if it keeps all.
 inline std::optional<index_t> pyramid_budget(index_t tokens, index_t layer, index_t layers,
                                              index_t budget, index_t window, index_t beta,
                                              pyramid_divisor divisor) {
@@ -336,8 +340,8 @@ inline std::optional<index_t> pyramid_budget(index_t tokens, index_t layer, inde
 
 // TOVA.
 
-/// The last token and, up to `budget` of all, those that its row attends to most in the mean over
-/// all query heads.
+/// Keeps the last token and, up to `budget` tokens in all, those with the most attention of its
+/// row, averaged over all query heads.
 inline std::vector<choice> tova(const attention_rows& rows, index_t kv_heads, index_t budget) {
   const index_t n = rows.tokens;
   if (n <= std::max<index_t>(budget, 1) || state_of(rows, kv_heads, 1).there == 0) {
@@ -353,7 +357,7 @@ inline std::vector<choice> tova(const attention_rows& rows, index_t kv_heads, in
 struct cake_layer {
   double entropy = 0, variance = 0;
   std::vector<scores> indicators;  // [kv_head] of the prefix
-  bool undecided = false;          // a row is left out, or there is none
+  bool undecided = false;          // a row is left out, or none exists
 };
 
 inline cake_layer cake_statistics(const attention_rows& all, index_t kv_heads, index_t window,
@@ -393,7 +397,7 @@ inline cake_layer cake_statistics(const attention_rows& all, index_t kv_heads, i
   return out;
 }
 
-/// Entropy may come out below 0 by as much as its formula is off.
+/// Entropy counts as 0 if the 1e-10 in its formula makes it negative.
 inline double cake_preference(double entropy, double variance, double tau1, double tau2) {
   const auto root = [](double x, double tau) { return std::pow(x < 0 ? 0 : x, 1 / tau); };
   return root(entropy, tau1) * root(variance, tau2);
@@ -405,7 +409,7 @@ inline double cake_preference(const cake_layer& layer, double tau1, double tau2)
 
 namespace detail {
 
-/// Adds `amount`, or takes it away, evenly; the remainder to or from the first ones.
+/// Adds sign * `amount` evenly to the budgets of `layers`; the first ones get the remainder.
 inline void spread(std::vector<index_t>& budgets, const std::vector<size_t>& layers, index_t amount,
                    index_t sign) {
   const auto count = static_cast<index_t>(layers.size());
@@ -426,7 +430,7 @@ std::vector<size_t> layers_where(const std::vector<index_t>& budgets, const Cond
 
 }  // namespace detail
 
-/// Integer budgets of real ones; one may still exceed `available`.
+/// Rounds real budgets to integers; a result may still exceed `available`.
 inline std::vector<index_t> cake_adjust(const std::vector<double>& raw, index_t total,
                                         index_t available) {
   std::vector<index_t> budgets;
@@ -448,7 +452,8 @@ inline std::vector<index_t> cake_adjust(const std::vector<double>& raw, index_t 
   return budgets;
 }
 
-/// Real shares of `total`: by preference, or the same for all where preferences do not say.
+/// Real shares of `total`, proportional to the preferences. Equal shares if a preference is
+/// negative, or their sum is not positive and finite.
 inline std::vector<double> cake_shares(const std::vector<double>& preferences, index_t total) {
   const double sum = std::accumulate(preferences.begin(), preferences.end(), 0.0);
   const bool negative = std::any_of(preferences.begin(), preferences.end(),
@@ -462,7 +467,7 @@ inline std::vector<double> cake_shares(const std::vector<double>& preferences, i
   return raw;
 }
 
-/// Of the layers so far, window not counted.
+/// The budgets of the layers so far, without the window.
 inline std::vector<index_t> cake_budgets(const std::vector<double>& preferences, index_t total,
                                          index_t available) {
   std::vector<index_t> budgets = cake_adjust(cake_shares(preferences, total), total, available);
@@ -470,7 +475,7 @@ inline std::vector<index_t> cake_budgets(const std::vector<double>& preferences,
   return budgets;
 }
 
-/// One step of decoding: slots of one query row, in the order in which the cache holds them.
+/// Decides one step of decoding from one query row, whose tokens are in the order of cache slots.
 inline std::vector<choice> cake_decode(const attention_rows& rows, index_t kv_heads, index_t ranked,
                                        index_t window, pool kind = pool::average,
                                        index_t width = 5) {
@@ -487,8 +492,8 @@ struct attention_order {
   std::vector<scores> prefix;                // [kv_head]
   std::vector<std::vector<index_t>> orders;  // [kv_head], least important first
   std::vector<double> losses;                // [index]
-  index_t tokens = 0, index = 0;             // index: the first of an order that stays
-  index_t lowest = 0, highest = 0;           // indices that rounding may lead to
+  index_t tokens = 0, index = 0;             // index: the first kept one in each order
+  index_t lowest = 0, highest = 0;           // range of `index` under rounding
   bool all = false;
 
   choice of(index_t kv_head, index_t count) const {
@@ -504,7 +509,8 @@ struct attention_order {
 
 namespace detail {
 
-/// Norms over [index, end) of each order, summed over query heads; one for each index.
+/// For each index, the norm of the attention in [index, end) of each order, summed over query
+/// heads.
 inline std::vector<double> suffix_norms(const attention_rows& rows,
                                         const std::vector<std::vector<index_t>>& orders) {
   const index_t group = rows.q_heads / static_cast<index_t>(orders.size());
@@ -520,7 +526,7 @@ inline std::vector<double> suffix_norms(const attention_rows& rows,
   return norms;
 }
 
-/// Whether rounding may swap a token before `index` with one behind it.
+/// Whether rounding may swap the token before `index` with the one at it.
 inline bool open_cut(const attention_order& a, size_t index) {
   for (size_t g = 0; g < a.orders.size() && index > 0; ++g) {
     const scores& s = a.prefix[g];
@@ -531,7 +537,7 @@ inline bool open_cut(const attention_order& a, size_t index) {
   return false;
 }
 
-/// The indices that a threshold may lead to when scores and losses are a little off.
+/// Writes the index of a threshold, and its range if scores and losses are rounded.
 inline void bound_index(attention_order& a, double threshold) {
   constexpr double off = 1e-6;
   const size_t n = a.losses.size();
@@ -548,8 +554,8 @@ inline void bound_index(attention_order& a, double threshold) {
 
 }  // namespace detail
 
-/// Ranks the tokens before the `recent` last ones by the last `window` rows, and drops as many of
-/// the least ones as the last row's norm allows.
+/// Ranks the tokens before the `recent` last ones by the last `window` rows. Drops as many of the
+/// least important ones as the threshold on the loss of the last row's norm allows.
 inline attention_order attention_ranked(const attention_rows& rows, index_t kv_heads,
                                         double threshold, index_t window, index_t recent) {
   attention_order out;
@@ -574,9 +580,9 @@ inline attention_order attention_ranked(const attention_rows& rows, index_t kv_h
 
 // Twilight.
 
-/// The smallest set of the likeliest tokens, of one at least, that has `p` of the probability.
+/// Keeps the smallest set of the most probable tokens whose sum reaches `p`; at least one token.
 inline choice top_p(const scores& probabilities, double p) {
-  constexpr double off = 2e-6, least = 1e-300;  // of any share, one token
+  constexpr double off = 2e-6, least = 1e-300;  // at least one token for any p
   const auto n = static_cast<index_t>(probabilities.size());
   choice out = keep_all(n);
   const double tol = tolerance(probabilities);
@@ -601,7 +607,8 @@ inline choice top_p(const scores& probabilities, double p) {
 
 namespace detail {
 
-/// The lower bound at which the released kernel's bisection ends, in its own arithmetic.
+/// The lower bound at which the bisection of Twilight's released kernel ends, in its own
+/// arithmetic.
 inline float kernel_bound(const std::vector<float>& x, float p, float high) {
   float low = 0;
   while (true) {
@@ -623,7 +630,8 @@ inline float kernel_bound(const std::vector<float>& x, float p, float high) {
 
 }  // namespace detail
 
-/// The released kernel: a bisection that starts from the first token's probability.
+/// As the released kernel: a bisection that starts from the first token's probability or, with
+/// `from_largest`, from the largest one.
 inline choice top_p_kernel(const scores& probabilities, double p, bool from_largest = false) {
   const auto n = static_cast<index_t>(probabilities.size());
   choice out = keep_all(n);
@@ -643,7 +651,7 @@ inline choice top_p_kernel(const scores& probabilities, double p, bool from_larg
   return out;
 }
 
-/// What any of the query heads of a KV head keeps.
+/// The union of the tokens that the query heads of a KV head keep.
 inline choice unite(const std::vector<choice>& heads) {
   choice out = heads.front();
   for (const choice& other : heads) {
@@ -658,7 +666,7 @@ inline choice unite(const std::vector<choice>& heads) {
   return out;
 }
 
-/// The last row of one query head.
+/// The last attention row of one query head, [token].
 inline scores last_row(const attention_rows& rows, index_t head) {
   return column_sums(rows, head, 1, rows.tokens);
 }
@@ -684,7 +692,7 @@ struct quantised {
   scores values;
 };
 
-/// One key, from its least to its largest element in 2^bits - 1 steps, halves to even.
+/// Quantises one key: 2^bits - 1 steps from its smallest to its largest element, ties to even.
 inline quantised quantise(const scores& key, int bits) {
   const auto [least, largest] = std::minmax_element(key.begin(), key.end());
   const int steps = (1 << bits) - 1;
@@ -702,10 +710,11 @@ struct page_selection {
   scores bounds;               // [page]
   std::vector<index_t> pages;  // ascending
   std::vector<bool> tokens;    // [token]
-  double margin = 0;           // between the last page that is in and the first that is not
+  double margin = 0;           // between the bounds of the last selected page and the next one
 };
 
-/// Quest: the pages that a query may attend to most, `budget` tokens' worth of them.
+/// Quest: selects the pages with the largest upper bounds on the query's logits, up to `budget`
+/// tokens.
 inline page_selection quest(const scores& query, const std::vector<scores>& keys,
                             index_t page_tokens, index_t budget) {
   const auto n = static_cast<index_t>(keys.size());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One layer's tensors as plain arrays, from which caches of any layout and type are filled.
+// The tensors of one layer as plain arrays. Caches of any layout and type are filled from them.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ using refreekv::count_t;
 using refreekv::index_t;
 using refreekv::position_t;
 
-/// [sequence] of [kv_head, token, head_dim]
+/// Rows of a cache: for each sequence [kv_head, token, head_dim].
 struct plain_rows {
   index_t kv_heads, head_dim;
   std::vector<position_t> lengths;
@@ -39,6 +39,7 @@ struct plain_rows {
   }
 };
 
+/// The inputs of one layer: keys, queries and the parameters of attention.
 struct problem {
   index_t group, head_dim, window;
   std::vector<position_t> lengths;
@@ -84,7 +85,7 @@ struct problem {
     return i;
   }
 
-  /// The first of a sequence's rows that exists.
+  /// The first row of a sequence that exists; `window` if none does.
   index_t first_row(index_t s) const {
     const index_t n = lengths[static_cast<std::size_t>(s)];
     const index_t given = row_counts.empty() ? 0 : window - row_counts[static_cast<std::size_t>(s)];
@@ -99,7 +100,7 @@ struct problem {
   }
 };
 
-/// The seed of every random test: REFREEKV_SEED, or a fixed one; failures print it.
+/// The seed of all random tests: REFREEKV_SEED, or else a fixed one. Failures print it.
 inline unsigned base_seed() {
   const char* text = std::getenv("REFREEKV_SEED");
   return text != nullptr ? static_cast<unsigned>(std::strtoul(text, nullptr, 10)) : 20251124u;
@@ -144,8 +145,8 @@ inline void fill(problem& p, random_source& random) {
   }
 }
 
-/// Now and then rows that do not exist, with NaN in their place, and rows that see more or less
-/// than what came before them.
+/// Sometimes marks rows as missing and writes NaN in their place, and sometimes gives rows an end
+/// that is not causal.
 inline void add_rows(problem& p, random_source& random) {
   if (random.chance(0.25)) {
     for (index_t s = 0; s < p.sequences(); ++s) {
@@ -163,7 +164,7 @@ inline void add_rows(problem& p, random_source& random) {
     for (index_t s = 0; s < p.sequences(); ++s) {
       const index_t n = p.lengths[static_cast<std::size_t>(s)];
       for (index_t r = 0; r < p.window; ++r) {
-        // A sliding window leaves something to see.
+        // With a sliding window, the row still sees at least one token.
         const index_t least =
             p.sliding_window == 0 ? 1 : std::max<index_t>(1, n - p.window + r + 1);
         p.row_ends.push_back(

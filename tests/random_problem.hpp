@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random rules and problems with every option.
+// Random policies and problems with every option.
 #pragma once
 
 #include "layouts.hpp"
 
-/// Every option of the rule, for observations of `window` rows.
+/// A random policy::refreekv with every option, for layers of `window` rows.
 inline refreekv::policy::refreekv random_rule(random_source& random, index_t window) {
   refreekv::policy::refreekv policy;
   policy.threshold = random.one_of({0.0, 0.001, 0.01, 0.05, 0.3, 0.9, 1.0});
@@ -17,7 +17,7 @@ inline refreekv::policy::refreekv random_rule(random_source& random, index_t win
   return policy;
 }
 
-/// Often where chunks of 4 sinks end.
+/// Tokens of a sequence; often a length at which chunks after 4 sinks end.
 inline position_t random_length(random_source& random) {
   return static_cast<position_t>(random.chance(0.3) ? random.between(0, 12)
                                  : random.chance(0.7)
@@ -25,7 +25,8 @@ inline position_t random_length(random_source& random) {
                                      : random.between(5, 700));
 }
 
-/// Every shape and every parameter of attention. Sequences are `stretch` times as long.
+/// A problem of random shape with random parameters of attention. Lengths are multiplied by
+/// `stretch`.
 inline problem random_problem(random_source& random, position_t stretch = 1) {
   std::vector<position_t> lengths(size(random.between(0, 3)));
   for (position_t& n : lengths) n = stretch * random_length(random);

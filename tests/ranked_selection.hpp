@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs select of a policy that keeps single tokens, in a workspace of exactly the asked size.
+// Runs select of a policy that keeps single tokens, in a workspace of exactly workspace_size.
 #pragma once
 
 #include "catch.hpp"
@@ -21,7 +21,7 @@ struct ranked_selection {
   }
 };
 
-/// Memory of which nothing around the middle may change.
+/// Memory with canaries around its middle, which must not change.
 class guarded_bytes {
  public:
   explicit guarded_bytes(std::size_t bytes) : bytes_(bytes), memory_(bytes + 2 * margin, canary) {}
@@ -34,14 +34,14 @@ class guarded_bytes {
   }
 
  private:
-  static constexpr std::size_t margin = 64, start = margin + 1;  // odd: no alignment to rely on
+  static constexpr std::size_t margin = 64, start = margin + 1;  // odd: unaligned on purpose
   static constexpr auto canary = std::byte{0xA5};
 
   std::size_t bytes_;
   std::vector<std::byte> memory_;
 };
 
-/// Positions and counts with room between their rows, of which nothing may change.
+/// Positions and counts, with canaries between their rows, which must not change.
 class guarded_positions {
  public:
   guarded_positions(index_t sequences, index_t kv_heads, index_t capacity)
@@ -91,7 +91,7 @@ inline std::vector<position_t> positions_of(const refreekv::kept_positions<>& ke
   return out;
 }
 
-/// `missing` bytes short of what workspace_size asks for.
+/// Runs select and checks the canaries. The workspace has `missing` bytes less than workspace_size.
 template <class Policy, class Backend, class Layer>
 ranked_selection run_ranked(const Policy& policy, const Backend& backend, const Layer& layer,
                             std::size_t missing = 0) {
@@ -118,8 +118,8 @@ ranked_selection run_ranked(const Policy& policy, const Backend& backend, const 
   return out;
 }
 
-/// Attention of the sequences as an engine has it: [sequence, row, q_head, token]. What no row may
-/// look at is NaN.
+/// Ready attention rows as an engine has them, [sequence, row, q_head, token]. Tokens that a row
+/// does not see are NaN.
 class row_tensor {
  public:
   row_tensor(const std::vector<reference::attention_rows>& sequences, index_t window,

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Ranks in one process: threads, each with its part of a problem, that meet to add up what they
-// have.
+// Ranks in one process: threads, each with its part of a problem, joined by an all-reduce.
 #pragma once
 
 #include <barrier>
@@ -9,14 +8,14 @@
 #include "layouts.hpp"
 #include "selection.hpp"
 
-/// An all-reduce of `ranks` threads, which adds them up in order.
+/// An all-reduce of `ranks` threads, which adds in the order of the ranks.
 class rank_group {
  public:
   explicit rank_group(index_t ranks)
       : barrier_(static_cast<std::ptrdiff_t>(ranks)), shares_(size(ranks)), counts_(size(ranks)) {}
 
-  /// values [count], the bits of any type of T's size, become the ranks' sum. Returns whether all
-  /// ranks brought as many.
+  /// Replaces values [count] by the sum over the ranks. They are the bits of a T; their type may be
+  /// any of T's size. Returns whether all ranks have the same count.
   template <class T>
   bool sum(index_t rank, T* values, index_t count) {
     shares_[size(rank)] = values;
@@ -38,7 +37,7 @@ class rank_group {
     return equal;
   }
 
-  /// Whether no two ranks ever had something for the same place.
+  /// Whether no two ranks ever had a non-zero value at the same index.
   bool is_exclusive() const { return is_exclusive_; }
 
  private:
@@ -48,7 +47,7 @@ class rank_group {
   std::atomic<bool> is_exclusive_{true};
 };
 
-/// The reduction of a rank that has some of the heads.
+/// The head_reduction of a rank that has some of the heads (tensor parallel).
 struct head_link {
   rank_group* group;
   index_t rank;
@@ -57,7 +56,7 @@ struct head_link {
     return group->sum(rank, sums, count) ? refreekv::status::ok : refreekv::status::device_error;
   }
 };
-/// The exchange of a rank that has some of the tokens.
+/// The token_exchange of a rank that has some of the tokens (context parallel).
 struct token_link {
   rank_group* group;
   index_t rank;
@@ -66,13 +65,13 @@ struct token_link {
     return group->sum(rank, words, count) ? refreekv::status::ok : refreekv::status::device_error;
   }
 };
-/// Of one that has some of either.
+/// Both collectives, for a rank that has some of the heads and some of the tokens.
 struct grid_link : head_link, token_link {
   using head_link::operator();
   using token_link::operator();
 };
 
-/// Runs f(rank) for all ranks at once.
+/// Runs f(rank) for all ranks concurrently, one thread per rank.
 template <class F>
 void run_ranks(index_t ranks, const F& f) {
   std::vector<std::thread> others;
@@ -81,7 +80,8 @@ void run_ranks(index_t ranks, const F& f) {
   for (std::thread& other : others) other.join();
 }
 
-/// What a rank selects. Unlike run_select it checks nothing: assertions are not for threads.
+/// Returns what select decides on a rank. Checks nothing, unlike run_select, because Catch2's
+/// assertions are not thread-safe.
 template <class Policy, class Backend, class Layer, class Join>
 selection select_on_rank(const Policy& policy, const Backend& exec, const Layer& layer,
                          const Join& join) {
@@ -93,7 +93,7 @@ selection select_on_rank(const Policy& policy, const Backend& exec, const Layer&
   return s;
 }
 
-/// KV heads [first, last) of a problem, and their query heads.
+/// The part of a problem with KV heads [first, last) and their query heads.
 inline problem heads_of(const problem& p, index_t first, index_t last) {
   problem part(last - first, p.group, p.head_dim, p.window, p.lengths);
   part.scale = p.scale;

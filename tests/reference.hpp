@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rule in double precision, written as it is stated and as slow as that is: the oracle.
+// The oracle: policy::refreekv in double precision, written as the paper states it, without regard
+// to speed.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +14,13 @@ namespace reference {
 
 using refreekv::index_t;
 
-/// Attention of one sequence; 0 where a row does not see a token or lies before the sequence.
+/// Attention of one sequence; 0 where a row does not see a token or does not exist.
 struct attention_rows {
   index_t q_heads, window, tokens;
   std::vector<double> values;    // [q_head, window, token]
   std::vector<char> layer = {};  // [window, token]; empty: all rows exist and are causal
-  index_t first_new = tokens - std::min(window, tokens);  // tokens from here on had no score yet
+  index_t first_new =
+      tokens - std::min(window, tokens);  // tokens from here on have no earlier score
 
   double at(index_t head, index_t row, index_t token) const {
     return values[static_cast<std::size_t>((head * window + row) * tokens + token)];
@@ -78,10 +80,10 @@ inline attention_rows attend(const problem& p, index_t sequence) {
 struct decision {
   index_t sinks, cut;
   std::vector<double> losses;  // [token], from `sinks` on
-  std::vector<double> masses;  // [token]: the most that a row gives to [sinks, token)
+  std::vector<double> masses;  // [token]: the largest attention of a row to [sinks, token)
 };
 
-/// The rule for heads [first, last), from section 1 of the paper's statement of it.
+/// The decision for query heads [first, last), from section 1 of the paper's statement.
 inline decision decide(const attention_rows& rows, index_t first, index_t last,
                        const refreekv::policy::refreekv& policy) {
   const index_t n = rows.tokens, m = std::min<index_t>(policy.sinks, n);
@@ -133,8 +135,8 @@ inline decision decide(const attention_rows& rows, index_t first, index_t last,
   return d;
 }
 
-/// Empty, or in what `kept` is not the oracle's decision: cuts may differ only where the loss is
-/// within 1e-6 of the threshold, loss and dropped mass must be within 1e-5.
+/// Returns how `kept` differs from the oracle's decision; empty if it does not. Cuts may differ
+/// only where the loss is within 1e-6 of the threshold. Loss and dropped mass may differ by 1e-5.
 inline std::string disagreement(const refreekv::kept_range& kept, const decision& d,
                                 double threshold) {
   const auto text = [&](const std::string& what) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs select with a workspace of exactly the asked size, between canaries.
+// Runs select with a workspace of exactly workspace_size, between canaries.
 #pragma once
 
 #include "catch.hpp"
@@ -23,7 +23,7 @@ struct selection {
   }
 };
 
-/// `missing` bytes short of what workspace_size asks for.
+/// Runs select and checks the canaries. The workspace has `missing` bytes less than workspace_size.
 template <class Policy, class Backend, class Layer, class Reduce = refreekv::single_rank>
 selection run_select(const Policy& policy, const Backend& backend, const Layer& layer,
                      std::size_t missing = 0, const Reduce& reduce = {}) {
@@ -35,7 +35,7 @@ selection run_select(const Policy& policy, const Backend& backend, const Layer& 
   const index_t groups = policy.groups(layer);
   const auto cuts = static_cast<std::size_t>(layer.sequences() * groups);
   selection result{{}, groups, std::vector<refreekv::kept_range>(cuts + 2, untouched)};
-  std::byte* start = memory.data() + margin + 1;  // odd: no alignment is taken for granted
+  std::byte* start = memory.data() + margin + 1;  // odd: unaligned on purpose
   result.status = refreekv::select(
       policy, backend, layer,
       refreekv::view<refreekv::kept_range, 2>(result.kept.data() + 1, {layer.sequences(), groups}),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backend that a test runs on: the same sources test the CPU's and the device's, the latter
-// emulated or, compiled by nvcc, on a device.
+// The backend that a test runs on. One set of sources tests the CPU backend, the emulated CUDA
+// backend and, compiled by nvcc, the CUDA backend on a device.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -13,7 +13,7 @@
 
 #if defined(__CUDACC__)
 
-/// A device divides the work as it likes: every run is another order.
+/// A device schedules blocks itself, so each run may have another order; `parts` has no effect.
 template <int parts>
 pinned_backend divided() {
   return {};
@@ -24,21 +24,21 @@ constexpr unsigned affordable(unsigned count) { return count; }
 
 #elif defined(REFREEKV_TEST_EMULATED)
 
-/// With 1 part blocks and threads run in order, otherwise in one that the number decides.
+/// With 1 part, blocks and threads run in order. Otherwise `parts` seeds their order.
 template <int parts>
 emulation::emulated_backend divided() {
   return {parts == 1 ? 0u : unsigned{parts}};
 }
 
-/// Whether there is time for every combination of what a test varies, or for each by itself.
+/// Whether a test has time for all combinations of its parameters, or varies one at a time.
 inline constexpr bool exhaustive = false;
 
-/// How many random problems there is time for, of `count` on the CPU.
+/// How many random problems a test has time for, where it has `count` on the CPU.
 constexpr unsigned affordable(unsigned count) { return (count + 1) / 2; }
 
 #else
 
-/// As many threads as parts. One type for all: half of what there is to compile.
+/// A backend with `parts` threads. All have one type, which halves the code to compile.
 template <int parts>
 refreekv::cpu_backend<refreekv::thread_pool&> divided() {
   static refreekv::thread_pool pool(parts);
@@ -47,7 +47,7 @@ refreekv::cpu_backend<refreekv::thread_pool&> divided() {
 
 inline constexpr bool exhaustive = true;
 constexpr unsigned affordable(unsigned count) {
-#if defined(REFREEKV_TEST_FEWER)  // a sanitizer's build: others run all of them
+#if defined(REFREEKV_TEST_FEWER)  // a sanitizer's build; other builds run all
   return (count + 3) / 4;
 #else
   return count;

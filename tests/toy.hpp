@@ -19,7 +19,7 @@ inline std::uint32_t mix(std::uint32_t x) {
   return x ^ (x >> 16);
 }
 
-/// How much query `row` of a layer's head looks at `token`: an integer.
+/// The unnormalised attention of query `row` of a layer's head to `token`; an integer.
 inline double weight(index_t layer, index_t head, index_t row, index_t token) {
   const auto at = static_cast<std::uint32_t>(layer * 16 + head);
   const auto i = static_cast<std::uint32_t>(row), j = static_cast<std::uint32_t>(token);
@@ -28,13 +28,13 @@ inline double weight(index_t layer, index_t head, index_t row, index_t token) {
   return std::pow(noise, 1 + layer) + (heavy ? 24 : 0) + (token == 0 ? 30 : 0);
 }
 
-/// The same in the example of CAKE's decoding.
+/// As `weight`, but for the example of CAKE's decoding.
 inline double decode_weight(index_t head, index_t row, index_t token) {
   const auto at = static_cast<std::uint32_t>((head * 64 + row) * 64 + token);
   return 1 + mix(seed * 31337u + at) % 997;
 }
 
-/// Attention of all tokens to each other.
+/// Causal attention between all tokens.
 inline reference::attention_rows attention(index_t q_heads, index_t layer = 0) {
   reference::attention_rows rows{q_heads, tokens, tokens, {}};
   for (index_t h = 0; h < q_heads; ++h) {
@@ -49,7 +49,7 @@ inline reference::attention_rows attention(index_t q_heads, index_t layer = 0) {
   return rows;
 }
 
-/// One query's attention to what each head's slots hold: slots [head] of positions.
+/// Attention of one query to the tokens in each head's slots. slots: positions, [head].
 template <class Weight>
 reference::attention_rows row_of_slots(const std::vector<std::vector<position_t>>& slots,
                                        const Weight& weight_of) {
@@ -93,7 +93,7 @@ inline std::vector<reference::scores> keys(index_t head) {
   return out;
 }
 
-/// Two query heads, with a KV head each or one for both.
+/// Two query heads, with one KV head each or one for both.
 inline problem twilight(index_t kv_heads) {
   problem p(kv_heads, 2 / kv_heads, head_dim, 1, {static_cast<position_t>(tokens)});
   for (index_t d = 0; d < head_dim; ++d) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs select of a policy that observes values and leaves stand-ins, between canaries.
+// Runs select of a policy that reads values and writes stand-ins, between canaries.
 #pragma once
 
 #include "ranked_selection.hpp"
 
-/// Rows of floats [sequence, kv_head, stand_in, dim], with room between them that must not change.
+/// Rows of floats [sequence, kv_head, stand_in, dim], with canaries between them, which must not
+/// change.
 class guarded_rows {
  public:
   guarded_rows(index_t sequences, index_t kv_heads, index_t rows, index_t dims)
@@ -43,7 +44,7 @@ struct valued_selection : ranked_selection {
   friend bool operator==(const valued_selection& a, const valued_selection& b) = default;
 };
 
-/// Memory of a decision with stand-ins.
+/// The memory of a decision with stand-ins, with canaries.
 class guarded_decision {
  public:
   template <class Policy, class Layer>
@@ -89,7 +90,7 @@ inline float_rows rows_of(const refreekv::view<float, 4>& rows, index_t s, index
   return out;
 }
 
-/// `missing` bytes short of what workspace_size asks for.
+/// Runs select and checks the canaries. The workspace has `missing` bytes less than workspace_size.
 template <class Policy, class Backend, class Layer>
 valued_selection run_valued(const Policy& policy, const Backend& backend, const Layer& layer,
                             std::size_t missing = 0) {

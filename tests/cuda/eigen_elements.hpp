@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Eigen's elements, which the tests of every backend use, stand for the device's own.
+// Lets Eigen's half and bfloat16, which all tests use, replace the device's own element types.
 #pragma once
 
 #include <Eigen/Core>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A backend whose kernel bodies run on the CPU, by emulated blocks.
+// A backend that runs kernel bodies on the CPU, in emulated blocks.
 #pragma once
 
 #include <cstddef>
@@ -11,28 +11,28 @@
 
 namespace emulation {
 
-/// Blocks and their threads in order, or, where order_seed is not 0, in one that it decides.
+/// Blocks and their threads run in order with order_seed 0, else in an order that it seeds.
 struct emulated_backend {
   unsigned order_seed = 0;
 };
 
-/// One for all bodies: each has stacks of its own.
+/// One engine per host thread, for all bodies, because each engine owns stacks.
 inline engine& thread_engine() {
   static thread_local engine blocks;
   return blocks;
 }
 
-/// Runs the body for each item in [0, items). Throws std::logic_error where it breaks a rule of
-/// blocks; within the library, which does not throw, that ends the program and says why.
+/// Runs the body for each item in [0, items). Throws std::logic_error if the body breaks a rule of
+/// blocks. Within the library, which is noexcept, this ends the program with the message.
 template <refreekv::cuda_detail::kernel_body Body>
 refreekv::status run_blocks(const emulated_backend& exec, index_t items, const Body& body) {
   thread_engine().run(body, items, exec.order_seed);
   return refreekv::status::ok;
 }
 
-// In CUB's place.
+// The functions that replace CUB.
 
-/// Both ways, whatever the sizes.
+/// Chooses either way by the seed, not by the sizes, so that tests run both.
 inline bool sorts_together(const emulated_backend& exec, index_t /*count*/, index_t /*capacity*/) {
   return exec.order_seed % 2 == 1;
 }
@@ -41,7 +41,7 @@ inline std::size_t sort_bytes(const emulated_backend&, const refreekv::cuda_deta
   return 1;
 }
 
-/// What is sorted is in the other array, and leaves garbage behind.
+/// Writes the sorted keys to `spare`, swaps both pointers, and overwrites the input with garbage.
 inline refreekv::status sort_segments(const emulated_backend& exec,
                                       const refreekv::cuda_detail::key_segments& segments,
                                       std::uint64_t*& keys, std::uint64_t*& spare,

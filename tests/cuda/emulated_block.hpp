@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks of kernel bodies on the CPU: a fiber per thread, and errors that a GPU keeps quiet about.
+// Runs blocks of kernel bodies on the CPU, a fiber per thread, and finds errors that a GPU does not
+// report.
 //
-// Each of these ends a run or shows in its result, in every build:
-// - threads that wait for others that do not come, and threads of a warp that make different calls;
-// - reads of shared memory that nothing was written to: it starts as garbage;
-// - asynchronous copies that nobody waited for, that are not aligned, or that are not to shared
-//   memory: their destination is garbage from the call to the wait that they must be done by;
+// Each of these errors ends a run or shows in its result, in every build:
+// - a deadlock, or threads of a warp that make different calls;
+// - a read of unwritten shared memory, because it starts as garbage;
+// - an asynchronous copy without a wait, because its destination is garbage from the call to the
+//   wait; also one that is not aligned or not to shared memory;
 // - a missing sync(), at least with some order of the threads.
-// Under ThreadSanitizer a missing sync() is a race in any order, and so is what one block does to
-// memory that the block before it wrote, or read, too.
+// ThreadSanitizer reports a missing sync() as a race in any order. It also reports a race if a
+// block accesses memory that an earlier block wrote, or writes memory that an earlier block read.
 #pragma once
 
 #include <sys/mman.h>
@@ -46,19 +47,19 @@ struct meeting {
   fiber* waiting[block_threads];
 };
 
-/// Takes turns: one fiber runs until it waits or ends, then the one that was woken last.
+/// A cooperative scheduler: one fiber runs until it waits or ends, then the one woken last.
 class scheduler {
  public:
-  /// Runs what was woken, and what it wakes, until nothing can run.
+  /// Runs all woken fibers, and those that they wake, until no fiber can run.
   void run() noexcept {
     running_ = &host_;
     wait();
   }
 
-  /// To be run before those that were woken earlier.
+  /// Makes a fiber ready. It runs before fibers that were woken earlier.
   void wake(fiber& f) noexcept { ready_[ready_count_++] = &f; }
 
-  /// Lets others run until somebody wakes the calling fiber.
+  /// Suspends the calling fiber until another one wakes it.
   void wait() noexcept {
     fiber& self = *running_;
     fiber& next = ready_count_ > 0 ? *ready_[--ready_count_] : host_;
@@ -66,8 +67,8 @@ class scheduler {
     self.switch_to(next);
   }
 
-  /// Returns when `threads` fibers have called it for the same call; the last of them calls
-  /// conclude() first. Who makes another call than the first to come waits for ever.
+  /// Returns when `threads` fibers have arrived with the same `call`; the last one calls conclude()
+  /// first. A fiber that arrives with another `call` than the first one waits for ever.
   template <class Conclude>
   void meet(meeting& at, int threads, const void* call, Conclude conclude) noexcept {
     if (at.arrived == 0) at.call = call;
@@ -82,7 +83,7 @@ class scheduler {
     }
   }
 
-  /// Leaves everything as it is.
+  /// Suspends all fibers for good, so that run() returns.
   void stop() noexcept {
     ready_count_ = 0;
     wait();
@@ -95,14 +96,14 @@ class scheduler {
   int ready_count_ = 0;
 };
 
-/// What the lanes of a warp give each other.
+/// The values that the lanes of a warp exchange.
 struct warp {
   meeting lanes;
   std::byte given[warp_threads * warp_threads * sizeof(std::uint64_t)];
   std::byte taken[warp_threads * sizeof(std::uint64_t)];
 };
 
-/// What the threads of a block have in common besides their `shared`.
+/// The state that the threads of a block have in common, besides the body's `shared`.
 struct block_state {
   scheduler threads;
   meeting barrier;
@@ -120,7 +121,7 @@ class block {
  public:
   block(block_state& state, int rank) noexcept : state_(&state), rank_(rank) {}
 
-  /// For the next block.
+  /// Resets the thread for the next block.
   void restart() noexcept {
     phase_ = 0;
     copies_.clear();
@@ -177,8 +178,8 @@ class block {
     static_assert(std::has_single_bit(unsigned{lanes}) && std::has_single_bit(N) &&
                   N <= unsigned{lanes} && lanes <= warp_threads);
     const T own = exchange<T>(x, [op](T(&all)[warp_threads][N], T(&result)[warp_threads]) {
-      // As shuffles do it: each lane keeps one half of its values and gives the other, then, with
-      // one value left, keeps and gives that.
+      // In the order of shuffles on a device: each lane keeps one half of its values and sends the
+      // other half. With one value left, it keeps and sends that one.
       std::size_t n = N;
       for (int m = lanes / 2; m > 0; m /= 2) {
         const std::size_t kept = n > 1 ? n / 2 : 1;
@@ -254,7 +255,7 @@ class block {
     std::size_t bytes;
   };
 
-  /// Ends the run. A body is noexcept, so the engine throws.
+  /// Ends the run with an error. The engine throws it later, because a body is noexcept.
   void fail(const char* error) noexcept {
     const race_detector::unobserved of_the_engine;
     state_->error = error;
@@ -263,8 +264,9 @@ class block {
   }
 
   bool barrier(const void* call, bool b) noexcept {
-    // Two fences by turns: with one, a thread that is early at the next barrier would order what
-    // it did since this one before a thread that is late to leave it.
+    // Barriers alternate between two fences. With a single fence, a thread that reaches the next
+    // barrier early would release it before a late thread acquires it for this barrier. This would
+    // order the early thread's accesses before the late thread's, and hide races.
     char* const fence = &state_->fences[phase_];
     phase_ ^= 1;
     race_detector::release(fence);
@@ -282,11 +284,11 @@ class block {
     return all;
   }
 
-  /// The warp's lanes give `mine`; resolve(all that was given, results) says what each one gets.
-  /// It orders no memory.
+  /// Exchanges values in a warp: each lane passes `mine`, and resolve(values of all lanes, results)
+  /// computes each lane's result. Does not order memory.
   template <class Result, class Given, class Resolve>
   Result exchange(const Given& mine, Resolve resolve) noexcept {
-    static constexpr char call = 0;  // Resolve has another type for every kind of call
+    static constexpr char call = 0;  // unique, as Resolve has another type in each call
     static_assert(std::is_arithmetic_v<Result> && sizeof(Result) >= 4, "what CUDA can shuffle");
     static_assert(sizeof(Given) * warp_threads <= sizeof(warp::given));
     static_assert(sizeof(Result) * warp_threads <= sizeof(warp::taken));
@@ -310,11 +312,11 @@ class block {
   int rank_;
   int phase_ = 0;
   std::vector<copy> copies_;
-  std::vector<std::size_t> groups_;  // copies of each
-  std::size_t grouped_ = 0;          // copies that are in a group
+  std::vector<std::size_t> groups_;  // number of copies in each group
+  std::size_t grouped_ = 0;          // number of copies in any group
 };
 
-/// A body, and what a block calls it with.
+/// A body and the arguments of one block's call.
 struct job {
   const void* body;
   void (*call)(const job&, block&);
@@ -323,10 +325,10 @@ struct job {
   index_t item;
 };
 
-/// The threads of a block, on stacks that they keep for the next one.
+/// The threads of a block. They keep their stacks from one block to the next.
 class crew {
  public:
-  /// For TSan, threads whose ranks are equal modulo `actors` are the same.
+  /// To ThreadSanitizer, threads whose ranks are equal modulo `actors` are one thread.
   explicit crew(int actors) : actors_(static_cast<std::size_t>(actors)) {
     void* const memory = mmap(nullptr, block_threads * stride, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -334,8 +336,8 @@ class crew {
     stacks_ = static_cast<std::byte*>(memory);
     std::byte* stack = stacks_;
     for (int rank = 0; rank < block_threads; ++rank, stack += stride) {
-      mprotect(stack, guard, PROT_NONE);  // an overflow shows
-      // Stacks that start alike in their pages would keep each other out of the cache.
+      mprotect(stack, guard, PROT_NONE);  // a stack overflow faults
+      // Staggered starts, because equal offsets in the pages would collide in the same cache sets.
       const std::size_t apart = static_cast<std::size_t>(rank) % 61 * 256;
       const auto& as = actors_[static_cast<std::size_t>(rank % actors)];
       workers_.emplace_back(*this, rank, as, stack + guard, stride - guard - apart);
@@ -348,8 +350,8 @@ class crew {
   crew(const crew&) = delete;
   crew& operator=(const crew&) = delete;
 
-  /// Runs a block; its threads start in the order of `ranks`. Returns what went wrong, if anything.
-  /// The crew can only be destroyed then.
+  /// Runs a block; its threads start in the order of `ranks`. Returns an error message, or an empty
+  /// string. After an error the crew can only be destroyed.
   [[nodiscard]] std::string run(const job& j, const std::vector<int>& ranks) {
     job_ = &j;
     state_.shared_begin = static_cast<const std::byte*>(j.shared);
@@ -366,18 +368,18 @@ class crew {
     return running_ == 0 ? "" : std::to_string(running_) + " threads stuck";
   }
 
-  /// Orders the blocks that it ran before what comes next.
+  /// Orders the blocks that the crew ran before everything that follows.
   void join() noexcept { race_detector::acquire(&end_); }
 
  private:
   static constexpr std::size_t guard = 4096;
-  static constexpr std::size_t stride = std::size_t{256} << 10;  // sanitizers' frames are large
+  static constexpr std::size_t stride = std::size_t{256} << 10;  // large, as sanitizers' frames are
 
   struct worker {
     worker(crew& all, int rank, const race_detector::actor& as, std::byte* stack, std::size_t bytes)
         : thread(all.state_, rank), of(all), own(as, stack, bytes, live, this) {}
 
-    /// Of a worker: a block in each round.
+    /// The fiber of a worker: each iteration runs its thread of one block.
     [[noreturn]] static void live(void* self) noexcept {
       auto& [thread, of, own] = *static_cast<worker*>(self);
       for (;;) {
@@ -406,7 +408,7 @@ class crew {
   std::deque<worker> workers_;
 };
 
-/// Runs bodies, block after block.
+/// Runs bodies, one block after another.
 class engine {
  public:
   engine() = default;
@@ -417,9 +419,9 @@ class engine {
   engine(const engine&) = delete;
   engine& operator=(const engine&) = delete;
 
-  /// Runs the body for each item in [0, items). With order_seed 0 threads and items come in order;
-  /// otherwise in one that it decides, another for each block. Throws std::logic_error where the
-  /// body breaks a rule of blocks; what it wrote is undefined then.
+  /// Runs the body for each item in [0, items). With order_seed 0, items and threads run in order.
+  /// Otherwise the seed shuffles the items, and the threads anew for each block. Throws
+  /// std::logic_error if the body breaks a rule of blocks; what it wrote is then undefined.
   template <refreekv::cuda_detail::kernel_body Body>
   void run(const Body& body, index_t items, unsigned order_seed = 0) {
     using shared = typename Body::shared;
@@ -439,7 +441,7 @@ class engine {
     std::iota(ranks.begin(), ranks.end(), 0);
     for (const index_t item : order) {
       if (order_seed != 0) std::shuffle(ranks.begin(), ranks.end(), random);
-      // New memory for each block: in the same, ThreadSanitizer would see blocks race.
+      // New memory for each block: ThreadSanitizer would report races of blocks that reuse it.
       const auto s = std::make_unique_for_overwrite<shared>();
       std::memset(static_cast<void*>(s.get()), garbage, sizeof(shared));
       run_block({&body, call, s.get(), sizeof(shared), item}, ranks);
@@ -465,10 +467,10 @@ class engine {
     }
   }
 
-  // To ThreadSanitizer barriers order all that a crew does; those of two crews do not. They take
-  // turns so that some blocks of any distance are not of one crew.
-  // Together they leave some of its 255 actors to others. Threads that share an actor in the one
-  // crew do not in the other.
+  // To ThreadSanitizer, barriers order all accesses of one crew, but not those of two crews. Crews
+  // alternate so that, for any distance between blocks, some pair runs on different crews.
+  // Together the crews use fewer than ThreadSanitizer's 255 actors, which leaves some to others.
+  // Threads that share an actor in one crew do not in the other.
   static constexpr int crews = EMULATION_TSAN ? 2 : 1;
   std::unique_ptr<crew> crews_[crews];
   unsigned blocks_ = 0;

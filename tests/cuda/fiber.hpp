@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A stack that a thread can switch to, and what sanitizers must be told when it does.
+// A stack that a thread can switch to, with the calls that sanitizers need at each switch.
 #pragma once
 
 #include <ucontext.h>
@@ -29,7 +29,7 @@ extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
 #define EMULATION_TSAN 0
 #endif
 
-// swapcontext asks the kernel for the signal mask at each switch, which takes longer than all else.
+// swapcontext makes a system call for the signal mask at each switch, which would dominate the run.
 #if defined(__x86_64__)
 #define EMULATION_ASSEMBLY 1
 #else
@@ -38,14 +38,14 @@ extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
 
 namespace emulation {
 
-/// What ThreadSanitizer learns: a fiber does what it does as an actor, ordered by nothing but
-/// these.
+/// Annotations for ThreadSanitizer. It sees the memory accesses of a fiber as those of an actor;
+/// only release and acquire order actors.
 namespace race_detector {
 
 #if EMULATION_TSAN
 inline void release(void* fence) noexcept { __tsan_release(fence); }
 inline void acquire(void* fence) noexcept { __tsan_acquire(fence); }
-inline void look_away() noexcept { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); }  // writes, too
+inline void look_away() noexcept { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); }  // and writes
 inline void look_again() noexcept { AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 #else
 inline void release(void*) noexcept {}
@@ -54,8 +54,8 @@ inline void look_away() noexcept {}
 inline void look_again() noexcept {}
 #endif
 
-/// A thread to ThreadSanitizer. From LLVM 14 on it tells 255 of them apart; with more, those that
-/// were not seen for long pass for others, and most races go unnoticed.
+/// A thread, as ThreadSanitizer sees it. From LLVM 14 on it can distinguish 255 of them. With more,
+/// it reuses the identities of actors that were idle for long, and misses most races.
 class actor {
  public:
   actor() noexcept {
@@ -63,7 +63,7 @@ class actor {
     handle_ = __tsan_create_fiber(0);
 #endif
   }
-  /// What it did is ordered before what comes next.
+  /// Orders all accesses of the actor before everything that follows.
   ~actor() {
 #if EMULATION_TSAN
     void* const self = __tsan_get_current_fiber();
@@ -83,7 +83,7 @@ class actor {
 #endif
 };
 
-/// As long as it lives, the fiber's reads and writes are not looked at.
+/// While it exists, ThreadSanitizer ignores the fiber's reads and writes.
 struct unobserved {
   unobserved() noexcept { look_away(); }
   ~unobserved() { look_again(); }
@@ -93,31 +93,32 @@ struct unobserved {
 
 }  // namespace race_detector
 
-/// Something that a thread can leave and come back to. Fibers stay with the thread that made them.
+/// A flow of execution that a thread can suspend and resume. A fiber must only run on the thread
+/// that made it.
 class fiber {
  public:
-  /// The stack that the calling thread is on.
+  /// The fiber of the calling thread's own stack.
   fiber() noexcept {
 #if EMULATION_TSAN
     tsan_ = __tsan_get_current_fiber();
 #endif
   }
-  /// `run(argument)` on another stack, as soon as it is switched to. It must not return, and is
-  /// abandoned with the fiber. Fibers may share an actor: nothing of theirs is a race, then.
+  /// Calls run(argument) on another stack at the first switch to this fiber. Requires that run does
+  /// not return; the destructor abandons it. Fibers that share an actor never race.
   fiber([[maybe_unused]] const race_detector::actor& as, std::byte* stack, std::size_t bytes,
         void (*run)(void*), void* argument)
       : run_(run), argument_(argument) {
 #if EMULATION_ASAN
     stack_ = stack;
     bytes_ = bytes;
-    __asan_unpoison_memory_region(stack, bytes);  // of frames that were abandoned on it
+    __asan_unpoison_memory_region(stack, bytes);  // poisoned by abandoned frames
 #endif
 #if EMULATION_TSAN
     tsan_ = as.handle();
 #endif
 #if EMULATION_ASSEMBLY
-    // What change_stack takes from it: six registers and where to go on. Where a function starts,
-    // 8 bytes are on an aligned stack.
+    // The frame that change_stack pops: six registers and a return address. At function entry
+    // rsp + 8 must be aligned to 16 bytes.
     auto* const top = reinterpret_cast<std::uintptr_t*>(stack + bytes / 16 * 16) - 1;
     *top = 0;
     top[-1] = reinterpret_cast<std::uintptr_t>(enter);
@@ -134,8 +135,8 @@ class fiber {
   fiber(const fiber&) = delete;
   fiber& operator=(const fiber&) = delete;
 
-  /// Leaves this fiber, which is running, for `next`; returns when something switches back. Both
-  /// sides are unobserved.
+  /// Suspends this fiber and resumes `next`. Returns when another fiber switches back. Requires
+  /// that this fiber is running, and that both fibers are unobserved at the switch.
   void switch_to(fiber& next) noexcept {
     left_ = this;
     entered_ = &next;
@@ -161,7 +162,7 @@ class fiber {
   static void enter() {
     race_detector::look_away();
     fiber& self = *entered_;
-#if EMULATION_ASAN  // the only way to learn where the thread's own stack is
+#if EMULATION_ASAN  // only this call tells where the thread's own stack is
     __sanitizer_finish_switch_fiber(nullptr, &left_->stack_, &left_->bytes_);
 #endif
     self.run_(self.argument_);
@@ -171,7 +172,8 @@ class fiber {
   static inline constinit thread_local fiber* entered_ = nullptr;
 
 #if EMULATION_ASSEMBLY
-  /// Leaves the registers that a call keeps on the stack, its address in *left, for another stack.
+  /// Pushes the callee-saved registers, writes the stack pointer to *left, and pops those of
+  /// `entered`.
   __attribute__((naked, noinline)) static void change_stack(void** /*left*/, void* /*entered*/) {
     asm("pushq %rbp\n\t"
         "pushq %rbx\n\t"

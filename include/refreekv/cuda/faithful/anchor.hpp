@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The mean direction of a head's keys on a device.
+// The mean direction of each KV head's keys, on a device.
 #pragma once
 
 #include "refreekv/cuda/faithful/bare_logits.hpp"
@@ -7,21 +7,22 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// How many of a chunk's tokens are a warp's, a lane each: its threads' own.
+/// How many of a chunk's tokens the thread's warp handles, one token per lane.
 template <thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE int count_of_warp(const Block& block, token_range tokens) noexcept {
   const index_t left = tokens.end - tokens.begin - warp_of(block) * warp_threads;
   return left < 0 ? 0 : left < warp_threads ? narrow(left) : warp_threads;
 }
 
-/// Those of a chunk's tokens that any row of the window sees.
+/// The part of a chunk that starts at the first token any row of the window sees.
 [[nodiscard]] REFREEKV_DEVICE token_range seen_part(const query_window& window,
                                                     token_range chunk) noexcept {
   const index_t begin = importance_rule::seen_by(window).begin;
   return {begin > chunk.begin ? begin < chunk.end ? begin : chunk.end : chunk.begin, chunk.end};
 }
 
-/// Sums k / |k| over the tokens of each chunk, to directions [sequence, kv_head, chunk, head_dim].
+/// Writes directions [sequence, kv_head, chunk, head_dim]: the sum of k / |k| over the chunk's
+/// seen_part. Skips undecided heads.
 template <class Layer>
 struct directions_body {
   struct shared {
@@ -32,7 +33,7 @@ struct directions_body {
   index_t chunks;
   view<kept_tokens, 2, typename Layer::memory> counts;
   double* directions;
-  row_parts cut;  ///< of the chunks of a KV head
+  row_parts cut;  ///< of each KV head's chunks
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
@@ -55,7 +56,7 @@ struct directions_body {
     const int count = count_of_warp(block, tokens);
     const double square = sum_of_row(block, layer.keys, sequence, kv_head, first, count,
                                      [](index_t, double x) { return x * x; });
-    // Of the length of the thread's own key; 0 of one without a direction.
+    // 1 / |k| of this thread's key; 0 for a zero key, which has no direction.
     const double inverse = lane >= count || square <= 0 ? 0 : 1 / std::sqrt(square);
     for (index_t strip = 0; strip < dims; strip += warp_threads) {
       double sum = 0;
@@ -75,8 +76,8 @@ struct directions_body {
   }
 };
 
-/// Joins directions to anchors [sequence, kv_head, head_dim] of length 1, or 0 where they have
-/// none.
+/// Writes anchors [sequence, kv_head, head_dim]: the sum of a head's directions, scaled to length
+/// 1, or 0 if the sum has no direction (detail::has_direction). Skips undecided heads.
 template <class Layer>
 struct anchor_body {
   using shared = warp_values<double>;

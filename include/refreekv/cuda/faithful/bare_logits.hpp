@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Logits before any mask and position, of tokens and rows that need not lie side by side, and the
-// attention that they become.
+// Bare logits (without mask and position bias) of tokens and rows that need not be contiguous, and
+// the attention computed from them.
 #pragma once
 
 #include "refreekv/cuda/attend.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Every step-th row of `heads` query heads, as row_span.
+/// Every step-th row of `heads` query heads, numbered [q_head, row]. Interface of row_span.
 struct stepped_span {
-  int q_head;  ///< the first
+  int q_head;  ///< the first one
   int heads;
-  int row;   ///< the first, of the window
-  int rows;  ///< of each query head
+  int row;   ///< the first one, numbered in the window
+  int rows;  ///< per query head
   int step;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr int count() const noexcept { return heads * rows; }
@@ -24,7 +24,8 @@ struct stepped_span {
   }
 };
 
-/// As tile_place, of a list of tokens, chunk_tokens at most, that the block shares.
+/// As tile_place, but for a list of tokens instead of a range. The list has at most chunk_tokens
+/// tokens and is shared by the block.
 template <class Span>
 struct listed_place {
   int sequence;
@@ -40,19 +41,19 @@ struct listed_place {
   }
 };
 
-/// The rows of a KV head that exist. Requires one.
+/// The rows of a KV head that exist. Requires at least one.
 [[nodiscard]] REFREEKV_DEVICE row_span rows_there(const query_window& window, index_t kv_head,
                                                   index_t group) noexcept {
   return {narrow(kv_head * group), narrow(group), narrow(window.first_row()),
           narrow(window.count())};
 }
 
-/// How the model's soft cap bends logits.
+/// The model's soft cap, applied to logits.
 struct logit_cap {
-  double cap;  ///< 0 for none
-  double inverse;
+  double cap;      ///< 0: no cap
+  double inverse;  ///< 1 / cap; 0 without a cap
 
-  /// The inverse behind a branch: else compilers divide where there is no cap, too.
+  /// The branch keeps compilers from dividing when there is no cap.
   [[nodiscard]] static REFREEKV_DEVICE logit_cap of(float cap) noexcept {
     logit_cap c{double{cap}, 0};
     if (cap > 0) c.inverse = 1 / double{cap};
@@ -63,8 +64,8 @@ struct logit_cap {
   }
 };
 
-/// The attention that a bare logit becomes in a row that sees the token, given the logarithm of the
-/// row's sum of exponentials.
+/// Returns the attention of a row to a token, from the bare logit and the logarithm of the row's
+/// sum of exponentials. Requires that the row sees the token.
 template <class Memory>
 [[nodiscard]] REFREEKV_DEVICE float attention_of(float logit, double log_sum,
                                                  const attention_params<Memory>& params,
@@ -78,7 +79,7 @@ template <class Memory>
   return std::exp(static_cast<float>(double{x} - log_sum));
 }
 
-/// A row of a cache, and its elements as floats.
+/// A row of a cache, whose elements are read as floats.
 template <class Source>
 struct cache_row {
   using element_type = std::remove_const_t<typename Source::element_type>;
@@ -97,8 +98,8 @@ struct cache_row {
   }
 };
 
-/// Calls f(i, x) for each step-th i of [begin, end), x being the element `dim` of the row of
-/// token(i). Loads go out in batches: what bounds a warp is how long each one takes.
+/// Calls f(i, x) for every step-th i of [begin, end), where x is element `dim` of the row of
+/// token(i). Loads are issued in batches, because the warp is latency-bound.
 template <class Source, class Token, class F>
 REFREEKV_DEVICE void for_each_element(const Source& source, index_t sequence, index_t kv_head,
                                       index_t dim, int begin, int end, int step, const Token& token,
@@ -119,9 +120,9 @@ REFREEKV_DEVICE void for_each_element(const Source& source, index_t sequence, in
   }
 }
 
-/// To lane i of a warp the sum of term(dim, x) over the elements x of the row of token first + i.
-/// The warp reads the rows together. Requires count <= warp_threads; lanes from count on get
-/// nothing of use.
+/// Returns in lane i of a warp the sum of term(dim, x) over the elements x of the row of token
+/// first + i. The warp reads the rows together. Requires count <= warp_threads. The result is
+/// unspecified in lanes >= count.
 template <class Source, thread_block Block, class Term>
 [[nodiscard]] REFREEKV_DEVICE double sum_of_row(Block& block, const Source& source,
                                                 index_t sequence, index_t kv_head, index_t first,

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether the rows of a KV head's window can be decided on, on a device.
+// Checks on a device whether the window rows of a KV head allow a decision.
 #pragma once
 
 #include "refreekv/cuda/faithful/importance_scratch.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Leaves the logarithms of what the rows' exponentials sum to, and tells which heads are undecided
-/// whatever their scores are.
+/// Writes the logarithm of each existing row's sum of exponentials. Sets `undecided` of each head,
+/// before any score is known: true if a row has no softmax, a query is not finite, or there are
+/// tokens but no row.
 template <class Layer>
 struct check_rows_body {
   struct shared {};
@@ -34,7 +35,7 @@ struct check_rows_body {
       log_sums[item * group * rows + i] = row.log_sum();
       good = good && row.exists();
     }
-    // A soft cap would hide a query that is not finite.
+    // Queries are checked themselves, because a soft cap would hide one that is not finite.
     for (index_t i = warp_of(block); i < group * rows; i += block_warps) {
       if (i % rows < window.first_row()) continue;
       const auto* query =

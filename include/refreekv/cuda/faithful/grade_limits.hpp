@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the sizes of a ranking end, on a device: the scores at their last places.
+// The limits of a ranking's sizes on a device: the score at the last place of each size.
 #pragma once
 
 #include "refreekv/cuda/block/value_row.hpp"
@@ -7,8 +7,8 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The heads [first, first + count) whose candidates [begin, end) are ranked together, in the order
-/// that decides between equals.
+/// KV heads [first, first + count) whose candidate tokens form one ranking. Equal scores rank by
+/// head, then by position.
 struct ranked_heads {
   index_t first, count;
   token_range tokens;
@@ -18,7 +18,7 @@ struct ranked_heads {
   }
 };
 
-/// How the KV heads of a sequence are ranked.
+/// Which KV heads of a sequence form a ranking: all together, or each alone.
 template <class Layer>
 struct rankings {
   importance_rule rule;
@@ -28,7 +28,7 @@ struct rankings {
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr bool together() const noexcept {
     return rule.scope == cut_scope::kv_head;
   }
-  /// Of each sequence.
+  /// Rankings per sequence.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t count() const noexcept {
     return together() ? 1 : layer.kv_heads();
   }
@@ -41,7 +41,7 @@ struct rankings {
     if (together()) return {0, layer.kv_heads(), candidates};
     return {ranking, 1, candidates};
   }
-  /// Whether all heads of a sequence are decided.
+  /// Whether no KV head of a sequence is undecided.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE bool decided(Block& block, index_t sequence) const noexcept {
     bool decided = true;
@@ -52,16 +52,18 @@ struct rankings {
   }
 };
 
-/// The grade of the n-th of a ranking, from 0, which is among those that equal a limit.
+/// Returns the grade of place n, from 0, of a ranking. Requires that the score at this place
+/// equals the limit.
 [[nodiscard]] REFREEKV_DEVICE grade grade_of_equal(const importance_rule& rule,
                                                    const score_limit& limit, index_t candidates,
                                                    index_t n) noexcept {
   int g = limit.first;
   while (g < limit.last && n >= rule.kept_by(g, candidates)) ++g;
-  // The last ones may be beyond all sizes that end among them.
+  // The last equal scores may lie past every size that ends among them.
   return static_cast<grade>(n < rule.kept_by(g, candidates) ? g : g + 1);
 }
 
+/// Initialises the search for each ranking's limits, a thread per size.
 template <class Layer>
 struct start_search_body {
   struct shared {};
@@ -88,7 +90,8 @@ struct start_search_body {
   }
 };
 
-/// Counts the digits of a split.
+/// Counts the current digit in the scores of each split, separately for each group of limits.
+/// Writes limit_parts::counts.
 template <class Layer>
 struct count_digits_body {
   struct shared {
@@ -122,7 +125,7 @@ struct count_digits_body {
     const value_row row{scores.at(sequence, head % kv_heads, first), scores.stride(2)};
     for_each_value(block, row, first < last ? last - first : 0, [&](float v) {
       const std::uint32_t value = as_bits(v), begins = value >> digit.shift >> digit.bits;
-      int low = 0, high = groups - 1;  // the first group that is not larger
+      int low = 0, high = groups - 1;  // first group whose digits are not larger
       while (low < high) {
         const int middle = (low + high) / 2;
         if (s.groups.begins[middle] > begins) {
@@ -143,10 +146,10 @@ struct count_digits_body {
   }
 };
 
-/// Finds the digit of each size. A block a group.
+/// Finds the current digit of each size's limit. One block per group of limits.
 template <class Layer>
 struct find_digits_body {
-  static constexpr int shares = block_threads / limit_search::bins;  // of what is summed
+  static constexpr int shares = block_threads / limit_search::bins;  // threads per bin
   struct shared {
     index_t counts[shares][limit_search::bins];
     limit_groups groups;
@@ -177,7 +180,7 @@ struct find_digits_body {
   }
 
  private:
-  /// How many scores of a group have a digit, in a share of the splits.
+  /// How many scores of a group have the digit `bin`, in one share of the splits.
   [[nodiscard]] REFREEKV_DEVICE index_t sum(index_t sequence, const ranked_heads& heads, int group,
                                             int bin, int share) const noexcept {
     const index_t stride = index_t{of.rule.sizes} * limit_search::bins;
@@ -187,7 +190,7 @@ struct find_digits_body {
       const unsigned* const own = work.counts +
                                   (sequence * of.layer.kv_heads() + h) * splits * stride +
                                   group * limit_search::bins + bin;
-      // Heads begin by turns, as there may be one split alone.
+      // Heads start with different shares, because each may have only one split.
       for (index_t i = (share + h) % shares; i < used; i += shares) sum += index_t{own[i * stride]};
     }
     return sum;
@@ -209,12 +212,12 @@ struct find_digits_body {
   }
 };
 
-/// Makes one limit of all sizes that end with equals. A thread a limit.
+/// Writes the limits of each ranking, a thread per limit. Sizes that end at equal scores share one.
 template <class Layer>
 struct write_limits_body {
   using shared = limit_groups;
   rankings<Layer> of;
-  int last;  ///< which of a search's `begins` are all of a score
+  int last;  ///< index into limit_search::begins of the complete scores
   const limit_search* searches;
   score_limits* limits;
 
@@ -255,7 +258,8 @@ struct write_limits_body {
   }
 };
 
-/// Leaves the limits of each ranking, in as many steps as scores have digits.
+/// Writes scratch.limits of each ranking. Launches two kernels for each digit of a score, one
+/// before and one after them.
 template <class Backend, class Layer>
 [[nodiscard]] status find_limits(const Backend& exec, const rankings<Layer>& of,
                                  const scores_view<typename Layer::memory>& scores,

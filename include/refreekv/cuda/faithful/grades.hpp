@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes of a layer's cache on a device: which tokens each keeps, and what share of the scores it
-// loses.
+// Sizes of a layer's cache on a device: the tokens that each size keeps, and the share of the
+// scores that it drops.
 #pragma once
 
 #include "refreekv/cuda/faithful/grade_limits.hpp"
@@ -8,8 +8,8 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Grades the tokens, a thread each, but for equals that get different ones, and sums the scores of
-/// those that have a grade in each chunk.
+/// Writes the grade of each token, a thread per token, and the sum of each grade's scores in each
+/// chunk. Equal scores with different grades get grade 0 here and no sum; lost_body adds them.
 template <class Layer>
 struct grade_body {
   struct shared {
@@ -22,7 +22,7 @@ struct grade_body {
   const score_limits* limits;
   index_t chunks;
   double* sums;   ///< [sequence, kv_head, chunk, sizes]
-  row_parts cut;  ///< of the chunks of a KV head
+  row_parts cut;  ///< of each KV head's chunks
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
@@ -56,7 +56,7 @@ struct grade_body {
  private:
   [[nodiscard]] REFREEKV_DEVICE grade grade_of(const shared& s, int count,
                                                float score) const noexcept {
-    int low = 0, high = count - 1;  // the first limit that is not larger; the last one is not
+    int low = 0, high = count - 1;  // the first limit <= score; the last limit always is
     while (low < high) {
       const int middle = (low + high) / 2;
       if (s.limits.of[middle].value > score) {
@@ -69,13 +69,13 @@ struct grade_body {
     return limit.value < score ? limit.first : limit.of_equals;
   }
 
-  /// Sums of what each grade's scores are, in the order of tokens within each warp.
+  /// Writes the sum of each grade's scores. Each warp adds in the order of its tokens.
   template <thread_block Block>
   REFREEKV_DEVICE void sum(Block& block, shared& s, int own, float score,
                            double* to) const noexcept {
     static_assert(max_sizes <= 2 * warp_threads);
     const int lane = lane_of(block), warp = warp_of(block);
-    double low = 0, high = 0;  // of the grades lane + 1 and lane + 33
+    double low = 0, high = 0;  // sums of the grades lane + 1 and lane + 33
     if (block.warp_reduce(own, larger{}) > 0) {
       REFREEKV_NO_UNROLL
       for (int i = 0; i < warp_threads; ++i) {
@@ -97,13 +97,14 @@ struct grade_body {
   }
 };
 
-/// Grades those equals that get different grades, in their order, and leaves lost [sequence,
-/// sizes + 1].
+/// Grades the equal scores that grade_body skipped, in the order of the ranking. Writes lost
+/// [sequence, sizes + 1]: the share of the candidates' scores that each size drops. An undecided
+/// head makes its whole sequence undecided.
 template <class Layer>
 struct lost_body {
   struct shared {
     warp_values<std::uint64_t> counts;
-    double sums[block_threads];  ///< [part, sizes]: of what is summed, by turns
+    double sums[block_threads];  ///< [part, sizes]: each part sums every parts-th chunk
   };
   rankings<Layer> of;
   scores_view<typename Layer::memory> scores;
@@ -145,7 +146,7 @@ struct lost_body {
     s.sums[block.rank()] = sum;
     block.sync();
     if (block.rank() != 0) return;
-    // From the sums of grades to those of all larger ones.
+    // Suffix sums: size i drops all grades above i.
     double total = 0;
     to[sizes] = 0;
     for (index_t i = sizes; i > 0; --i) {
@@ -174,7 +175,7 @@ struct lost_body {
     }
   }
 
-  /// The scores of those equals that were not summed, as far as they have a grade.
+  /// Returns the sum of the scores of grade g among the equal scores that grade_body skipped.
   [[nodiscard]] REFREEKV_DEVICE double sum_of_equals(const score_limits& all,
                                                      index_t g) const noexcept {
     double sum = 0;
@@ -191,6 +192,7 @@ struct lost_body {
   }
 };
 
+/// The primitive `grade_tokens`: see `ops`.
 template <class Backend, class Valued>
 [[nodiscard]] status grade_tokens(const Backend& exec, importance_rule rule, const Valued& valued,
                                   const scores_view<typename Valued::memory>& scores,
@@ -215,7 +217,7 @@ template <class Backend, class Valued>
   return run_blocks(exec, layer.sequences(), sum);
 }
 
-/// Keeps tokens of small grades.
+/// Keeps the tokens whose grade is at most their sequence's size. Writes `kept`.
 template <class Layer>
 struct keep_grades_body {
   using memory = typename Layer::memory;
@@ -243,6 +245,7 @@ struct keep_grades_body {
   }
 };
 
+/// The primitive `keep_grades`: see `ops`.
 template <class Backend, class Valued>
 [[nodiscard]] status keep_grades(const Backend& exec, const Valued& valued,
                                  const view<const grade, 3, typename Valued::memory>& grades,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The faithful rule's scores on a device: what a token is worth to its layer.
+// The scores of policy::faithful on a device: the importance of each token to its layer.
 #pragma once
 
 #include "refreekv/cuda/faithful/anchor.hpp"
@@ -8,7 +8,8 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Scores but for what their head's logits make of them all, a thread a token, and what that is.
+/// Writes the scores without their head's common factor sigma, a thread per token. Writes to
+/// `spreads` each chunk's share of sigma, and to `attention`, if wanted, the mean over all rows.
 template <class Layer, class Values, int Rows>
 struct weigh_body {
   struct shared {
@@ -21,7 +22,7 @@ struct weigh_body {
   scores_view<typename Layer::memory> scores;
   view<kept_tokens, 2, typename Layer::memory> counts;
   importance_scratch scratch;
-  row_parts cut;  ///< of the chunks of a KV head
+  row_parts cut;  ///< of each KV head's chunks
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
@@ -35,11 +36,11 @@ struct weigh_body {
   }
 
  private:
-  /// What the rows make of a thread's token.
+  /// Attention and logits of the rows for the thread's token, summed over the KV head's q_heads.
   struct looks {
-    double peak;       ///< the largest attention of each query head, and the last row's, summed
-    double attention;  ///< of all rows, summed
-    double spread;     ///< the standard deviation of each query head's logits, summed
+    double peak;       ///< the largest attention of any row, plus last_row times the last row's
+    double attention;  ///< the sum over the rows
+    double spread;     ///< the standard deviation of the logits over the rows
   };
 
   template <thread_block Block>
@@ -83,7 +84,7 @@ struct weigh_body {
     REFREEKV_NO_UNROLL
     for (index_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
       row_span span = rows_there(window_of(layer, sequence, scratch.rows), h, 1);
-      // Relative to the first row: squares of logits that lie close together would cancel.
+      // Relative to the first row's logit, because squares of nearly equal logits would cancel.
       float origin = 0, sum = 0, squares = 0, peak = 0, last = 0;
       tile_place at{narrow(sequence), narrow(kv_head), span, 0, tokens};
       REFREEKV_NO_UNROLL
@@ -118,12 +119,13 @@ struct weigh_body {
       const float variance = squares * n - sum * n * (sum * n);
       all.spread += double{std::sqrt(variance < 0 ? 0 : variance)};
       all.peak += double{peak} + last_row * double{last};
-      if (!(squares < infinity)) all.peak = NAN;  // a logit is not finite, though no row may see it
+      if (!(squares < infinity)) all.peak = NAN;  // a logit is not finite, even if masked
     }
     return all;
   }
 
-  /// How far the key of the thread's own token is from the others', times how long its value is.
+  /// Returns distance * |v| of the thread's token, where distance is 1 - the cosine of its key and
+  /// its head's anchor, and 1 for a zero key.
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE double weigh_rows(Block& block, index_t sequence, index_t kv_head,
                                                   token_range tokens) const noexcept {
@@ -144,8 +146,8 @@ struct weigh_body {
   using keys_type = std::remove_cvref_t<decltype(std::declval<Layer>().keys)>;
 };
 
-/// Multiplies scores by what their head's logits make of them all, and tells of those that are not
-/// finite.
+/// Multiplies the scores by their head's factor sigma. Writes to `bad` which chunks have a score
+/// that is not finite.
 template <class Layer>
 struct spread_scores_body {
   using shared = warp_values<double>;
@@ -153,7 +155,7 @@ struct spread_scores_body {
   scores_view<typename Layer::memory> scores;
   view<kept_tokens, 2, typename Layer::memory> counts;
   importance_scratch scratch;
-  row_parts cut;  ///< of the chunks of a KV head
+  row_parts cut;  ///< of each KV head's chunks
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
@@ -170,7 +172,7 @@ struct spread_scores_body {
     }
     spread = block_reduce(block, s, spread, plus{});
     const token_range typical = importance_rule::typical(window);
-    // One row has no spread: then all heads count the same.
+    // A single row has no spread, so all heads get the same factor.
     const double sigma = window.count() > 1
                              ? std::sqrt(spread / static_cast<double>(typical.end - typical.begin))
                              : 1;
@@ -188,6 +190,7 @@ struct spread_scores_body {
   }
 };
 
+/// Sets `undecided` of the KV heads with a chunk marked in `bad`.
 template <class Layer>
 struct join_bad_body {
   struct shared {};
@@ -214,6 +217,7 @@ struct join_bad_body {
   }
 };
 
+/// The primitive `weigh_tokens`: see `ops`.
 template <class Backend, class Valued>
 [[nodiscard]] status weigh_tokens(const Backend& exec, const importance_rule& rule,
                                   const Valued& valued,

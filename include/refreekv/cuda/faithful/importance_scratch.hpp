@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the faithful rule's primitives work in on a device.
+// The scratch of policy::faithful's primitives on a device.
 #pragma once
 
 #include "refreekv/cuda/block/limit_search.hpp"
@@ -7,89 +7,93 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// What equals the score at the last place of a size, in one ranking.
+/// The score at the last place of one or more sizes in a ranking, and the candidates with exactly
+/// this score ("equals").
 struct score_limit {
   float value;
-  grade first, last;  ///< the sizes that end here
-  /// Of all equals; 0 where they get different ones, by their order.
+  grade first, last;  ///< the sizes [first, last] end at this score
+  /// The grade of all equals; 0 if their grades differ, which their order then decides.
   grade of_equals;
-  index_t rank;    ///< of the first equal
-  index_t equals;  ///< how many there are
+  index_t rank;    ///< place of the first equal, from 0
+  index_t equals;  ///< number of equals
 };
-/// Those of one ranking, from large to small.
+/// The limits of one ranking, from the largest score to the smallest.
 struct score_limits {
   index_t candidates;
   int count;
   score_limit of[max_sizes];
 };
 
-/// What bisection knows: the smallest size that is enough is in (low, high].
+/// State of a bisection: the smallest size that is enough is in (low, high].
 struct size_range {
   position_t low, high;
 
   [[nodiscard]] REFREEKV_DEVICE bool is_open() const noexcept { return high - low > 1; }
-  /// The size to try, or what was found.
+  /// The size to try next while the range is open, then the result.
   [[nodiscard]] REFREEKV_DEVICE position_t middle() const noexcept {
     return is_open() ? low + (high - low) / 2 : high;
   }
 };
 
-/// Tokens whose scores one block counts.
+/// Tokens of a split of scores, which one block counts.
 inline constexpr index_t split_tokens = 16 * chunk_tokens;
 
-/// How the tokens are split whose outputs one block sums, a chunk after the other: the more rows
-/// there are, the fewer splits fill a device.
+/// Splits of a sequence's tokens for summing outputs. One block sums a split, chunk by chunk.
+/// Splits grow with the number of rows, because more rows need fewer splits to fill a device.
 struct output_splits {
-  index_t tokens;  ///< of a split
-  index_t count;   ///< of the longest sequence
+  index_t tokens;  ///< per split
+  index_t count;   ///< splits of the longest sequence
 
-  /// rows: that are measured, of a KV head.
+  /// rows: the measured rows of a KV head. capacity: tokens of the longest sequence.
   [[nodiscard]] static constexpr output_splits of(index_t rows, index_t capacity) noexcept {
     const index_t tokens = split_tokens * ((rows + 31) / 32);
     return {tokens, tokens > 0 ? (capacity + tokens - 1) / tokens : 0};
   }
+  /// Splits of a sequence of `length` tokens.
   [[nodiscard]] REFREEKV_DEVICE index_t used(index_t length) const noexcept {
     return (length + tokens - 1) / tokens;
   }
 };
 
-/// Of each KV head, with R rows of all its query heads, E of them measured, and head_dims d and v:
-/// 4 bytes a token, 4 a block of positions, 8 R + 4 R d + 8 d + 8 E (v + 2), and the largest of
-/// - 16 R, and 12 min(R, 128) for each chunk of 256 tokens,
-/// - 8 d for each chunk,
-/// - 512 sizes for each 4,096 tokens,
-/// - 8 n (n + 1), n being the smaller one of R and d,
-/// - 8 min(E, 32) (v + 1) for each 4,096 tokens.
-/// With 4 query heads, d = v = 128 and the rule's defaults 12 bytes a token and 120 KB, but 200 KB
-/// at least.
+/// The scratch of policy::faithful's primitives. R is the number of rows of all query heads of a KV
+/// head, E the number of measured ones; d and v are the head_dim of keys and values. Bytes for each
+/// KV head: 4 per token, 4 per block of positions, 8 R + 4 R d + 8 d + 8 E (v + 2), and the largest
+/// of
+/// - 16 R, plus 12 min(R, 128) per chunk of 256 tokens,
+/// - 8 d per chunk,
+/// - 512 sizes per 4,096 tokens,
+/// - 8 n (n + 1), where n is the smaller of R and d,
+/// - 8 min(E, 32) (v + 1) per 4,096 tokens.
+/// Example: 4 query heads, d = v = 128 and the policy's default options need 12 bytes per token
+/// plus 120 KB, and at least 200 KB.
 struct importance_scratch {
-  index_t rows;    ///< of each query head
+  index_t rows;    ///< per query head
   index_t chunks;  ///< of the longest sequence
-  index_t splits;  ///< of scores, of the longest sequence
+  index_t splits;  ///< splits of the scores of the longest sequence
   output_splits outputs;
-  index_t blocks;        ///< of positions, of the longest sequence
-  index_t measured;      ///< rows of each query head
-  double* log_sums;      ///< [sequence, q_head, rows]: the logarithm of what exponentials sum to
-  float* attention;      ///< [sequence, kv_head, capacity]: the mean over all rows
-  double* anchors;       ///< [sequence, kv_head, head_dim]: the mean direction of the keys
-  double* spreads;       ///< [sequence, kv_head, chunk]: squares of the logits' spread, summed
-  std::uint8_t* bad;     ///< [sequence, kv_head, chunk]: whether a score is not finite
+  index_t blocks;        ///< blocks of positions of the longest sequence
+  index_t measured;      ///< measured rows per query head
+  double* log_sums;      ///< [sequence, q_head, rows]: log of the sum of exponentials
+  float* attention;      ///< [sequence, kv_head, capacity]: mean over all rows
+  double* anchors;       ///< [sequence, kv_head, head_dim]: mean direction of the keys
+  double* spreads;       ///< [sequence, kv_head, chunk]: sum of the squared logit spreads
+  std::uint8_t* bad;     ///< [sequence, kv_head, chunk]: 1 if a score is not finite, else 0
   float* map;            ///< [sequence, q_head, rows, head_dim]: see ridge.hpp
-  position_t* slots;     ///< [sequence, kv_head, block + 1]: where those of a block begin
-  position_t* standing;  ///< [sequence, kv_head]: stand-ins, one a block
+  position_t* slots;     ///< [sequence, kv_head, block + 1]: a block's first stand-in
+  position_t* standing;  ///< [sequence, kv_head]: stand-ins, counted at one per block
   size_range* ranges;    ///< [sequence]
   double* whole;         ///< [sequence, kv_head, measured row, dim of values + 1]: see outputs_body
   double* row_errors;    ///< [sequence, q_head, measured]
-  score_limits* limits;  ///< [sequence, kv_head]: of a ranking; the first one's where all share one
-  std::byte* shared;     ///< for one of what follows at a time
+  score_limits* limits;  ///< [sequence, ranking]
+  std::byte* shared;     ///< memory for one of the arrays below at a time
 
-  /// Of normalise_rows.
+  /// The scratch of normalise_rows.
   template <class Layer>
   [[nodiscard]] static attention_scratch carve_normalising(arena& from, const importance_rule& rule,
                                                            const Layer& layer) noexcept {
     return attention_scratch::carve(from, rule.rows, layer);
   }
-  /// [sequence, kv_head, chunk, head_dim]: sums of directions.
+  /// [sequence, kv_head, chunk, head_dim]: see directions_body.
   template <class Layer>
   [[nodiscard]] double* carve_directions(arena& from, const Layer& layer) const noexcept {
     return from.array<double>(layer.sequences(), layer.kv_heads(), chunks, layer.head_dim());
@@ -157,6 +161,7 @@ struct importance_scratch {
     return s;
   }
 
+  /// An arena over the shared memory.
   [[nodiscard]] arena carve() const noexcept { return arena(shared); }
 };
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What tokens add to the outputs of the measured rows, on a device.
+// The contribution of tokens to the attention outputs of the measured rows, on a device.
 #pragma once
 
 #include "refreekv/cuda/faithful/stand_ins.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The measured rows of a KV head. Requires a row that exists.
+/// The measured rows of a KV head. Requires that at least one row exists.
 [[nodiscard]] REFREEKV_DEVICE stepped_span measured_rows(const importance_rule& rule,
                                                          const query_window& window,
                                                          index_t kv_head, index_t group) noexcept {
@@ -16,7 +16,7 @@ namespace refreekv::inline v0::cuda_detail {
           narrow(rule.error_rows)};
 }
 
-/// Tokens that a size drops, or all that any row sees.
+/// The tokens that a size drops or, with `all`, the tokens that any row sees.
 template <class Layer>
 struct dropped_tokens {
   static constexpr bool masked = true;
@@ -37,7 +37,8 @@ struct dropped_tokens {
   }
 };
 
-/// Stand-ins, which take from what is lost. They have no position, and every row sees them.
+/// The stand-ins. They have a negative sign, because they reduce what a size loses. They have no
+/// position, and every row sees them.
 template <class Layer>
 struct standing_rows {
   static constexpr bool masked = false;
@@ -57,10 +58,10 @@ struct standing_rows {
   }
 };
 
-/// Sums attention times values of some tokens, and the attention, in units of the whole cache's, to
-/// outputs [sequence, kv_head, split, measured row, dim of values + 1]; on top of what is there
-/// where stand-ins take from it. In double from one chunk to the next, in float within a part of
-/// one.
+/// Writes outputs [sequence, kv_head, split, measured row, dim of values + 1]: the sums of
+/// attention * value over the given tokens, then the sum of their attention. Attention is
+/// normalised by the softmax over the whole cache. Tokens overwrite outputs; stand-ins are
+/// subtracted from them. Sums are double across chunks, float over a warp's tokens in a chunk.
 template <class Layer, class Keys, class Values, class Tokens, int Rows>
 struct outputs_body {
   using rows_type =
@@ -79,7 +80,7 @@ struct outputs_body {
   Tokens tokens;
   const double* log_sums;  ///< [sequence, q_head, rows]
   output_splits splits;
-  index_t measured;  ///< rows of each query head
+  index_t measured;  ///< measured rows per query head
   double* outputs;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t group() const noexcept {
@@ -122,7 +123,7 @@ struct outputs_body {
   }
 
  private:
-  /// Each by the thread that adds to it later.
+  /// Zeroes a tile's outputs. The thread that adds to an element also zeroes it: no sync needed.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void clear(const Block& block, const Place& at, double* to) const noexcept {
     const index_t dims = values.head_dim();
@@ -132,6 +133,7 @@ struct outputs_body {
     if (lane_of(block) == 0) to[i * (dims + 1) + dims] = 0;
   }
 
+  /// Lists a chunk's tokens that `tokens` holds, in order. Returns how many.
   template <thread_block Block, class Place>
   [[nodiscard]] REFREEKV_DEVICE int list(Block& block, shared& s, const Place& at, index_t first,
                                          index_t end) const noexcept {
@@ -143,7 +145,7 @@ struct outputs_body {
     return sums.all;
   }
 
-  /// Fills the tile with attention.
+  /// Fills the tile with the attention of its rows to the listed tokens.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void look(Block& block, shared& s, const Place& at) const noexcept {
     multiply<any_lanes>(block, s.tile, rows_type{layer.queries, keys, layer.info}, rule.rows, at);
@@ -176,7 +178,7 @@ struct outputs_body {
     block.sync();
   }
 
-  /// Adds the tile's attention, and its product with the values.
+  /// Adds the tile's attention * values, and its attention, to outputs.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void add(Block& block, shared& s, const Place& at, double* to) const noexcept {
     const index_t dims = values.head_dim();

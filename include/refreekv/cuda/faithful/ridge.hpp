@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ridge regression of a KV head's rows on a device: by how much a key has to change from how
-// much too large its logits are.
+// Ridge regression over a KV head's rows on a device: maps the excess of a key's logits to the
+// change of the key that removes it.
 #pragma once
 
 #include "refreekv/cuda/faithful/bare_logits.hpp"
@@ -8,14 +8,14 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The regression's matrix, X^T X of the rows x of a KV head or, where those are fewer than
-/// dimensions, X X^T: of rows that do not exist it has zeros. (X^T X + l I)^-1 X^T is X^T (X X^T +
-/// l I)^-1.
+/// The regression's matrix for each KV head, where X has its rows x: X^T X or, with fewer rows than
+/// dimensions, X X^T (the dual). Both give the same map, because (X^T X + l I)^-1 X^T is
+/// X^T (X X^T + l I)^-1. Rows that do not exist count as zeros.
 template <class Layer>
 struct regression {
   Layer layer;
-  index_t rows;    ///< of each query head
-  double* memory;  ///< [sequence, kv_head, order + 1, order]: of each the matrix, and a column
+  index_t rows;    ///< per query head
+  double* memory;  ///< [sequence, kv_head, order + 1, order]: the matrix, and a column of scratch
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t rows_of_head() const noexcept {
     return layer.q_heads() / layer.kv_heads() * rows;
@@ -36,7 +36,7 @@ struct regression {
   [[nodiscard]] REFREEKV_DEVICE bool exists(index_t head, index_t row) const noexcept {
     return row % rows >= window_of(layer, head / layer.kv_heads(), rows).first_row();
   }
-  /// An element of a row [q_head, row], as it is multiplied with a key. Requires that it exists.
+  /// An element of row [q_head, row], times the attention scale. Requires that the row exists.
   [[nodiscard]] REFREEKV_DEVICE double x(index_t head, index_t row, index_t dim) const noexcept {
     const index_t group = layer.q_heads() / layer.kv_heads();
     return double{layer.info.attention.scale *
@@ -45,7 +45,7 @@ struct regression {
   }
 };
 
-/// Fills the lower half of each matrix, a warp a row of it.
+/// Writes the lower half of each matrix, diagonal included. One warp per row of the matrix.
 template <class Layer>
 struct normal_body {
   struct shared {};
@@ -77,9 +77,9 @@ struct normal_body {
   }
 };
 
-/// What is added to a matrix' diagonal, ridge * tr / head_dim; 0 where there is no regression. In
-/// double, as all of this: the quotient of the largest and the smallest eigenvalue is up to
-/// head_dim / ridge.
+/// Returns l, the value added to a matrix's diagonal: ridge * trace / head_dim. Returns 0, for no
+/// regression, unless the trace is positive and finite. All of the regression is in double, because
+/// its condition number is up to head_dim / ridge.
 template <class Layer, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE double ridge_of(Block& block, warp_values<double>& shared,
                                               const regression<Layer>& of, index_t head,
@@ -101,16 +101,16 @@ REFREEKV_DEVICE void clear_matrix(const Block& block, const regression<Layer>& o
   }
 }
 
-/// Each matrix becomes -(matrix + l I)^-1, both halves of it, or 0, by a sweep of one row and
-/// column after the other, which leaves it symmetric. A thread has every 16-th row and column of
-/// the lower half.
+/// Replaces each matrix by -(matrix + l I)^-1, both halves of it, or by 0 without a regression.
+/// Sweeps one row and column after the other, which keeps the matrix symmetric. A thread holds
+/// every 16th row and column of the lower half in registers.
 template <class Layer>
 struct small_inverse_body {
   static constexpr int side = 16, strips = 8, most_order = side * strips;
   static constexpr int resident_blocks = 1;
   static_assert(side * side == block_threads);
   struct shared {
-    double columns[2][most_order];  // by turns
+    double columns[2][most_order];  // used alternately
     warp_values<double> sums;
   };
   regression<Layer> of;
@@ -125,7 +125,7 @@ struct small_inverse_body {
     if (!(more > 0)) return clear_matrix(block, of, item);
     double* const matrix = of.matrix(item);
     const int order = narrow(of.order()), y = block.rank() / side, x = block.rank() % side;
-    double own[strips][strips];  // [a, b]: of row a * side + y and column b * side + x, b <= a
+    double own[strips][strips];  // [a, b]: row a * side + y, column b * side + x; b <= a
     REFREEKV_UNROLL
     for (int a = 0; a < strips; ++a) {
       REFREEKV_UNROLL
@@ -154,7 +154,7 @@ struct small_inverse_body {
   }
 
  private:
-  /// strip: k / side
+  /// Sweeps row and column k. strip: k / side
   template <thread_block Block>
   static REFREEKV_DEVICE void sweep(Block& block, double* column, double (&own)[strips][strips],
                                     int strip, int k, int y, int x) noexcept {
@@ -186,7 +186,7 @@ struct small_inverse_body {
   }
 };
 
-/// The same of a matrix that is too large for registers.
+/// As small_inverse_body, but in global memory, for a matrix that is too large for registers.
 template <class Layer>
 struct inverse_body {
   using shared = warp_values<double>;
@@ -230,7 +230,8 @@ struct inverse_body {
   }
 };
 
-/// The map [sequence, q_head, rows, head_dim], from inverse matrices. A warp a row.
+/// Writes map [sequence, q_head, rows, head_dim] from the inverse matrices, for rows that exist.
+/// One warp per row.
 template <class Layer>
 struct map_body {
   struct shared {};
@@ -261,8 +262,8 @@ struct map_body {
   }
 };
 
-/// Leaves the map of each KV head, -(X^T X + l I)^-1 X^T: what a key's logits are too large by, in
-/// all rows, times this is how it is to change.
+/// Writes scratch.map, -(X^T X + l I)^-1 X^T of each KV head. It maps the excess of a key's logits
+/// in all rows to the change of the key.
 template <class Backend, class Layer>
 [[nodiscard]] status fit_maps(const Backend& exec, const importance_rule& rule, const Layer& layer,
                               const importance_scratch& scratch) noexcept {

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// The smallest size that is enough, on a device: bisection in as many steps as there may be, each
-// of which measures how far outputs are from those of the whole cache.
+// Finds the smallest size that is enough, by bisection on a device. Each step measures how far the
+// outputs are from those of the whole cache. The number of steps depends on `sizes` alone, so the
+// host launches all of them.
 #pragma once
 
 #include "refreekv/cuda/faithful/outputs.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Starts bisection where errors are measured, and finds the size where none are.
+/// Starts the bisection where errors are measured; finds the size at once where they are not.
 struct start_sizes {
   importance_rule rule;
   const double* lost;  ///< [sequence, sizes + 1]
   size_range* ranges;  ///< [sequence]
-  position_t* sizes;   ///< [sequence]: that are to be tried
+  position_t* sizes;   ///< [sequence]: the size to try next, then the result
 
   REFREEKV_DEVICE void operator()(index_t sequence) const noexcept {
     const double* const own = lost + sequence * (index_t{rule.sizes} + 1);
     size_range range{-1, static_cast<position_t>(rule.sizes)};
-    if (!rule.error_term || !(own[0] > 0)) {  // the same error, or none that is known
+    if (!rule.error_term || !(own[0] > 0)) {  // the error is unused, or lost is 0 or NaN
       while (range.is_open()) {
         const position_t middle = range.middle();
         (rule.is_enough(own[middle], 0) ? range.high : range.low) = middle;
@@ -28,15 +29,15 @@ struct start_sizes {
   }
 };
 
-/// Sums outputs over the splits of a sequence: a warp a measured row. Where `whole` is not known
-/// yet, that is what they are; otherwise outputs are what is lost of it, and row_errors [sequence,
-/// q_head, measured] become |o' - o| / |o|.
+/// Sums outputs over the splits of a sequence, a warp per measured row. The first time outputs are
+/// those of the whole cache, and the sum becomes `whole`. Later outputs are the part of it that a
+/// size loses, and row_errors [sequence, q_head, measured] become |o' - o| / (|o| + 1e-9).
 template <class Layer>
 struct join_outputs_body {
   struct shared {};
   importance_rule rule;
   Layer layer;
-  index_t dims;  ///< of the values
+  index_t dims;  ///< head_dim of the values
   const double* outputs;
   bool first;
   importance_scratch scratch;
@@ -78,7 +79,7 @@ struct join_outputs_body {
     const auto& sinks = layer.info.attention.sink_logits;
     const double* const log_sums =
         scratch.log_sums + (sequence * layer.q_heads() + q_head) * scratch.rows;
-    const double sink =  // what no token gets
+    const double sink =  // attention that no token gets
         sinks.data() != nullptr ? std::exp(double{sinks(q_head)} - log_sums[span.row_of(row)]) : 0;
     const double all = whole[dims] + sink, left = all - sum_of(dims);
     double square = 0, distance = 0;
@@ -96,7 +97,7 @@ struct join_outputs_body {
   }
 };
 
-/// Takes one step of bisection.
+/// Performs one step of the bisection of each open sequence.
 template <class Layer>
 struct step_sizes_body {
   using shared = warp_values<double>;
@@ -128,7 +129,7 @@ struct step_sizes_body {
   }
 };
 
-/// What find_sizes sums outputs of.
+/// Launches the kernels that sum outputs for find_sizes.
 template <class Valued>
 struct size_measure {
   using seen_type = std::remove_cvref_t<decltype(detail::plain(std::declval<const Valued&>()))>;
@@ -179,6 +180,7 @@ struct size_measure {
   }
 };
 
+/// The primitive `find_sizes`: see `ops`.
 template <class Backend, class Valued>
 [[nodiscard]] status find_sizes(const Backend& exec, importance_rule rule, const Valued& valued,
                                 const view<const grade, 3, typename Valued::memory>& grades,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tokens a stand-in takes the place of, on a device.
+// Assigns stand-ins to the blocks of positions whose dropped tokens they replace, on a device.
 #pragma once
 
 #include "refreekv/cuda/faithful/importance_scratch.hpp"
@@ -7,12 +7,12 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The size that each sequence is to have, of tokens with grades.
+/// The grades of the tokens, and the size of each sequence.
 template <class Memory>
 struct graded_sizes {
   view<const grade, 3, Memory> grades;
   const position_t* sizes;   ///< [sequence]
-  const size_range* ranges;  ///< [sequence]: those that are not open are left alone; null: all work
+  const size_range* ranges;  ///< [sequence]: only open ones are processed; null: all are
 
   [[nodiscard]] REFREEKV_DEVICE bool is_open(index_t sequence) const noexcept {
     return ranges == nullptr || ranges[sequence].is_open();
@@ -24,7 +24,7 @@ struct graded_sizes {
   }
 };
 
-/// How many of a block of positions' tokens a size drops. O(tokens of the block).
+/// How many tokens of a block of positions a size drops. O(tokens of the block).
 template <class Layer>
 struct dropped_of_blocks {
   graded_sizes<typename Layer::memory> graded;
@@ -44,8 +44,9 @@ struct dropped_of_blocks {
   }
 };
 
-/// Gives a stand-in to each block of positions of which something is dropped: slots [sequence,
-/// kv_head, block + 1] become where those of a block begin.
+/// Assigns one stand-in to each block of positions that drops a token. Assigns none if the KV head
+/// drops fewer than 2 tokens. Writes slots [sequence, kv_head, block + 1]: the index of each
+/// block's first stand-in.
 template <class Layer>
 struct slots_body {
   using memory = typename Layer::memory;
@@ -53,7 +54,7 @@ struct slots_body {
   Layer layer;
   index_t block_tokens;
   graded_sizes<memory> graded;
-  index_t blocks;  ///< of the longest sequence
+  index_t blocks;  ///< blocks of positions of the longest sequence
   position_t* slots;
   position_t* standing;  ///< [sequence, kv_head]
   view<position_t, 2, memory> counts;
@@ -79,7 +80,7 @@ struct slots_body {
       before += sums.all;
       dropped += static_cast<std::uint64_t>(lost);
     }
-    // Of a single token a stand-in would take the place.
+    // A stand-in for a single token would only take that token's place.
     const bool stands_in = block_prefix_sum(block, s, dropped).all >= 2;
     for (index_t b = block.rank(); b < of.count() && !stands_in; b += block_threads) {
       own[b + 1] = 0;
@@ -91,8 +92,8 @@ struct slots_body {
   }
 };
 
-/// Gives all KV heads of a sequence as many stand-ins as any has: those with fewer have several for
-/// each of the first blocks that lose more than one token.
+/// Assigns all KV heads of a sequence as many stand-ins as the head with the most. A head with
+/// fewer gets several for each of its first blocks that drop more than one token.
 template <class Layer>
 struct even_slots_body {
   using memory = typename Layer::memory;

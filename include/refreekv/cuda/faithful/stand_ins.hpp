@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stand-ins on a device: rows that take the place of what a size drops.
+// Stand-ins on a device: rows that replace the tokens that a size drops.
 #pragma once
 
 #include "refreekv/cuda/faithful/bare_logits.hpp"
@@ -7,9 +7,9 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// Fits the rows that stand in for what is dropped. With a and S of the tokens that one stands for,
-/// a being their mean attention, normalised: its value is sum a v, and its key is k0 = sum a k
-/// moved to where its logits come near log sum exp S, in the ridge regression over all rows.
+/// Fits the stand-ins. Let a be the mean attention of the tokens that one replaces, normalised to
+/// sum 1, and S their logits in a row. The value is sum a v. The key is k0 = sum a k, moved so that
+/// its logits come near log sum exp S, by ridge regression over all rows.
 template <class Layer, class Values, int Rows>
 struct fit_body {
   using memory = typename Layer::memory;
@@ -18,19 +18,19 @@ struct fit_body {
 
   struct shared {
     cuda_detail::tile<Layer, Rows> tile;
-    position_t list[block_threads];                ///< tokens that are dropped
-    float weights[block_threads];                  ///< of those, which sum to 1 in each stand-in
-    int block_begins[most_together + 1];           ///< of each block of positions in the list
-    int begins[block_threads + 1];                 ///< of each stand-in in the list
-    float gaps[std::size_t{Rows}][most_together];  ///< by how much a row's logit is too large
+    position_t list[block_threads];       ///< the dropped tokens
+    float weights[block_threads];         ///< of the list's tokens; their sum is 1 per stand-in
+    int block_begins[most_together + 1];  ///< where each block of positions begins in the list
+    int begins[block_threads + 1];        ///< where each stand-in begins in the list
+    float gaps[std::size_t{Rows}][most_together];  ///< excess of k0's logit in a row
     warp_values<int> counts;
   };
   /// Stand-ins that are fitted together.
   struct fitted {
     int sequence, kv_head;
     index_t slot;       ///< of the first one
-    int count;          ///< most_together at most
-    const int* begins;  ///< [count + 1]: in the list
+    int count;          ///< <= most_together
+    const int* begins;  ///< [count + 1]: where each one begins in the list
   };
 
   Layer layer;
@@ -40,7 +40,7 @@ struct fit_body {
   stand_in_rows<memory> to;
   importance_scratch scratch;
 
-  /// Blocks of positions that are listed together.
+  /// Blocks of positions in one list.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t together() const noexcept {
     const index_t most = chunk_tokens / block_tokens;
     return most < most_together ? most : most_together;
@@ -73,7 +73,7 @@ struct fit_body {
   }
 
  private:
-  /// Lists what is dropped of the tokens of some blocks of positions.
+  /// Lists the dropped tokens of some blocks of positions. Writes where each stand-in begins.
   template <thread_block Block>
   REFREEKV_DEVICE void list(Block& block, shared& s, index_t sequence, index_t kv_head,
                             index_t first, const position_t* slots, int count) const noexcept {
@@ -94,7 +94,7 @@ struct fit_body {
     }
     block.sync();
     if (dropped) {
-      // Of a block that has several stand-ins each stands for an equal part.
+      // The stand-ins of a block share its dropped tokens evenly.
       const int begin = s.block_begins[own], all = s.block_begins[own + 1] - begin;
       const int rows = slots[own + 1] - slots[own], part = (at - begin) * rows / all;
       if (at == begin || (at - begin - 1) * rows / all != part) {
@@ -126,7 +126,7 @@ struct fit_body {
     block.sync();
   }
 
-  /// A warp a stand-in.
+  /// Writes the weights. One warp per stand-in.
   template <thread_block Block>
   REFREEKV_DEVICE void weigh(Block& block, shared& s, const fitted& own) const noexcept {
     const float* const attention =
@@ -139,14 +139,14 @@ struct fit_body {
       }
       total = block.warp_reduce(total, plus{});
       for (int i = begin; i < end; i += warp_threads) {
-        // Where no row looks all weigh the same.
+        // 1e-12 makes the weights equal where no row attends.
         s.weights[i] = static_cast<float>(double{attention[s.list[i]] + 1e-12f} / total);
       }
     }
     block.sync();
   }
 
-  /// Calls f(stand-in, dimension): a warp takes dimensions side by side.
+  /// Calls f(stand-in, dimension) for each element. A warp handles 32 adjacent dimensions.
   template <thread_block Block, class F>
   REFREEKV_DEVICE void for_each_place(const Block& block, const fitted& own, index_t dims,
                                       const F& f) const noexcept {
@@ -158,7 +158,7 @@ struct fit_body {
     }
   }
 
-  /// Writes the weighted sum of the rows that each stands for.
+  /// Writes to each stand-in the weighted sum of the rows that it replaces.
   template <thread_block Block, class Source>
   REFREEKV_DEVICE void add_rows(const Block& block, const shared& s, const fitted& own,
                                 const Source& source,
@@ -173,7 +173,7 @@ struct fit_body {
     });
   }
 
-  /// By how much a key's logits are too large in the tile's rows. A warp a row of a stand-in.
+  /// Writes gaps: the excess of k0's logits in the tile's rows. One warp per row and stand-in.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void find_gaps(Block& block, shared& s, const fitted& own,
                                  const Place& at) const noexcept {
@@ -183,7 +183,7 @@ struct fit_body {
       const int row = p % Rows, n = p / Rows;
       if (at.first + row >= at.span.count()) continue;
       const int first = own.begins[0], end = own.begins[n + 1];
-      double start = 0;  // the logit of k0, which is a sum of those before a cap
+      double start = 0;  // the logit of k0: the weighted sum of logits before a cap
       float peak = -infinity, sum = 0;
       for (int i = own.begins[n] + lane_of(block); i < end; i += warp_threads) {
         float& value = s.tile.values[row][i - first];
@@ -205,7 +205,7 @@ struct fit_body {
     }
   }
 
-  /// Moves keys by what the tile's rows ask for.
+  /// Adds to each key the change that removes the gaps of the tile's rows.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void move(const Block& block, const shared& s, const fitted& own,
                             const Place& at) const noexcept {
@@ -227,8 +227,8 @@ struct fit_body {
   }
 };
 
-/// Fits the stand-ins of the sequences that are open: one for each block of positions, or as many
-/// in all KV heads.
+/// Fits the stand-ins of the open sequences: one for each block of positions that drops a token or,
+/// with `evenly`, the same number in all KV heads.
 template <class Backend, class Valued>
 [[nodiscard]] status fit_open(const Backend& exec, const importance_rule& rule,
                               const Valued& valued,
@@ -255,6 +255,7 @@ template <class Backend, class Valued>
       });
 }
 
+/// The primitive `fit_stand_ins`: see `ops`.
 template <class Backend, class Valued>
 [[nodiscard]] status fit_stand_ins(const Backend& exec, const importance_rule& rule,
                                    const Valued& valued,

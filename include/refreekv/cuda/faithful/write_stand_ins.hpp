@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stand-ins on their way into a cache on a device, in whose type they are rounded.
+// Writes stand-ins into a cache on a device, rounded to the cache's element type.
 #pragma once
 
 #include "refreekv/cache/source.hpp"
@@ -9,21 +9,21 @@
 
 namespace refreekv::inline v0::cuda_detail {
 
-/// The bits of the nearest half, the even one of two, and the largest finite one of what is too
-/// large.
+/// Returns the bits of the half nearest to x, ties to even. Values out of range become the largest
+/// finite half. NaN stays NaN.
 [[nodiscard]] REFREEKV_DEVICE std::uint16_t half_bits(float x) noexcept {
   const std::uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000u;
   const float magnitude = as_float(bits & 0x7fffffffu);
   if (magnitude != magnitude) return static_cast<std::uint16_t>(sign | 0x7e00u);
   if (magnitude >= 65504) return static_cast<std::uint16_t>(sign | 0x7bffu);
-  if (magnitude < 0x1p-14f) {  // the sum's last digit is that of a denormal half
+  if (magnitude < 0x1p-14f) {  // 0.5f's last bit is worth as much as a denormal half's
     return static_cast<std::uint16_t>(sign | (as_bits(magnitude + 0.5f) - as_bits(0.5f)));
   }
   const std::uint32_t own = as_bits(magnitude) - (112u << 23);
   return static_cast<std::uint16_t>(sign | (own + 0xfffu + (own >> 13 & 1)) >> 13);
 }
 
-/// The same of bfloat16.
+/// As half_bits, but for bfloat16.
 [[nodiscard]] REFREEKV_DEVICE std::uint16_t bf16_bits_of(float x) noexcept {
   const std::uint32_t bits = as_bits(x);
   if (x != x) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
@@ -33,7 +33,8 @@ namespace refreekv::inline v0::cuda_detail {
   return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-/// Writes the rows of each KV head, a thread an element, into the slots beside what stays.
+/// Writes the stand-ins of each KV head into the slots beside its kept tokens, a thread per
+/// element.
 template <kv_source Source>
 struct write_stand_ins_body {
   using memory = typename Source::memory;
@@ -47,7 +48,7 @@ struct write_stand_ins_body {
   view<const float, 4, memory> rows;  ///< [sequence, kv_head, stand_in, head_dim]
   view<const position_t, 2, memory> counts;
   compaction mode;
-  row_parts cut;  ///< of the elements of a KV head
+  row_parts cut;  ///< of each KV head's elements
 
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
@@ -62,7 +63,7 @@ struct write_stand_ins_body {
       const auto run = source.run_at(sequence, kv_head, first + row);
       const float x = rows(sequence, kv_head, row, d);
       void* const to = run.data + d * run.dim_stride;
-      // Bits, as an engine's element type may have no constructor that device code can call.
+      // Copies bits, because an engine's type may have no constructor that device code can call.
       if constexpr (std::is_same_v<stored<element_type>, float>) {
         std::memcpy(__builtin_assume_aligned(to, alignof(element_type)), &x, sizeof x);
       } else {
@@ -75,6 +76,7 @@ struct write_stand_ins_body {
   }
 };
 
+/// The primitive `write_stand_ins`: see `ops`.
 template <class Backend, kv_source Source>
 [[nodiscard]] status write_stand_ins(
     const Backend& exec, const Source& source,
