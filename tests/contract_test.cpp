@@ -111,6 +111,12 @@ void for_each_large_budget(const F& f) {
   f("attention_ranked", policy::attention_ranked{.window = 3, .recent = 300});
 }
 
+/// Whether a policy needs more than a cache to decide.
+template <class Policy>
+constexpr bool looks_at_attention(const Policy&) {
+  return !policy_for<Policy, cpu_backend<>, key_layer<dense<const float>>>;
+}
+
 /// First and last tokens that a policy never drops.
 struct safe_tokens {
   index_t first, last;
@@ -349,8 +355,7 @@ TEST_CASE("a batch of different numbers of rows is decided as each sequence with
       INFO("sequence " << s);
       const auto n = size(batch.lengths[size(s)]);
       if (alone[size(s)].window == 0 && n > 0) {  // nothing says what is needed
-        using rule_type = std::decay_t<decltype(policy)>;
-        const bool looks = !std::same_as<rule_type, policy::streaming_llm>;
+        const bool looks = looks_at_attention(policy);
         for (index_t g = 0; g < all.groups && looks; ++g) CHECK(all.at(s, g).size() == n);
         continue;
       }
@@ -369,18 +374,18 @@ TEST_CASE("an engine hears that nothing was decided", "[contract]") {
   const dense_cache<float> keys(p.keys);
   const std::vector<bool> expected{true, false, false, false, true};
   for_each_case([&](const auto& policy, const auto& exec) {
-    using rule_type = std::decay_t<decltype(policy)>;
+    using policy_type = std::decay_t<decltype(policy)>;
     state s;
     const auto layer = s.attach(policy, observe(p.query_view(), keys.source(), p.info()));
     for (index_t i = 0; i < p.sequences(); ++i) {
       INFO("sequence " << i);
       bool undecided = false;
-      if constexpr (std::same_as<decision_of<rule_type, host_memory>, kept_ranges<>>) {
+      if constexpr (std::same_as<decision_of<policy_type, host_memory>, kept_ranges<>>) {
         undecided = run_select(policy, exec, layer).at(i).undecided;
       } else {
         undecided = run_ranking(policy, exec, layer).counts[size(2 * i)].undecided;
       }
-      CHECK(undecided == (expected[size(i)] && !std::same_as<rule_type, policy::streaming_llm>));
+      CHECK(undecided == (expected[size(i)] && looks_at_attention(policy)));
     }
   });
 }
@@ -452,9 +457,9 @@ TEST_CASE("a workspace one byte short is refused and nothing is written", "[cont
   const dense_cache<float> keys(p.keys);
   const auto plain = observe(p.query_view(), keys.source(), p.info());
   int refused = 0;
-  for_each_case([&]<class Policy>(const Policy& policy, const auto& exec) {
+  for_each_case([&](const auto& policy, const auto& exec) {
     state s;
-    if constexpr (std::same_as<Policy, policy::streaming_llm>) {
+    if (!looks_at_attention(policy)) {
       CHECK(workspace_size(policy, exec, s.attach(policy, plain)) == 0);  // cannot be short
     } else {
       CHECK(run(policy, exec, plain, 1).status == status::small_workspace);
@@ -477,13 +482,13 @@ TEST_CASE("NaN in a score keeps all of its sequence", "[contract]") {
   p.keys.at(0, 0, 150, 3) = std::numeric_limits<float>::quiet_NaN();
   const dense_cache<float> keys(p.keys);
   for_each_case([&](const auto& policy, const auto& exec) {
-    using rule_type = std::decay_t<decltype(policy)>;
-    if constexpr (!std::same_as<rule_type, policy::streaming_llm>) {
+    using policy_type = std::decay_t<decltype(policy)>;
+    if (looks_at_attention(policy)) {
       const outcome o = ok(run(policy, exec, observe(p.query_view(), keys.source(), p.info())));
       CHECK(o.at(0, 0).size() == 300);  // the head that has it
       // Those of a number of tokens for the whole layer go on together, others on their own.
-      if constexpr (!std::same_as<rule_type, policy::twilight>) {
-        if (o.groups == 1 || !std::same_as<rule_type, policy::refreekv>) {
+      if constexpr (!std::same_as<policy_type, policy::twilight>) {
+        if (o.groups == 1 || !std::same_as<policy_type, policy::refreekv>) {
           CHECK(o.at(0, o.groups - 1).size() == 300);
         }
       }
@@ -495,8 +500,8 @@ TEST_CASE("NaN in a score keeps all of its sequence", "[contract]") {
 TEST_CASE("prune selects and gathers", "[contract]") {
   const problem p = random_problem(base_seed() + 6);
   for_each_case([&](const auto& policy, const auto& exec) {
-    using rule_type = std::decay_t<decltype(policy)>;
-    if constexpr (std::same_as<decision_of<rule_type, host_memory>, kept_positions<>>) {
+    using policy_type = std::decay_t<decltype(policy)>;
+    if constexpr (std::same_as<decision_of<policy_type, host_memory>, kept_positions<>>) {
       const dense_cache<float> keys(p.keys), values(p.keys);
       const auto plain = observe(p.query_view(), keys.source(), p.info());
       const outcome expected = ok(run(policy, exec, plain));

@@ -61,6 +61,7 @@ struct cake {
   };
 
   template <backend Backend, model_layer Layer>
+    requires requires(const Layer& layer) { layer.layers; }
   [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
                                        const Layer& layer) const noexcept {
     buffers<Backend> work{};

@@ -115,6 +115,7 @@ struct faithful {
   };
 
   template <backend Backend, attention_layer Layer>
+    requires requires(const Layer& layer) { layer.values; }
   [[nodiscard]] buffers<Backend> carve(arena& from, const Backend& exec,
                                        const Layer& layer) const noexcept {
     const index_t sequences = layer.sequences(), kv_heads = layer.kv_heads();

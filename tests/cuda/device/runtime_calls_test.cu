@@ -22,7 +22,7 @@ T* somewhere() {
 }
 
 /// A layer of llama3_8b, of whose queries 16 rows are there.
-auto layer(index_t sequences, index_t capacity) {
+auto observed(index_t sequences, index_t capacity) {
   const dense<element, device> keys(
       view<element, 4, device>(somewhere<element>(), {sequences, 8, capacity, 128}),
       lengths_view<device>(somewhere<const position_t>(), {sequences}));
@@ -62,7 +62,7 @@ std::set<std::string> functions() {
 
 TEST_CASE("a decision is launches and nothing else", "[runtime]") {
   const std::set<std::string> launches{"cudaLaunchKernelExC"};
-  const auto layer = layer(2, 4096);
+  const auto layer = observed(2, 4096);
   for (const policy::refreekv& policy : {policy::refreekv{}, policy::refreekv{.window = 16},
                                          policy::refreekv{.scope = cut_scope::kv_head}}) {
     REQUIRE(decide(policy, layer) == status::ok);
@@ -77,7 +77,7 @@ TEST_CASE("no decision launches blocks for a capacity that prompts do not fill",
     const index_t heads = sequences * 8, most = std::max<index_t>(2048, 32 * heads);
     for (const index_t capacity : {8192, 131072, 1 << 24}) {
       INFO(sequences << " sequences, capacity " << capacity);
-      const auto layer = layer(sequences, capacity);
+      const auto layer = observed(sequences, capacity);
       REQUIRE(decide(policy::refreekv{}, layer) == status::ok);
       CHECK(made.launches() == 7);
       // One launch has a thread for each chunk.
@@ -100,7 +100,7 @@ TEST_CASE("a sort has the memory that CUB wants", "[runtime]") {
   for (const auto& [sequences, capacity] :
        {std::pair{1, 300}, {1, 8192}, {1, 131072}, {4, 16384}, {64, 8192}, {1, 1 << 24}}) {
     INFO(sequences << " sequences, capacity " << capacity);
-    REQUIRE(decide(policy::attention_ranked{}, layer(sequences, capacity)) == status::ok);
+    REQUIRE(decide(policy::attention_ranked{}, observed(sequences, capacity)) == status::ok);
     for (const char* forbidden :
          {"cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaMemcpy", "cudaMemcpyAsync",
           "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}) {
@@ -110,7 +110,7 @@ TEST_CASE("a sort has the memory that CUB wants", "[runtime]") {
 }
 
 TEST_CASE("an error that waits to be read is nobody else's", "[runtime]") {
-  const auto layer = layer(1, 4096);
+  const auto layer = observed(1, 4096);
   made.last = cudaErrorInvalidValue;
   CHECK(decide(policy::refreekv{}, layer) == status::ok);
   CHECK(decide(policy::snapkv{.budget = 500, .window = 16}, layer) == status::ok);
