@@ -97,10 +97,11 @@ struct layer {
   index_t q_heads() const { return kv_heads * group; }
 
   /// Both, of as many tokens as the device says.
-  auto layer(T* key, const Query* query, const position_t* tokens) const {
-    return layer(view<T, 4, device>(key, {1, kv_heads, capacity, dim}), query, tokens);
+  auto observed(T* key, const Query* query, const position_t* tokens) const {
+    return observed(view<T, 4, device>(key, {1, kv_heads, capacity, dim}), query, tokens);
   }
-  auto layer(const view<T, 4, device>& rows, const Query* query, const position_t* tokens) const {
+  auto observed(const view<T, 4, device>& rows, const Query* query,
+                const position_t* tokens) const {
     return observe(view<const Query, 4, device>(query, {1, window, q_heads(), dim}),
                    dense<T, device>(rows, lengths_view<device>(tokens, {1})), {.index = 5});
   }
@@ -171,7 +172,7 @@ TEMPLATE_TEST_CASE("a device decides as the oracle does", "[cuda]", float, __hal
     INFO("REFREEKV_SEED=" << base_seed() << " tokens " << tokens << " window " << window);
     length.upload({tokens});
     const auto attention = l.attention(tokens);
-    const auto layer = l.layer(keys.data(), queries.data(), length.data());
+    const auto layer = l.observed(keys.data(), queries.data(), length.data());
     const auto rows = static_cast<count_t>(window);
     for (const policy::refreekv& policy :
          {policy::refreekv{.window = rows}, policy::refreekv{.threshold = 0.1,
@@ -215,7 +216,7 @@ TEST_CASE("one graph serves prompts of every length", "[cuda]") {
   device_array<element> keys(l.keys);
   const device_array<element> queries(l.queries);
   device_array<position_t> length(std::vector<position_t>{2500});
-  const auto layer = l.layer(keys.data(), queries.data(), length.data());
+  const auto layer = l.observed(keys.data(), queries.data(), length.data());
   const policy::refreekv policy;
   const device_array<kept_range> kept(1);
   const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
@@ -252,7 +253,7 @@ TEST_CASE("a first call inside of a capture is right, or refused", "[cuda]") {
   const device_array<__half> keys(l.keys);
   const device_array<float> queries(l.queries);
   const device_array<position_t> length(std::vector<position_t>{1000});
-  const auto layer = l.layer(keys.data(), queries.data(), length.data());
+  const auto layer = l.observed(keys.data(), queries.data(), length.data());
   const policy::refreekv policy;
   const device_array<kept_range> kept(1);
   const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
@@ -281,7 +282,7 @@ TEST_CASE("layers in one batch are decided each by itself", "[cuda]") {
   for (unsigned l = 0; l < count; ++l) {
     layers.emplace_back(base_seed() + l, tokens);
     keys.emplace_back(layers.back().keys);
-    sources.push_back(layers.back().layer(keys.back().data(), nullptr, length.data()).keys);
+    sources.push_back(layers.back().observed(keys.back().data(), nullptr, length.data()).keys);
     queries.insert(queries.end(), layers.back().queries.begin(), layers.back().queries.end());
   }
   const device_array<dense<element, device>> table(sources);
@@ -327,9 +328,9 @@ TEST_CASE("offsets past 2^31 elements are right", "[cuda]") {
       copy(keys.data() + h * apart.of_head, apart.of_token, l.keys.data() + h * head, row);
     }
     const device_array<position_t> length(std::vector<position_t>{tokens});
-    const auto layer = l.layer(view<element, 4, device>(keys.data(), {1, 2, tokens, row},
-                                                        {0, apart.of_head, apart.of_token, 1}),
-                               queries.data(), length.data());
+    const auto layer = l.observed(view<element, 4, device>(keys.data(), {1, 2, tokens, row},
+                                                           {0, apart.of_head, apart.of_token, 1}),
+                                  queries.data(), length.data());
     const policy::refreekv policy{.threshold = 0.1, .scope = cut_scope::kv_head};
     const device_array<kept_range> kept(2);
     const device_array<std::byte> scratch(workspace_size(policy, exec, layer));
@@ -355,7 +356,7 @@ TEST_CASE("a launch that is refused is a device error", "[cuda]") {
   const layer<__half> l(base_seed() + 4, 300);
   const device_array<__half> keys(l.keys), queries(l.queries);
   const device_array<position_t> length(std::vector<position_t>{300});
-  const auto layer = l.layer(keys.data(), queries.data(), length.data());
+  const auto layer = l.observed(keys.data(), queries.data(), length.data());
   const policy::refreekv policy;
   const cuda_backend exec{s.get()};
   const device_array<kept_range> kept(1);
