@@ -149,9 +149,9 @@ struct norm_scan_buffers {
   double* chunk_norms;  ///< [sequence, group, chunk_tokens]: the curve inside the crossing chunk
   float* chunk_masses;  ///< [sequence, group, chunk_tokens]: attention that a cut there drops
 
-  template <class Observation>
+  template <class Layer>
   [[nodiscard]] static norm_scan_buffers carve(arena& from, const norm_scan& scan,
-                                               const Observation& layer) noexcept {
+                                               const Layer& layer) noexcept {
     const index_t chunks = chunking{layer.capacity(), scan.sinks}.count();
     const index_t sequences = layer.sequences();
     const index_t q_heads = layer.q_heads();

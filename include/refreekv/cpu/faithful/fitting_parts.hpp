@@ -43,7 +43,7 @@ struct fitting_parts {
   template <class Layer>
   static fitting_parts carve(arena& from, const importance_rule& rule,
                              const Layer& layer) noexcept {
-    using product = observed_product<Layer>;
+    using product = plain_product<Layer>;
     const index_t heads = layer.q_heads() / layer.kv_heads(), rows = heads * rule.rows;
     const index_t dims = layer.head_dim(), value_dims = layer.values.head_dim(), block = rule.block;
     const index_t key_stride = whole_registers(dims), value_stride = whole_registers(value_dims);

@@ -267,7 +267,7 @@ class graded_head {
   index_t sequence_, kv_head_;
   const grade* grades_;
   fitting_parts work_;
-  head_rows<observed_product<Layer>> rows_;
+  head_rows<plain_product<Layer>> rows_;
   index_t stride_, key_stride_, value_stride_, row_stride_;
   index_t first_measured_, measured_;  // rows of each query head
   index_t measured_stride_;

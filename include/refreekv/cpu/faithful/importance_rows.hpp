@@ -42,9 +42,9 @@ void for_each_row(const Source& source, index_t sequence, index_t kv_head, token
 
 /// The plain layer, and how its keys and queries are multiplied.
 template <class Layer>
-using observed_type = std::remove_cvref_t<decltype(detail::plain(std::declval<const Layer&>()))>;
+using plain_layer = std::remove_cvref_t<decltype(detail::plain(std::declval<const Layer&>()))>;
 template <class Layer>
-using observed_product = product_of<observed_type<Layer>>;
+using plain_product = product_of<plain_layer<Layer>>;
 
 /// The existing query rows of one KV head's window, packed, with their normalisers.
 template <class Product>
@@ -119,7 +119,7 @@ struct importance_scratch {
   template <class Layer>
   static weighing_parts carve_weighing(arena& from, const importance_rule& rule,
                                        const Layer& layer) noexcept {
-    using product = observed_product<Layer>;
+    using product = plain_product<Layer>;
     const index_t heads = layer.q_heads() / layer.kv_heads(), dims = layer.head_dim();
     weighing_parts p{};
     p.packed = from.array<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
@@ -143,7 +143,7 @@ struct importance_scratch {
   template <class Layer>
   [[nodiscard]] auto pack_head(const importance_rule& rule, const Layer& layer, index_t sequence,
                                index_t kv_head, void* packed) const noexcept {
-    using product = observed_product<Layer>;
+    using product = plain_product<Layer>;
     const auto& plain = detail::plain(layer);
     const query_window all = window_of(plain, sequence, rule.rows);
     const index_t heads = layer.q_heads() / layer.kv_heads(), rows = all.count();

@@ -201,19 +201,19 @@ template <class Backend, class Valued>
                                   const view<kept_tokens, 2, typename Valued::memory>& counts,
                                   const importance_scratch& scratch) noexcept {
   const auto& layer = detail::plain(valued);
-  using seen_type = std::remove_cvref_t<decltype(layer)>;
+  using layer_type = std::remove_cvref_t<decltype(layer)>;
   rule.rows = scratch.rows;
   arena memory = scratch.carve();
   double* const sums = scratch.carve_grade_sums(memory, rule, layer);
-  const rankings<seen_type> of{rule, layer, counts};
+  const rankings<layer_type> of{rule, layer, counts};
   status s = find_limits(exec, of, scores, scratch);
   if (s != status::ok) return s;
   const row_parts cut = row_parts::of(layer.sequences() * layer.kv_heads(), scratch.chunks);
-  const grade_body<seen_type> grade_all{of,   scores, grades, scratch.limits, scratch.chunks,
-                                        sums, cut};
+  const grade_body<layer_type> grade_all{of,   scores, grades, scratch.limits, scratch.chunks,
+                                         sums, cut};
   s = run_blocks(exec, cut.items(), grade_all);
   if (s != status::ok) return s;
-  const lost_body<seen_type> sum{of, scores, grades, scratch.limits, scratch.chunks, sums, lost};
+  const lost_body<layer_type> sum{of, scores, grades, scratch.limits, scratch.chunks, sums, lost};
   return run_blocks(exec, layer.sequences(), sum);
 }
 

@@ -225,7 +225,7 @@ template <class Backend, class Valued>
                                   const view<kept_tokens, 2, typename Valued::memory>& counts,
                                   const importance_scratch& scratch) noexcept {
   const auto& layer = detail::plain(valued);
-  using seen_type = std::remove_cvref_t<decltype(layer)>;
+  using layer_type = std::remove_cvref_t<decltype(layer)>;
   using values_type = std::remove_cvref_t<decltype(valued.values)>;
   const index_t rows = scratch.rows;
   arena normalising_memory = scratch.carve(), directions_memory = scratch.carve();
@@ -236,26 +236,26 @@ template <class Backend, class Valued>
 
   status s = normalise_rows(exec, rows, bad_rows::stay, layer, normalising);
   if (s != status::ok) return s;
-  const check_rows_body<seen_type> check{layer, rows, normalising.normalisers, scratch.log_sums,
-                                         counts};
+  const check_rows_body<layer_type> check{layer, rows, normalising.normalisers, scratch.log_sums,
+                                          counts};
   s = run_blocks(exec, check.items(), check);
   if (s != status::ok) return s;
-  const directions_body<seen_type> sums{layer, rows, scratch.chunks, counts, directions, cut};
+  const directions_body<layer_type> sums{layer, rows, scratch.chunks, counts, directions, cut};
   s = run_blocks(exec, cut.items(), sums);
   if (s != status::ok) return s;
-  const anchor_body<seen_type> anchor{layer, scratch.chunks, counts, directions, scratch.anchors};
+  const anchor_body<layer_type> anchor{layer, scratch.chunks, counts, directions, scratch.anchors};
   s = run_blocks(exec, anchor.items(), anchor);
   if (s != status::ok) return s;
-  s = with_tile<few_rows<seen_type>>(rows, [&](auto tile) {
-    const weigh_body<seen_type, values_type, tile()> weigh{
+  s = with_tile<few_rows<layer_type>>(rows, [&](auto tile) {
+    const weigh_body<layer_type, values_type, tile()> weigh{
         scaled(layer), valued.values, rule.last_row, rule.prior, scores, counts, scratch, cut};
     return run_blocks(exec, cut.items(), weigh);
   });
   if (s != status::ok) return s;
-  const spread_scores_body<seen_type> spread{layer, scores, counts, scratch, cut};
+  const spread_scores_body<layer_type> spread{layer, scores, counts, scratch, cut};
   s = run_blocks(exec, cut.items(), spread);
   if (s != status::ok) return s;
-  const join_bad_body<seen_type> join{layer, counts, scratch};
+  const join_bad_body<layer_type> join{layer, counts, scratch};
   s = run_blocks(exec, join.items(), join);
   if (s != status::ok || !rule.stand_ins) return s;
   return fit_maps(exec, rule, layer, scratch);

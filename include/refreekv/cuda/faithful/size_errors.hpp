@@ -132,8 +132,8 @@ struct step_sizes_body {
 /// Launches the kernels that sum outputs for find_sizes.
 template <class Valued>
 struct size_measure {
-  using seen_type = std::remove_cvref_t<decltype(detail::plain(std::declval<const Valued&>()))>;
-  using keys_type = std::remove_cvref_t<decltype(std::declval<seen_type>().keys)>;
+  using layer_type = std::remove_cvref_t<decltype(detail::plain(std::declval<const Valued&>()))>;
+  using keys_type = std::remove_cvref_t<decltype(std::declval<layer_type>().keys)>;
   using memory = typename Valued::memory;
 
   importance_rule rule;
@@ -144,19 +144,19 @@ struct size_measure {
   template <class Backend, class Keys, class Values, class Tokens>
   [[nodiscard]] status add(const Backend& exec, const Keys& keys, const Values& values,
                            const Tokens& tokens) const noexcept {
-    const seen_type& layer = detail::plain(valued);
-    using rows_type = typename outputs_body<seen_type, Keys, Values, Tokens, 1>::rows_type;
+    const layer_type& layer = detail::plain(valued);
+    using rows_type = typename outputs_body<layer_type, Keys, Values, Tokens, 1>::rows_type;
     return with_tile<few_rows<rows_type>>(
         layer.q_heads() / layer.kv_heads() * scratch.measured, [&](auto tile) {
-          const outputs_body<seen_type, Keys, Values, Tokens, tile()> body{rule,
-                                                                           scaled(layer),
-                                                                           keys,
-                                                                           values,
-                                                                           tokens,
-                                                                           scratch.log_sums,
-                                                                           scratch.outputs,
-                                                                           scratch.measured,
-                                                                           outputs};
+          const outputs_body<layer_type, Keys, Values, Tokens, tile()> body{rule,
+                                                                            scaled(layer),
+                                                                            keys,
+                                                                            values,
+                                                                            tokens,
+                                                                            scratch.log_sums,
+                                                                            scratch.outputs,
+                                                                            scratch.measured,
+                                                                            outputs};
           return run_blocks(exec, body.items(), body);
         });
   }
@@ -164,17 +164,17 @@ struct size_measure {
   [[nodiscard]] status add_tokens(const Backend& exec, const graded_sizes<memory>& graded,
                                   bool all) const noexcept {
     return add(exec, detail::plain(valued).keys, valued.values,
-               dropped_tokens<seen_type>{graded, all});
+               dropped_tokens<layer_type>{graded, all});
   }
   template <class Backend>
   [[nodiscard]] status add_stand_ins(const Backend& exec,
                                      const stand_in_rows<memory>& rows) const noexcept {
     return add(exec, dense<float, memory>(rows.keys), dense<float, memory>(rows.values),
-               standing_rows<seen_type>{scratch.ranges, rows.counts});
+               standing_rows<layer_type>{scratch.ranges, rows.counts});
   }
   template <class Backend>
   [[nodiscard]] status join(const Backend& exec, bool first) const noexcept {
-    const join_outputs_body<seen_type> body{
+    const join_outputs_body<layer_type> body{
         rule, detail::plain(valued), valued.values.head_dim(), outputs, first, scratch};
     return run_blocks(exec, body.items(), body);
   }

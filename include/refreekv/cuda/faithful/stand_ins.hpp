@@ -236,20 +236,20 @@ template <class Backend, class Valued>
                               const stand_in_rows<typename Valued::memory>& to, bool evenly,
                               const importance_scratch& scratch) noexcept {
   const auto& layer = detail::plain(valued);
-  using seen_type = std::remove_cvref_t<decltype(layer)>;
+  using layer_type = std::remove_cvref_t<decltype(layer)>;
   using values_type = std::remove_cvref_t<decltype(valued.values)>;
-  const slots_body<seen_type> slots{layer,         rule.block,       graded,   scratch.blocks,
-                                    scratch.slots, scratch.standing, to.counts};
+  const slots_body<layer_type> slots{layer,         rule.block,       graded,   scratch.blocks,
+                                     scratch.slots, scratch.standing, to.counts};
   status s = run_blocks(exec, slots.items(), slots);
   if (s == status::ok && evenly) {
-    const even_slots_body<seen_type> even{layer,         rule.block,       graded,   scratch.blocks,
-                                          scratch.slots, scratch.standing, to.counts};
+    const even_slots_body<layer_type> even{
+        layer, rule.block, graded, scratch.blocks, scratch.slots, scratch.standing, to.counts};
     s = run_blocks(exec, even.items(), even);
   }
   if (s != status::ok) return s;
-  return with_tile<most_rows<seen_type>>(
+  return with_tile<most_rows<layer_type>>(
       layer.q_heads() / layer.kv_heads() * scratch.rows, [&](auto tile) {
-        const fit_body<seen_type, values_type, tile()> fit{
+        const fit_body<layer_type, values_type, tile()> fit{
             scaled(layer), valued.values, rule.block, graded, to, scratch};
         return run_blocks(exec, fit.items(), fit);
       });
