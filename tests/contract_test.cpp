@@ -78,7 +78,7 @@ void for_each_policy(const F& f) {
     policy::faithful{.tolerance = 0.2, .error_term = false, .scope = cut_scope::layer});
   f("faithful, no stand-ins", policy::faithful{.tolerance = 0.3, .window = 2, .stand_ins = false});
   f("streaming_llm, incoming", policy::streaming_llm{.sinks = 2, .budget = 302, .incoming = 100});
-  f("h2o", policy::h2o{.budget = 60, .recent = 30, .window = 3});
+  f("h2o, 60", policy::h2o{.budget = 60, .recent = 30, .window = 3});
   f("h2o, shares",
     policy::h2o{
         .budget = token_budget::share(0.5), .recent = token_budget::share(0.1), .window = 2});
@@ -459,8 +459,8 @@ TEST_CASE("a workspace one byte short is refused and nothing is written", "[cont
   int refused = 0;
   for_each_case([&](const auto& policy, const auto& exec) {
     state s;
-    if (!looks_at_attention(policy)) {
-      CHECK(workspace_size(policy, exec, s.attach(policy, plain)) == 0);  // cannot be short
+    if (workspace_size(policy, exec, s.attach(policy, plain)) == 0) {  // cannot be short
+      CHECK(!looks_at_attention(policy));
     } else {
       CHECK(run(policy, exec, plain, 1).status == status::small_workspace);
       ++refused;

@@ -34,7 +34,7 @@ plain_rows first_tokens(const plain_rows& rows, position_t length) {
 
 }  // namespace
 
-TEST_CASE("codes are within half a step of the keys, in every layout", "[decode_index]") {
+TEST_CASE("codes are within half a step of the keys, in every layout", "[key_index]") {
   const plain_rows rows = random_rows(base_seed());
   for_each_layout<float>(rows, [&](const char* layout, const auto& cache) {
     INFO(layout);
@@ -62,7 +62,7 @@ TEST_CASE("codes are within half a step of the keys, in every layout", "[decode_
   });
 }
 
-TEST_CASE("bounds are those of each page's keys", "[decode_index]") {
+TEST_CASE("bounds are those of each page's keys", "[key_index]") {
   const plain_rows rows = random_rows(base_seed() + 1);
   const dense_cache<float> cache(rows);
   estimates memory(cache.source(), rows.lengths, 4);
@@ -86,7 +86,7 @@ TEST_CASE("bounds are those of each page's keys", "[decode_index]") {
   }
 }
 
-TEST_CASE("tokens that come later leave the same index as all at once", "[decode_index]") {
+TEST_CASE("tokens that come later leave the same index as all at once", "[key_index]") {
   const plain_rows rows = random_rows(base_seed() + 2, 8);
   const dense_cache<float> cache(rows);
   estimates whole(cache.source(), rows.lengths, 4), grown(cache.source(), rows.lengths, 4);
@@ -108,7 +108,7 @@ TEST_CASE("tokens that come later leave the same index as all at once", "[decode
   CHECK(grown.same_as(whole));
 }
 
-TEST_CASE("NaN in a key stays in its codes and bounds", "[decode_index]") {
+TEST_CASE("NaN in a key stays in its codes and bounds", "[key_index]") {
   for (index_t d = 0; d < 4; ++d) {
     plain_rows rows(1, 4, {8});
     for (index_t t = 0; t < 8; ++t) {
@@ -142,7 +142,7 @@ void check_same_choice(const problem& p, const dense_cache<float>& cache, estima
 
 }  // namespace
 
-TEST_CASE("twilight keeps the same tokens of keys that 4 bits can hold", "[decode_index]") {
+TEST_CASE("twilight keeps the same tokens of keys that 4 bits can hold", "[key_index]") {
   random_source random(base_seed() + 3);
   problem p(2, 3, 16, 1, {200, 40});
   for (float& q : p.queries) q = random.normal();
@@ -182,7 +182,7 @@ double steps_off(estimates& memory, const plain_rows& rows, index_t s, index_t h
 
 }  // namespace
 
-TEST_CASE("centres are the means of the keys, and codes are relative to them", "[decode_index]") {
+TEST_CASE("centres are the means of the keys, and codes are relative to them", "[key_index]") {
   plain_rows rows = random_rows(base_seed() + 5, 70);
   share_component(rows, 100);
   const dense_cache<float> cache(rows);
@@ -207,7 +207,7 @@ TEST_CASE("centres are the means of the keys, and codes are relative to them", "
   }
 }
 
-TEST_CASE("tokens that come later leave the centres", "[decode_index]") {
+TEST_CASE("tokens that come later leave the centres", "[key_index]") {
   plain_rows rows = random_rows(base_seed() + 6, 8);
   share_component(rows, 100);
   const dense_cache<float> cache(rows);
@@ -234,7 +234,7 @@ TEST_CASE("tokens that come later leave the centres", "[decode_index]") {
   CHECK(steps_off(whole, rows, 0, 1, 29) <= 0.501);
 }
 
-TEST_CASE("what is not finite spoils its own token, and no centre", "[decode_index]") {
+TEST_CASE("what is not finite spoils its own token, and no centre", "[key_index]") {
   for (const float bad : {std::nanf(""), std::numeric_limits<float>::infinity(),
                           -std::numeric_limits<float>::infinity()}) {
     plain_rows rows = random_rows(base_seed() + 7);
@@ -253,7 +253,7 @@ TEST_CASE("what is not finite spoils its own token, and no centre", "[decode_ind
   }
 }
 
-TEST_CASE("logits of centred keys are right under soft caps and learned sinks", "[decode_index]") {
+TEST_CASE("logits of centred keys are right under soft caps and learned sinks", "[key_index]") {
   random_source random(base_seed() + 8);
   problem p(2, 3, 16, 1, {200, 40});
   for (float& q : p.queries) q = random.normal();
@@ -281,7 +281,7 @@ TEST_CASE("logits of centred keys are right under soft caps and learned sinks", 
   check_same_choice(p, cache, memory);
 }
 
-TEST_CASE("centres keep the attention of keys with a large shared component", "[decode_index]") {
+TEST_CASE("centres keep the attention of keys with a large shared component", "[key_index]") {
   random_source random(base_seed() + 9);
   problem p(2, 2, 64, 1, {1000});
   for (float& q : p.queries) q = random.normal(2);
@@ -330,7 +330,7 @@ TEST_CASE("centres keep the attention of keys with a large shared component", "[
   CHECK(plain.mass < 0.5);  // else the keys would ask for no centres
 }
 
-TEST_CASE("pages that a sliding window hides take no place", "[decode_index]") {
+TEST_CASE("pages that a sliding window hides take no place", "[key_index]") {
   problem p(1, 1, 4, 1, {64});
   p.query(0, 0, 0, 0) = 1;
   // The pages that the query does not see have the largest keys.
@@ -347,7 +347,7 @@ TEST_CASE("pages that a sliding window hides take no place", "[decode_index]") {
   CHECK(s.at(0) == std::vector<position_t>{48, 49, 50, 51, 52, 53, 54, 55});
 }
 
-TEST_CASE("an index of another shape is refused", "[decode_index]") {
+TEST_CASE("an index of another shape is refused", "[key_index]") {
   const plain_rows rows = random_rows(base_seed() + 4), other = random_rows(base_seed() + 4, 8);
   const dense_cache<float> cache(rows), wider(other);
   estimates memory(cache.source(), rows.lengths, 4);

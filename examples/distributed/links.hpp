@@ -29,7 +29,7 @@ index_t bytes_of(const traffic<Group>& log) {
   return bytes;
 }
 
-// To ranks with other heads: refreekv::reduction.
+// To ranks with other heads: refreekv::head_reduction.
 template <class Group>
 struct head_link {
   const Group* group;
@@ -41,7 +41,7 @@ struct head_link {
   }
 };
 
-// To ranks with other tokens: refreekv::exchange.
+// To ranks with other tokens: refreekv::token_exchange.
 template <class Group>
 struct token_link {
   const Group* group;

@@ -34,6 +34,9 @@ const char* why_unsuitable(const smollm2::pruning_rule& rule) {
                        by_head(std::get_if<refreekv::policy::faithful>(&rule)) ||
                        std::holds_alternative<refreekv::policy::attention_ranked>(rule) ||
                        std::holds_alternative<refreekv::policy::twilight>(rule);
+  if (std::holds_alternative<refreekv::policy::cake>(rule)) {
+    return "cake shares its budget among the layers, each of which is pruned on its own here";
+  }
   return differs ? one_length : nullptr;
 }
 

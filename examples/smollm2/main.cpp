@@ -86,7 +86,8 @@ class conversation {
         loss_ = {layer, std::get<refreekv::policy::refreekv>(rule_).threshold,
                  prune_.loss_curve(layer, queries, filled.layer(layer))};
       }
-      result.layers.push_back(prune_.prune(layer, queries, filled.layer(layer)));
+      result.layers.push_back(prune_.prune(layer, queries, filled));
+      if (std::holds_alternative<refreekv::policy::cake>(rule_)) settle(result.layers, filled);
       hook_seconds += watch.seconds();
     };
     progress_bar progress;
@@ -96,6 +97,16 @@ class conversation {
     result.prefill_seconds = watch.seconds() - hook_seconds;
     if (first && follows()) full_.advance(text_.size());
     return logits;
+  }
+
+  // CAKE prunes earlier layers again whenever it decides about one.
+  static void settle(std::vector<layer_pruning>& layers, const kv_cache& cache) {
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      layers[l].bytes_after = cache.layer(l).bytes();
+      for (std::size_t h = 0; h < layers[l].counts.size(); ++h) {
+        layers[l].counts[h].count = static_cast<refreekv::position_t>(cache.layer(l).length(h));
+      }
+    }
   }
 
   bool follows() const { return opts_.compare || opts_.speed; }

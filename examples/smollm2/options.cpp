@@ -47,6 +47,9 @@ std::optional<options> parse_options(int argc, char** argv) {
   if (!result.protect.empty() && !keeps_ranges(result.rule)) {
     throw usage_error("--protect needs a policy that keeps a range");
   }
+  if (!result.replies.empty() && std::holds_alternative<refreekv::policy::cake>(result.rule)) {
+    throw usage_error("cake shares its budget among layers of one length: no --then");
+  }
   if (!result.plot.empty() && !std::holds_alternative<refreekv::policy::refreekv>(result.rule)) {
     throw usage_error("--plot needs --policy refreekv");
   }

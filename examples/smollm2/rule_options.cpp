@@ -21,8 +21,8 @@ void for_each_rule(const F& f) {
   f("none", keep_everything{});
 }
 
-// Calls f(option, value, help) for each value of a policy that the command line can set; --pool and
-// --pool-width are one option of the policy. The number of layers is the model's.
+// Calls f(option, value, help, range) for each value of a policy that the command line can set.
+// --pool and --pool-width are one option of the policy. The number of layers is the model's.
 template <class Policy, class F>
 void for_each_value(Policy& policy, const F& f) {
   if constexpr (refreekv::has_options<Policy>) {
@@ -31,10 +31,10 @@ void for_each_value(Policy& policy, const F& f) {
       std::replace(name.begin(), name.end(), '_', '-');
       auto& value = policy.*option.member;
       if constexpr (requires { value.width; }) {
-        f(name, value.kind, option.help);
-        f(name + "-width", value.width, "neighbours that a score is pooled over, an odd number");
+        f(name, value.kind, option.help, refreekv::option_range{0, 0, ""});
+        f(name + "-width", value.width, "neighbours that a score is pooled over", option.range);
       } else if (name != "--layers") {
-        f(name, value, option.help);
+        f(name, value, option.help, option.range);
       }
     });
   }
@@ -54,11 +54,24 @@ void parse(const std::string& option, const std::string& text, T& value) {
   if constexpr (std::same_as<T, refreekv::token_budget>) {
     value = parse_budget(text, option);
   } else if constexpr (requires { choices_of(value); }) {
-    for (const auto& choice : choices_of(value)) value = choice.name == text ? choice.value : value;
+    for (const auto& choice : choices_of(value)) {
+      if (choice.name == text) return static_cast<void>(value = choice.value);
+    }
+    throw usage_error(option + ": '" + text + "' is none of its choices");
+  } else if constexpr (std::same_as<T, bool>) {
+    if (text != "0" && text != "1") throw usage_error(option + ": '" + text + "' is not 0 or 1");
+    value = text == "1";
   } else if (!CLI::detail::lexical_cast(text, value)) {
-    throw usage_error(option + ": '" + text + "' is no " +
-                      (std::same_as<T, bool> ? "0 or 1" : "number that is allowed here"));
+    throw usage_error(option + ": '" + text + "' is no number that is allowed here");
   }
+}
+
+// What a value may be, for the help.
+template <class T>
+std::string allowed(const refreekv::option_range& range) {
+  if constexpr (std::same_as<T, bool>) return "0 or 1";
+  if constexpr (std::same_as<T, refreekv::token_budget>) return "tokens, or a share: 0.5, 50%";
+  return range.words;
 }
 
 }  // namespace
@@ -67,13 +80,22 @@ void rule_options::add_to(CLI::App& app) {
   std::vector<std::string> names;
   for_each_rule([&](const char* name, auto rule) {
     names.push_back(name);
-    for_each_value(rule, [&]<class T>(const std::string& option, T&, const char* help) {
-      const bool is_new = !texts_.contains(option);
-      CLI::Option* known = is_new ? app.add_option(option, texts_[option], help)->group(name)
-                                  : app.get_option(option);
-      if (!is_new) known->group(known->get_group() + ", " + name);
-      const std::vector<std::string> choices = names_of_choices<T>();
-      if (is_new && !choices.empty()) known->check(CLI::IsMember(choices));
+    for_each_value(rule, [&]<class T>(const std::string& option, T&, const char* help,
+                                      const refreekv::option_range& range) {
+      const std::string values = allowed<T>(range);
+      const std::string text = values.empty() ? help : std::string(help) + " (" + values + ")";
+      if (!texts_.contains(option)) {
+        CLI::Option* added = app.add_option(option, texts_[option], text)->group(name);
+        if (const auto choices = names_of_choices<T>(); !choices.empty()) {
+          added->check(CLI::IsMember(choices));
+        }
+        return;
+      }
+      CLI::Option* known = app.get_option(option);
+      known->group(known->get_group() + ", " + name);
+      if (known->get_description().find(text) == std::string::npos) {
+        known->description(known->get_description() + "; " + name + ": " + text);
+      }
     });
   });
   app.add_option("--policy", policy_, "its options are its own where they are not given")
@@ -88,7 +110,7 @@ pruning_rule rule_options::rule() const {
   auto unused = texts_;
   std::visit(
       [&](auto& rule) {
-        for_each_value(rule, [&](const std::string& option, auto& value, const char*) {
+        for_each_value(rule, [&](const std::string& option, auto& value, const char*, const auto&) {
           if (const auto& text = texts_.at(option)) parse(option, *text, value);
           unused.erase(option);
         });

@@ -60,8 +60,8 @@ template <class Policy, backend Backend, model_layer Layer, collective<Layer> Ra
   if (scratch.bytes < count.bytes() || (count.bytes() != 0 && scratch.data == nullptr)) {
     return status::small_workspace;
   }
-  arena carve(scratch.data);
-  return method.select(exec, layer, method.carve(carve, exec, layer), kept, ranks);
+  arena memory(scratch.data);
+  return method.select(exec, layer, method.carve(memory, exec, layer), kept, ranks);
 }
 
 }  // namespace refreekv::inline v0

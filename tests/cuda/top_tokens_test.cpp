@@ -589,8 +589,8 @@ TEST_CASE("parts of rows make up the whole", "[cuda][top_tokens]") {
 
 namespace {
 
-/// select(on, layer, kept, scratch) is the same over a grid, by blocks in different orders, as by a
-/// block for each row.
+/// select(exec, layer, kept, scratch) is the same over a grid, by blocks in different orders, as by
+/// a block for each row.
 template <class Select>
 void same_on_grid(const batch& b, const row_cut& cut, const Select& select) {
   const auto layer = b.layer();

@@ -52,8 +52,9 @@ consteval std::size_t members() {
 /// Values of an option, and whether they are allowed.
 template <class Policy>
 std::vector<std::pair<double, bool>> values_of(const option<Policy, double>& of) {
-  const auto& [low, high, words] = of.range;
-  return {{low, true},
+  const auto& [low, high, words, above_low] = of.range;
+  return {{low, !above_low},
+          {above_low ? 1e-30 : low, true},
           {high, true},
           {std::nextafter(low, -HUGE_VAL), false},
           {high < HUGE_VAL ? std::nextafter(high, HUGE_VAL) : std::nan(""), false},

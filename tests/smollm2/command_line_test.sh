@@ -31,6 +31,11 @@ refuses 2 "prompt" "${run[@]}" --prompt-file LICENSE
 refuses 2 "--protect wants BEGIN:END" "${run[@]}" --protect 7
 refuses 2 "--protect wants BEGIN:END" "${run[@]}" --protect 7:3
 refuses 2 "head_floor must be in" "${run[@]}" --policy snapkv --head-floor 1.1
+refuses 2 "threshold is no option of snapkv" "${run[@]}" --policy snapkv --threshold 0.1
+refuses 2 "budget is no option of faithful" "${run[@]}" --policy faithful --budget 3
+refuses 2 "is not 0 or 1" "${run[@]}" --policy faithful --stand-ins 7
+refuses 2 "incoming" "${run[@]}" --policy streaming_llm --incoming -1
+refuses 2 "no --then" "${run[@]}" --policy cake --then "And?"
 refuses 2 "keeps a range" "${run[@]}" --policy snapkv --protect 0:4
 refuses 2 "--plot needs" "${run[@]}" --policy none --plot "$work/p"
 
@@ -64,6 +69,8 @@ for earlier, later in zip(turns, turns[1:]):
         assert now["sinks"] >= 20 or now["cut"] <= 4
 assert turns[2]["layers"][9]["kept"][0]["tokens"] < turns[2]["prompt_tokens"]
 EOF
+"$program" "${run[@]}" --tokens 4 --policy cake --budget 50% --gamma 100 > "$work/out" ||
+  failures=$((failures + 1))
 "$program" "${run[@]}" --tokens 4 --policy streaming_llm --budget 14 > "$work/out" ||
   failures=$((failures + 1))
 grep -q "given back" "$work/out" || { cat "$work/out"; failures=$((failures + 1)); }

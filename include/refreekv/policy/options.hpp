@@ -19,16 +19,20 @@ namespace refreekv::inline v0 {
 struct option_range {
   double low;
   double high;
-  const char* words;  ///< follows "must be"
+  const char* words;       ///< follows "must be"; empty for an option that may have any value
+  bool above_low = false;  ///< whether `low` itself is not allowed
 };
 inline constexpr option_range any_share{0, 1, "in [0, 1]"};
 inline constexpr option_range any_count{0, max_count, ">= 0"};
 inline constexpr option_range at_least_one{1, max_count, ">= 1"};
-inline constexpr option_range positive{std::numeric_limits<double>::denorm_min(), HUGE_VAL, "> 0"};
+inline constexpr option_range positive{0, HUGE_VAL, "> 0", true};
 
-/// The range of an option that names none.
+/// The range of an option that names none. A double has to name one.
 template <class T>
-inline constexpr option_range default_range = any_count;
+  requires(!std::is_same_v<T, double>)
+inline constexpr option_range default_range{0, 0, ""};
+template <>
+inline constexpr option_range default_range<count_t> = any_count;
 template <>
 inline constexpr option_range default_range<token_budget>{0, 0,
                                                           ">= 0 tokens, or a share in [0, 1]"};
@@ -47,7 +51,7 @@ struct option {
   option_range range;
   std::array<char, 96> error = {};  ///< the message of a value outside the range
 
-  constexpr option(const char* name_, T Policy::*member_, const char* help_,
+  consteval option(const char* name_, T Policy::*member_, const char* help_,
                    option_range range_ = default_range<T>) noexcept
       : name(name_), member(member_), help(help_), range(range_) {
     std::size_t length = 0;
@@ -67,7 +71,7 @@ struct option {
       valid = value.valid();
     } else if constexpr (std::is_same_v<T, double> || std::is_same_v<T, count_t>) {
       const auto number = static_cast<double>(value);
-      valid = number >= range.low && number <= range.high;
+      valid = (range.above_low ? number > range.low : number >= range.low) && number <= range.high;
     }
     return valid ? nullptr : error.data();
   }
@@ -108,20 +112,22 @@ constexpr void for_each_option(const F& f) {
   std::apply([&](const auto&... each) { (f(each), ...); }, Policy::options);
 }
 
-/// Null, or which option of a policy is outside its range, in words. A policy without `options` may
-/// have `invalid()`, which returns the same. O(options).
+/// Null, or which option of a policy is outside its range, in words. Then, if the policy has it,
+/// `invalid()`: for options that depend on each other, and for policies without `options`.
+/// O(options).
 template <class Policy>
   requires has_options<Policy> || requires(const Policy& policy) { policy.invalid(); }
 [[nodiscard]] constexpr const char* why_invalid(const Policy& policy) noexcept {
+  const char* why = nullptr;
   if constexpr (has_options<Policy>) {
-    const char* why = nullptr;
     for_each_option<Policy>([&](const auto& each) {
       if (why == nullptr) why = each.why_invalid(policy);
     });
-    return why;
-  } else {
-    return policy.invalid();
   }
+  if constexpr (requires { policy.invalid(); }) {
+    if (why == nullptr) why = policy.invalid();
+  }
+  return why;
 }
 
 }  // namespace refreekv::inline v0

@@ -24,6 +24,7 @@ struct fitting_parts {
   float* gaps;      ///< [size, row_stride]
   float* keys;      ///< [size, key_stride]
   float* values;    ///< [size, value_stride]
+  // A stride is the extent in its name, in whole registers.
   // For the error. Parts [0, sizes] are the contributions of each grade's tokens to an output. The
   // following parts are the contributions of each size's stand-ins.
   float* measured_queries;  ///< [head_dim, measured_stride]: `queries` of measured rows
