@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every policy. A new one is a header, a test and a line here.
+// Every policy. A new policy needs a header, a test and a line here.
 #pragma once
 
 #include "refreekv/policy/attention_ranked.hpp"
@@ -15,8 +15,8 @@
 
 namespace refreekv::inline v0 {
 
-/// The policies that decide after a prefill, with their defaults. `cake_decode`, CAKE's step of
-/// decoding, is none. Command lines, bindings and tests are made from this list.
+/// The policies that decide after a prefill, with their defaults. `cake_decode`, CAKE's decoding
+/// step, is not one of them. Command lines, bindings and tests are made from this list.
 using all_policies = std::tuple<policy::refreekv, policy::faithful, policy::streaming_llm,
                                 policy::h2o, policy::snapkv, policy::pyramidkv, policy::cake,
                                 policy::tova, policy::attention_ranked, policy::twilight>;

@@ -2,23 +2,25 @@
 // ReFreeKV's ablation (arXiv 2502.16886, table 5): its stop rule on tokens ranked by attention.
 //
 // Each KV head ranks its tokens by the attention that they receive: from the last queries in the
-// released code, from all of them in the paper. Going from the least to the most important, tokens
-// go as long as the norm of the last row has lost at most `threshold` of itself. All heads lose the
-// same number of tokens; the recent ones stay and are outside the norm.
+// released code, from all queries in the paper. Tokens are dropped from the least to the most
+// important one, as long as the norm of the last row has lost at most `threshold` of itself. All
+// heads drop the same number of tokens. The recent tokens stay and are outside the norm.
 #pragma once
 
 #include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 
+/// Requires the layer's number (layer_info::index), unless full_layers is 0.
 struct attention_ranked {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  double threshold = 0.01;  ///< the norm may lose this share of itself, in [0, 1]
-  /// Last queries that rank tokens, at least 1, all there are if fewer; all_queries for the paper.
+  double threshold = 0.01;  ///< largest share of the norm that may be lost, in [0, 1]
+  /// Last queries that rank tokens, at least 1. If there are fewer, all of them; all_queries is the
+  /// paper's choice.
   count_t window = 8;
-  count_t recent = 8;       ///< last tokens, which stay
+  count_t recent = 8;       ///< last tokens, which always stay
   count_t full_layers = 2;  ///< first layers that are never pruned
 
   static constexpr const char* name = "attention_ranked";
@@ -29,7 +31,7 @@ struct attention_ranked {
       option{"recent", &attention_ranked::recent, "last tokens that always stay"},
       option{"full_layers", &attention_ranked::full_layers, "first layers that are never pruned"}};
 
-  /// The observation says which layer it is of, unless full_layers is 0.
+  /// Null, or the error that the layer's number is not set although full_layers is not 0. O(1).
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
     return detail::needs_layer(layer, full_layers);
@@ -57,7 +59,8 @@ struct attention_ranked {
             ops<Backend>::carve_ranking_scratch(from, exec, detail::plain(layer))};
   }
 
-  /// `reduce` sums norms [sequence, capacity]: the heads of all ranks lose the same number.
+  /// Writes the kept tokens. `reduce` sums norms [sequence, capacity] over the ranks, so that the
+  /// heads of all ranks drop the same number of tokens.
   template <backend Backend, attention_layer Layer, head_reduction Reduce>
   status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
                 const decision<typename Layer::memory>& kept, const Reduce& reduce) const noexcept {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How much a policy with a budget keeps: a number of tokens, or a share of the prompt.
+// The budget of a policy: a number of tokens, or a share of the prompt.
 #pragma once
 
 #include <cmath>
@@ -9,17 +9,18 @@
 
 namespace refreekv::inline v0 {
 
-/// A window of every query there is.
+/// The window that uses every query of the layer.
 inline constexpr count_t all_queries = max_count;
 
-/// `.budget = 2048` is a number of tokens, `.budget = token_budget::share(0.5)` half of a sequence.
+/// A budget in tokens, or a share of a sequence's tokens. `.budget = 2048` is 2048 tokens;
+/// `.budget = token_budget::share(0.5)` is half of the sequence.
 class token_budget {
  public:
   template <std::integral Integer>
   constexpr token_budget(Integer tokens) noexcept : tokens_(static_cast<index_t>(tokens)) {}
   token_budget(std::floating_point auto) = delete;  // share(0.5) is meant
 
-  /// fraction: of the sequence's tokens, in [0, 1].
+  /// Returns the budget that is this fraction of a sequence's tokens. fraction: in [0, 1].
   [[nodiscard]] static constexpr token_budget share(double fraction) noexcept {
     token_budget budget(0);
     budget.is_share_ = true;
@@ -27,9 +28,9 @@ class token_budget {
     return budget;
   }
 
-  /// Of a sequence of `tokens` tokens; may be more than there are. A share is rounded to the
-  /// nearest number, to the even one from halfway, as the released code of arXiv 2502.16886 does,
-  /// but unless it is 0 it is a token at least.
+  /// Returns the budget, in tokens, of a sequence of `tokens` tokens; it may be more than `tokens`.
+  /// A share is rounded to the nearest number, from halfway to the even one, as in the released
+  /// code of arXiv 2502.16886. A share above 0 is at least one token. O(1).
   [[nodiscard]] REFREEKV_HOST_DEVICE index_t of(index_t tokens) const noexcept {
     if (!is_share_) return tokens_;
     const auto rounded = static_cast<index_t>(std::rint(share_ * static_cast<double>(tokens)));

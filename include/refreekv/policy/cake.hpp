@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// CAKE (arXiv 2503.12491): one budget for all layers, shared out by how they attend.
+// CAKE (arXiv 2503.12491): one budget for all layers, divided by how they attend.
 //
-// A layer whose attention is spread out and changes from row to row gets more. Its tokens are
-// scored by their mean attention from the window plus a multiple of its variance, pooled. As layers
-// are prefilled one after the other, budgets are shared anew among those there are, and earlier
-// layers give up what they have too much: a cascade. The integer rules are those of the authors'
-// code.
+// A layer whose attention is spread out and changes from row to row receives a larger budget. A
+// token's score is its mean attention from the window plus a multiple of the variance, pooled.
+// Layers are prefilled one after the other. After each, the budget is divided anew among the layers
+// so far, and earlier layers drop the tokens above their new budgets: a cascade. Integers are
+// rounded as in the authors' code.
 #pragma once
 
 #include "refreekv/policy/cake_layers.hpp"
@@ -13,20 +13,21 @@
 
 namespace refreekv::inline v0::policy {
 
-/// To be observed with_layers(...). With the queries of a layer that was just prefilled it scores
-/// the layer's tokens and notes its preference; then, and for earlier layers, it keeps what the
-/// layer's budget holds. Selecting all layers again after each one is the cascade. A sequence
-/// without a row keeps its scores and its preference; one whose rows are all NaN has scores of 0
-/// and no preference, so budgets are the same for all layers.
+/// Requires a layer from with_layers(...), with its number set (layer_info::index). If the layer
+/// has queries, it was just prefilled: select writes its tokens' scores and its preference. Then,
+/// and for earlier layers, select keeps as many tokens as the layer's budget holds. Selecting all
+/// layers again after each prefill is the cascade. A sequence without a row keeps its scores and
+/// its preference. If all rows are NaN, scores are 0 and there is no preference: budgets are then
+/// the same for all layers.
 struct cake {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  token_budget budget = 1024;  ///< tokens of the mean layer, the window's included
-  /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
-  /// least 1.
+  token_budget budget = 1024;  ///< tokens of the mean layer, those of the window included
+  /// Number of last queries that score tokens, and of last tokens that always stay. At least 1. If
+  /// there are fewer queries, all of them.
   count_t window = 32;
-  count_t layers = 32;        ///< of the model
+  count_t layers = 32;        ///< number of layers of the model
   double gamma = 200;         ///< weight of the variance, at least 0
   double tau1 = 1, tau2 = 1;  ///< preference = entropy^(1 / tau1) * variance^(1 / tau2); positive
   pooling pool = {pool_kind::average, 5};
@@ -42,7 +43,8 @@ struct cake {
       option{"tau2", &cake::tau2, "temperature of the variance", positive},
       option{"pool", &cake::pool, "how scores of neighbours are pooled"}};
 
-  /// The observation says which layer it is of.
+  /// Null, or the error that the layer's number is not set, or that more layers are finished than
+  /// `layers`. O(1).
   template <model_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
     if (layer.info.index == unknown_layer)
@@ -54,9 +56,9 @@ struct cake {
   struct buffers {
     token_quota* quotas;  ///< [sequence]
     typename ops<Backend>::selection_scratch selection;
-    // Of layers that were just prefilled:
+    // Only for layers with queries, which were just prefilled:
     float* raw;      ///< [sequence, kv_head, capacity]
-    double* totals;  ///< [sequence, 2]
+    double* totals;  ///< [sequence, 2]: entropy, variance
     typename ops<Backend>::attention_scratch attention;
   };
 
@@ -76,7 +78,8 @@ struct cake {
     return work;
   }
 
-  /// `reduce` sums entropies and variances [sequence, 2]: ranks share a layer's budget.
+  /// Writes the kept tokens. With queries, also scores and preferences of the layer. `reduce` sums
+  /// entropies and variances [sequence, 2] over the ranks, because ranks share a layer's budget.
   template <backend Backend, model_layer Layer, head_reduction Reduce>
   status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
                 const decision<typename Layer::memory>& kept, const Reduce& reduce) const noexcept {
@@ -107,7 +110,8 @@ struct cake {
     return s;
   }
 
-  /// What stays of a layer, by the preferences [finished] with a stride. O(finished)
+  /// Returns the quota of a sequence in a layer. preferences: [finished], with a stride; prompt: in
+  /// tokens. O(finished).
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota quota(const double* preferences, index_t stride,
                                                        index_t finished, index_t layer,
                                                        index_t prompt) const noexcept {
@@ -118,16 +122,16 @@ struct cake {
             recent};
   }
 
-  // Public, as device code wants them.
+  // Public, because device code requires it.
   template <class Policy, class Layer>
   struct assign_preference {
     Policy policy;
     Layer layer;
     view<kept_tokens, 2, typename Layer::memory> counts;
-    const double* totals;  // [sequence, 2]
-    token_quota* quotas;   // plain is not pooled, until there are budgets
+    const double* totals;  // [sequence, 2]: entropy, variance
+    token_quota* quotas;   // [sequence]: until there are budgets, the tokens that are not pooled
     REFREEKV_HOST_DEVICE void operator()(index_t s) const noexcept {
-      // A sequence that shows no row keeps the scores and the preference that it has.
+      // Without a row nothing is pooled, so that the old scores and the old preference stay.
       const bool looks = window_of(layer, s, detail::most_rows(layer, policy.window)).count() > 0;
       quotas[s] = {0, looks ? index_t{policy.window} : index_t{max_count}};
       if (!looks) return;
@@ -135,7 +139,7 @@ struct cake {
           std::pow(totals[2 * s], 1 / policy.tau1) * std::pow(totals[2 * s + 1], 1 / policy.tau2);
       bool undecided = false;
       for (index_t h = 0; h < layer.kv_heads(); ++h) undecided |= counts(s, h).undecided;
-      // Of rows that are all left out nothing is known.
+      // If all rows were left out, the preference is unknown.
       layer.layers.preferences(s, layer.info.index) =
           undecided && !(preference > 0) ? static_cast<double>(NAN) : preference;
     }
@@ -158,13 +162,14 @@ struct cake {
   };
 };
 
-/// A step of decoding in a layer: the attention of the last row alone, pooled along the slots.
+/// CAKE's decoding step in one layer: scores are the attention of the last row alone, pooled along
+/// the slots.
 struct cake_decode {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  count_t budget = 992;  ///< of the layer, the recent ones not included: its last cake_budget
-  count_t recent = 32;   ///< last tokens, which stay: cake's window
+  count_t budget = 992;  ///< tokens of the layer without the recent ones: its last cake_budget
+  count_t recent = 32;   ///< last tokens, which always stay: cake's window
   pooling pool = {pool_kind::average, 5};
 
   static constexpr const char* name = "cake_decode";
@@ -177,7 +182,7 @@ struct cake_decode {
     return score_ranking<cake_decode>{detail::most_rows(layer, 1), pool, false, *this};
   }
 
-  /// What stays of a sequence. O(1)
+  /// Returns the quota of a sequence, whatever its length. O(1).
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota operator()(index_t) const noexcept {
     return token_quota::of(index_t{budget} + recent, recent);
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What CAKE (arXiv 2503.12491) remembers of a model's layers, and how they share one budget.
+// The state that CAKE (arXiv 2503.12491) keeps across a model's layers, and the division of one
+// budget among them.
 #pragma once
 
 #include <cmath>
@@ -9,19 +10,19 @@
 
 namespace refreekv::inline v0 {
 
-/// What CAKE remembers of a model's layers; all of it is the caller's.
+/// The state that CAKE keeps across a model's layers. The caller owns all of its memory.
 template <class Memory = host_memory>
 struct cake_layers {
-  /// [sequence, kv_head, capacity] of the observed layer: written at its prefill, then compacted
-  /// with its cache, as a source of head_dim 1.
+  /// [sequence, kv_head, capacity]: the scores of the layer that is passed. CAKE writes them at the
+  /// layer's prefill. The caller compacts them with its cache, as a source of head_dim 1.
   scores_view<Memory> scores;
-  view<double, 2, Memory> preferences;  ///< [sequence, layer], of the layers so far
-  count_t finished = 0;                 ///< layers prefilled so far, the observed one included
-  lengths_view<Memory> prompts = {};  ///< [sequence]: tokens before any was dropped; none yet: null
+  view<double, 2, Memory> preferences;  ///< [sequence, layer], of the layers prefilled so far
+  count_t finished = 0;                 ///< layers prefilled so far, this layer included
+  lengths_view<Memory> prompts = {};  ///< [sequence]: tokens before any was dropped; null: none was
 };
 
-/// An observation with what CAKE remembers. Of a layer that was prefilled before, observe the cache
-/// alone: its scores and its preference are there.
+/// A layer with CAKE's state. For a layer that was prefilled before, pass observe(keys) without
+/// queries: the state already holds its scores and its preference.
 template <model_layer Layer>
 struct cascaded_layer : Layer {
   using plain_type = Layer;
@@ -41,6 +42,7 @@ struct cascaded_layer : Layer {
   }
 };
 
+/// Returns the layer with CAKE's state. O(1).
 template <model_layer Layer>
 [[nodiscard]] constexpr auto with_layers(
     const Layer& layer, const cake_layers<typename Layer::memory>& layers) noexcept {
@@ -49,11 +51,11 @@ template <model_layer Layer>
 
 namespace detail {
 
-/// CAKE's budget of one of `count` layers, given their preferences with a stride: `total` in
-/// proportion, cut to whole numbers, at most `available`; what is over is spread evenly, the
-/// remainder to the first layers. Uniform where a preference is negative or NaN, or their sum is
-/// not positive and finite (ours).
-/// O(count).
+/// CAKE's budget, in tokens, of one of `count` layers. preferences: [count], with a stride. `total`
+/// tokens are divided in proportion to the preferences and rounded down; a layer has at most
+/// `available`. The tokens left over are spread evenly, the remainder to the first layers. The
+/// division is uniform if a preference is negative or NaN, or if their sum is not positive and
+/// finite (ours). O(count).
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t cake_budget(const double* preferences,
                                                                  index_t stride, index_t count,
                                                                  index_t layer, index_t total,
@@ -78,7 +80,7 @@ namespace detail {
     assigned += budget < available ? budget : available;
   }
   assigned += below > 0 ? excess : 0;
-  // Of an amount, the share of the rank-th of those that take a part in it.
+  // The part of `amount` that the rank-th of `takers` layers receives.
   const auto part = [](index_t amount, index_t takers, index_t rank) {
     return amount / takers + (rank < amount % takers ? 1 : 0);
   };
@@ -86,7 +88,7 @@ namespace detail {
   const auto takes_missing = [&](index_t budget) {
     return total > assigned ? budget < available : total < assigned && budget > 1;
   };
-  // The second round's budget of each layer in turn: f(layer, budget).
+  // Calls f(layer, budget) for each layer in order, with its budget of the second round.
   const auto for_each_budget = [&](const auto& f) {
     for (index_t l = 0, rank = 0; l < count; ++l) {
       const index_t budget = proportional(l);
