@@ -43,8 +43,6 @@ inline constexpr option_range default_range<pooling>{0, 0, "odd"};
 /// with `choices_of`. A range is one of numbers: the other types have their own.
 template <class Policy, class T>
 struct option {
-  using type = T;
-
   const char* name;  ///< of the member
   T Policy::*member;
   const char* help;  ///< one sentence or phrase, without a full stop
