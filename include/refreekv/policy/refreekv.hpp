@@ -2,7 +2,7 @@
 // ReFreeKV (arXiv 2502.16886): no budget; a layer keeps what its norm needs.
 //
 // Tokens are ranked by position: sinks, then newest to oldest. The energy of a token is the square
-// of its attention from the last prompt token, or from the mean of a wider window. The norm of a
+// of its attention from the last prompt token; a wider window averages over its rows. The norm of a
 // cut c is the mean over query heads of the root of the energy of tokens [c, n). The cut is the
 // largest c at which the norm has lost at most `threshold` of itself. norm_scan.hpp explains the
 // algorithm.

@@ -14,8 +14,8 @@
 
 namespace refreekv::inline v0::policy {
 
-/// A step reads all of the layer: the selector narrows the tokens that are kept, not those that are
-/// read. Requires the layer's number (layer_info::index), unless full_layers is 0.
+/// A step reads all of the layer: the selector narrows the kept tokens, not the read ones. Requires
+/// the layer's number (layer_info::index), unless full_layers is 0.
 struct twilight {
   template <class Memory>
   using decision = kept_positions<Memory>;
@@ -24,8 +24,8 @@ struct twilight {
   /// Tokens in the pages that the selector keeps for each query head.
   count_t selector_budget = 8192;
   /// Whether to keep the set of the published kernel. Its bisection starts at the first token's
-  /// attention. If that is not the largest, the set is not minimal; if the selector dropped the
-  /// first token, the set is all tokens.
+  /// attention. If that is not the largest, the set is not minimal. If the selector dropped the
+  /// first token, the set is every token that the selector kept.
   bool sink_start = false;
   count_t full_layers = 2;  ///< first layers, which attend to all tokens
 
