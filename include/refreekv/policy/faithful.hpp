@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// faithful (ours): no budget; a layer keeps what its outputs need, and its heads share that out.
+// faithful (ours): no budget; a layer keeps what its outputs need, divided among its KV heads.
 //
-// A token is worth (peak + last_row * last + prior) * distance * |v| * sigma: the most attention
-// that any row of the window gives it, that of the last row, and a floor for what the window never
-// looked at, times how far its key lies from the others', how long its value is, and how much its
-// head's logits move from row to row. All tokens of a layer's KV heads stand in one ranking. Of the
-// tokens that a block of positions loses, one row is made that stands in for them. A layer keeps
-// the smallest of its sizes at which sqrt(error * lost) <= tolerance: the relative error of the
-// window's outputs, and the share of the scores that goes.
+// A token's score is (peak + last_row * last + prior) * distance * |v| * sigma:
+// - peak: the largest attention that any row of the window gives the token; last: that of the last
+//   row; prior: a floor for tokens that the window never attended to;
+// - distance: how far the token's key lies from the other keys; |v|: the length of its value;
+// - sigma: how much the logits of its head vary from row to row.
+// One ranking holds the tokens of all KV heads of a layer. The dropped tokens of each block of
+// positions are replaced by one row, their stand-in. A layer keeps the smallest of its sizes at
+// which sqrt(error * lost) <= tolerance. error is the relative error of the window's outputs, lost
+// the share of the scores that is dropped.
 #pragma once
 
 #include "refreekv/attention/valued_layer.hpp"
@@ -16,33 +18,35 @@
 
 namespace refreekv::inline v0::policy {
 
-/// To be observed with_values(...): values count, as keys do.
+/// Requires a layer from with_values(...), because it reads values as well as keys.
 struct faithful {
   template <class Memory>
   using decision = kept_with_stand_ins<Memory>;
 
-  /// Of sqrt(error * lost), or of lost where the error is not measured (0.2 is as strict then). At
-  /// 0 all stays.
+  /// Largest sqrt(error * lost), or largest lost if error_term is false: 0.2 is then as strict as
+  /// 0.1 is with it. At 0 all tokens stay.
   double tolerance = 0.1;
-  /// First tokens that always stay. Where a cache is pruned again, all that an earlier decision
-  /// left should, stand-ins too: what is judged twice loses twice.
+  /// First tokens that always stay. If a cache is pruned again, include all tokens that an earlier
+  /// decision kept, and its stand-ins: tokens that are judged twice lose twice.
   count_t sinks = 4;
-  count_t recent = 8;   ///< last tokens that stay; no more than a quarter of them, but one
-  count_t window = 32;  ///< last queries that are looked at, at least 1; all there are if fewer
-  /// Weight of the last query's attention beside the most that any gives, in [0, 100].
+  /// Last tokens that always stay: at most a quarter of the sequence, but at least one token.
+  count_t recent = 8;
+  count_t window = 32;  ///< last queries that score tokens, at least 1; if fewer, all
+  /// Weight of the last query's attention relative to the largest of any query, in [0, 100].
   double last_row = 2;
-  /// Attention that every token counts as having had, in [1e-6, 1]: the next queries are not those
+  /// Attention that is added to every token's, in [1e-6, 1], because the next queries are not those
   /// of the window.
   double prior = 0.02;
-  count_t block = 64;      ///< positions that share a stand-in, in [1, 256]
-  count_t sizes = 16;      ///< that a layer chooses from, in [1, 64]
-  count_t error_rows = 4;  ///< the error is measured on the last row and every fourth before it
-  double ridge = 0.05;     ///< of the regression that finds stand-ins' keys, in [1e-6, 1]
-  /// Rows that stand in for what goes. Without them a decision is positions alone.
+  count_t block = 64;  ///< positions that share a stand-in, in [1, 256]
+  count_t sizes = 16;  ///< number of sizes that a layer chooses from, in [1, 64]
+  /// The error is measured on the last row, and on every error_rows-th before it.
+  count_t error_rows = 4;
+  double ridge = 0.05;  ///< of the ridge regression that fits the stand-ins' keys, in [1e-6, 1]
+  /// Whether rows stand in for dropped tokens. If false, a decision is kept positions alone.
   bool stand_ins = true;
-  bool error_term = true;  ///< without it lost alone decides, which takes half the time
-  /// kv_head: one ranking for the layer, so that KV heads keep different numbers of tokens. layer:
-  /// all keep the same number, for engines with one length a layer, at a price in fidelity.
+  bool error_term = true;  ///< if false, lost alone decides, which takes half the time
+  /// kv_head: one ranking for the layer; KV heads keep different numbers of tokens. layer: all KV
+  /// heads keep the same number, for engines with one length for each layer, at a cost in fidelity.
   cut_scope scope = cut_scope::kv_head;
 
   static constexpr const char* name = "faithful";
@@ -68,6 +72,8 @@ struct faithful {
       option{"error_term", &faithful::error_term, "the error of the outputs decides, too"},
       option{"scope", &faithful::scope, "kv_head: KV heads keep different numbers of tokens"}};
 
+  /// Null, or why stand-ins are impossible: ALiBi needs their position, or values are a part of the
+  /// keys (MLA). Always null if stand_ins is false. O(1).
   template <attention_layer Layer>
     requires requires(const Layer& layer) { layer.values; }
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
@@ -82,7 +88,8 @@ struct faithful {
     return nullptr;
   }
 
-  /// Stand-ins need memory, which is the caller's.
+  /// Null, or what is wrong with the caller's memory for stand-ins: it is missing, or its counts or
+  /// rows have the wrong shape. O(1).
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(
       const Layer& layer, const decision<typename Layer::memory>& kept) const noexcept {
@@ -100,7 +107,8 @@ struct faithful {
     return detail::misshapen_rows(values, counts, layer.values.head_dim(), most);
   }
 
-  /// The most stand-ins that a KV head of so many tokens may have: one a block.
+  /// The largest number of stand-ins of a KV head with `tokens` tokens: one for each block, or 0 if
+  /// stand_ins is false. O(1).
   [[nodiscard]] constexpr index_t most_stand_ins(index_t tokens) const noexcept {
     return stand_ins ? (tokens + block - 1) / block : 0;
   }
@@ -109,7 +117,7 @@ struct faithful {
   struct buffers {
     float* scores;      ///< [sequence, kv_head, capacity]
     grade* grades;      ///< [sequence, kv_head, capacity]
-    double* lost;       ///< [sequence, sizes + 1]
+    double* lost;       ///< [sequence, sizes + 1]: share of the scores that each size drops
     position_t* sizes;  ///< [sequence]
     typename ops<Backend>::importance_scratch scratch;
   };
@@ -125,8 +133,8 @@ struct faithful {
             ops<Backend>::carve_importance_scratch(from, exec, rule(layer), layer)};
   }
 
-  /// Ranks with other heads of a layer decide without each other: each shares out what its own
-  /// heads need.
+  /// Writes the kept tokens and the stand-ins. Ranks with different heads of a layer decide
+  /// independently: each divides what its own heads need among these. Nothing is reduced.
   template <backend Backend, attention_layer Layer>
   status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
                 const decision<typename Layer::memory>& kept,
@@ -148,7 +156,8 @@ struct faithful {
     if (s == status::ok && stand_ins) {
       s = run::fit_stand_ins(exec, own, layer, grades, work.sizes, kept.stand_ins, work.scratch);
     }
-    if (s == status::ok && !stand_ins && kept.stand_ins.wanted()) {  // from an earlier decision
+    if (s == status::ok && !stand_ins && kept.stand_ins.wanted()) {
+      // An earlier decision may have left counts above 0.
       s = run::for_each_sequence(exec, sequences, clear_counts<memory>{kept.stand_ins.counts});
     }
     if (s == status::ok) s = run::keep_grades(exec, layer, grades, work.sizes, kept);
@@ -156,7 +165,7 @@ struct faithful {
   }
 
   template <class Memory>
-  struct clear_counts {  // public, as device code wants it
+  struct clear_counts {  // public, because device code requires it
     view<position_t, 2, Memory> counts;
     REFREEKV_HOST_DEVICE constexpr void operator()(index_t s) const noexcept {
       for (index_t h = 0; h < counts.extent(1); ++h) counts(s, h) = 0;

@@ -15,7 +15,8 @@
 
 namespace refreekv::inline v0 {
 
-/// The numbers that an option may be, and how an error message names them. NaN is never allowed.
+/// The allowed values of a numeric option, and their name in error messages. Both ends are allowed,
+/// NaN never is.
 struct option_range {
   double low;
   double high;
@@ -27,7 +28,11 @@ inline constexpr option_range any_count{0, max_count, ">= 0"};
 inline constexpr option_range at_least_one{1, max_count, ">= 1"};
 inline constexpr option_range positive{0, HUGE_VAL, "> 0", true};
 
+<<<<<<< HEAD
 /// The range of an option that names none. A double has to name one.
+=======
+/// The range of an option of type T that specifies no range.
+>>>>>>> lang-g
 template <class T>
   requires(!std::is_same_v<T, double>)
 inline constexpr option_range default_range{0, 0, ""};
@@ -40,7 +45,8 @@ template <>
 inline constexpr option_range default_range<pooling>{0, 0, "odd"};
 
 /// One option of a policy. T is double, count_t, bool, token_budget, pooling, or an enumeration
-/// with `choices_of`. A range is one of numbers: the other types have their own.
+/// with `choices_of`. Only double and count_t are checked against `range`; token_budget and pooling
+/// have their own valid().
 template <class Policy, class T>
 struct option {
   const char* name;  ///< of the member
@@ -62,6 +68,7 @@ struct option {
   }
 
   /// Null, or why the policy's value is not allowed, in words that begin with the option's name.
+  /// The words live as long as the option. O(1).
   [[nodiscard]] constexpr const char* why_invalid(const Policy& policy) const noexcept {
     const T& value = policy.*member;
     bool valid = true;
@@ -75,7 +82,7 @@ struct option {
   }
 };
 
-/// A value of an enumeration and the name by which command lines and bindings know it.
+/// A value of an enumeration, and its name in command lines and bindings.
 template <class E>
 struct choice {
   const char* name;
@@ -84,7 +91,7 @@ struct choice {
 template <class E>
 choice(const char*, E) -> choice<E>;
 
-/// All values of an enumeration, found by argument-dependent lookup.
+/// Returns all values of an enumeration. Found by argument-dependent lookup.
 [[nodiscard]] constexpr auto choices_of(row_average) noexcept {
   return std::array{choice{"mean", row_average::mean}, choice{"frobenius", row_average::frobenius}};
 }
@@ -110,9 +117,14 @@ constexpr void for_each_option(const F& f) {
   std::apply([&](const auto&... each) { (f(each), ...); }, Policy::options);
 }
 
+<<<<<<< HEAD
 /// Null, or which option of a policy is outside its range, in words. Then, if the policy has it,
 /// `invalid()`: for options that depend on each other, and for policies without `options`.
 /// O(options).
+=======
+/// Null, or the first option of a policy that is outside its range, in words. A policy without
+/// `options` returns these words from its own `invalid()`. O(options).
+>>>>>>> lang-g
 template <class Policy>
   requires has_options<Policy> || requires(const Policy& policy) { policy.invalid(); }
 [[nodiscard]] constexpr const char* why_invalid(const Policy& policy) noexcept {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a pruning policy is.
+// The concept of a pruning policy, and helpers that policies share.
 #pragma once
 
 #include "refreekv/backend/backend.hpp"
@@ -8,13 +8,13 @@
 
 namespace refreekv::inline v0 {
 
-/// What a policy writes: kept_ranges or kept_positions.
+/// The result type of a policy: kept_ranges, kept_positions or kept_with_stand_ins.
 template <class Policy, class Memory>
 using decision_of = typename std::remove_cvref_t<Policy>::template decision<Memory>;
 
 namespace detail {
 
-/// What carries a policy out: its method, or the policy itself.
+/// The object whose carve and select implement a policy: its method, or the policy itself.
 template <class Policy, class Layer>
 [[nodiscard]] constexpr decltype(auto) method_of(const Policy& policy,
                                                  const Layer& layer) noexcept {
@@ -25,13 +25,14 @@ template <class Policy, class Layer>
   }
 }
 
-/// Whether a policy needs no key of another rank.
+/// Whether a policy can decide from this rank's keys: the layer is not sharded, or the policy needs
+/// no key of another rank.
 template <class Policy, class Layer>
 concept sees_enough = !sharded_layer<Layer> || requires { requires Policy::takes_shards; };
 
 }  // namespace detail
 
-/// How many decisions a policy makes about each sequence: 1, or one for each KV head.
+/// The number of decisions of a policy about each sequence: 1, or one for each KV head. O(1).
 template <class Policy, class Layer>
 [[nodiscard]] constexpr index_t groups_of(const Policy& policy, const Layer& layer) noexcept {
   if constexpr (requires { policy.groups(layer); }) {
@@ -50,12 +51,14 @@ template <class Policy, class Layer>
 ///   have `invalid()`, which returns null, or what is wrong with its options, in words.
 /// - `invalid(layer)`, optional: null, or why the policy cannot decide about this layer.
 ///   `invalid(layer, kept)`, optional: the same for the memory of the result.
-/// - `groups(layer)`, of kept_ranges: the number of decisions about each sequence, 1 or kv_heads.
+/// - `groups(layer)`, for kept_ranges only: the number of decisions about each sequence, 1 or
+///   kv_heads.
 /// - `carve(arena, backend, layer)`: returns the buffers of `select`. Their size depends on the
 ///   extents of `layer` alone, not on its lengths.
-/// - `select(backend, layer, buffers, kept, ranks)`: decides. Its arguments have been validated.
-/// - `method(layer)`, in place of the last two: returns an object that has them. Several policies
-///   share one.
+/// - `select(backend, layer, buffers, kept, ranks)`: writes the decision to `kept`. Its arguments
+///   have been validated.
+/// - `method(layer)`, in place of `carve` and `select`: returns an object that has both. Several
+///   policies may share its type.
 /// - `takes_shards`, optional: a constant, true where the policy needs no key of another rank.
 template <class P, class Backend, class Layer>
 concept policy_for =
@@ -72,13 +75,14 @@ concept policy_for =
 
 namespace detail {
 
-/// Whether a layer is one of the first, which a rule never prunes.
+/// Whether a layer is one of the first `full_layers`, which a policy never prunes. False if the
+/// layer's number is not set.
 template <model_layer Layer>
 [[nodiscard]] constexpr bool stays_whole(const Layer& layer, count_t full_layers) noexcept {
   return layer.info.index != unknown_layer && layer.info.index < full_layers;
 }
 
-/// Null, or that a rule that leaves the first layers whole does not know which layer it sees.
+/// Null, or the error that a policy with full_layers > 0 has a layer whose number is not set.
 template <model_layer Layer>
 [[nodiscard]] constexpr const char* needs_layer(const Layer& layer, count_t full_layers) noexcept {
   return full_layers > 0 && layer.info.index == unknown_layer
@@ -86,14 +90,14 @@ template <model_layer Layer>
              : nullptr;
 }
 
-/// The most rows that a window of `window` takes of any sequence.
+/// The largest number of rows that any sequence has in a window of `window` rows.
 template <attention_layer Layer>
 [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t most_rows(const Layer& layer,
                                                                count_t window) noexcept {
   return layer.window() < window ? layer.window() : index_t{window};
 }
 
-/// Writes range(tokens) for every group of a sequence.
+/// Writes range(tokens) to every group of a sequence.
 template <class Layer, class Range>
 struct assign_range {
   Layer layer;
@@ -105,7 +109,7 @@ struct assign_range {
   }
 };
 
-/// kept(s, g) = range(tokens(s)).
+/// Writes kept(s, g) = range(tokens(s)) for every sequence and group.
 template <class Backend, class Layer, class Range>
 status assign(const Backend& exec, const Layer& layer,
               const kept_ranges<typename Layer::memory>& kept, const Range& range) noexcept {

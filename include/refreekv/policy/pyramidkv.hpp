@@ -1,22 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // PyramidKV (arXiv 2406.02069): SnapKV's scores, with budgets that shrink from layer to layer.
 //
-// The first layer has the most, the last one 1 / beta of the mean, and those between lie on a line.
-// The rule is that of the authors' code (KVCache-Factory), integers and all; the paper's own is the
-// same line in real numbers, which pyramid_step::exact keeps to.
+// The first layer has the largest budget, the last one 1 / beta of the mean; those between lie on a
+// line. Budgets are computed in integers, as in the authors' code (KVCache-Factory). The paper has
+// this line in real numbers; pyramid_step::exact follows it.
 #pragma once
 
 #include "refreekv/policy/score_ranking.hpp"
 
 namespace refreekv::inline v0::policy {
 
-/// How the line becomes whole tokens. A step from layer to layer that is rounded down leaves all of
-/// them more than their budget: of 64 tokens in 32 layers, with a window of 8, 71.5 in the mean.
+/// How the line is rounded to whole tokens. If the step from layer to layer is rounded down, the
+/// layers together keep more than their budget. With a budget of 64 tokens, 32 layers and a window
+/// of 8, the mean layer keeps 71.5 tokens.
 enum class pyramid_step {
-  between_layers,  ///< the difference of first and last over layers - 1: KVCache-Factory
-  over_layers,     ///< over layers: its older versions, and the code of arXiv 2502.16886
-  /// The line itself, rounded so that all layers together hold layers * budget tokens: a layer is
-  /// less than one token off the line, so that it may have one more than the layer before. (ours)
+  between_layers,  ///< (first - last) / (layers - 1), rounded down: KVCache-Factory
+  /// (first - last) / layers, rounded down: older versions of KVCache-Factory, and the code of
+  /// arXiv 2502.16886.
+  over_layers,
+  /// The line itself, rounded so that all layers together hold layers * budget tokens. A layer is
+  /// less than one token off the line, so it may have one token more than the layer before. (ours)
   exact,
 };
 
@@ -26,20 +29,21 @@ enum class pyramid_step {
                     choice{"exact", pyramid_step::exact}};
 }
 
+/// Requires the layer's number (layer_info::index), below `layers`.
 struct pyramidkv {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  /// Tokens of the mean layer, the window's included; in fact more, see pyramid_step. For an engine
-  /// that has room for layers * budget tokens and no more: `.step = pyramid_step::exact`, with a
-  /// budget that is no smaller than the window, which always stays.
+  /// Tokens of the mean layer, those of the window included. In fact layers keep more: see
+  /// pyramid_step. An engine with memory for exactly layers * budget tokens requires
+  /// `.step = pyramid_step::exact`, and a budget of at least the window, which always stays.
   token_budget budget = 2048;
-  /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
-  /// least 1.
+  /// Number of last queries that score tokens, and of last tokens that always stay. At least 1. If
+  /// there are fewer queries, all of them.
   count_t window = 8;
   pooling pool = {pool_kind::max, 7};
   count_t beta = 20;    ///< at least 1
-  count_t layers = 32;  ///< of the model; the observation says which one it is
+  count_t layers = 32;  ///< number of layers of the model
   pyramid_step step = pyramid_step::between_layers;
 
   static constexpr const char* name = "pyramidkv";
@@ -54,7 +58,7 @@ struct pyramidkv {
       option{"layers", &pyramidkv::layers, "of the model", at_least_one},
       option{"step", &pyramidkv::step, "how budgets become whole numbers"}};
 
-  /// The observation says which layer it is of.
+  /// Null, or the error that the layer's number is not set or not below `layers`. O(1).
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
     if (layer.info.index == unknown_layer)
@@ -68,7 +72,7 @@ struct pyramidkv {
                                 quota{*this, layer.info.index}};
   }
 
-  /// What stays of a sequence in a layer. O(1)
+  /// Returns the quota of a sequence of `tokens` tokens in a layer. O(1).
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota quota(index_t layer,
                                                        index_t tokens) const noexcept {
     const index_t most = budget.of(tokens);
@@ -90,7 +94,7 @@ struct pyramidkv {
   }
 
   template <class Policy>
-  struct layer_quota {  // public, as device code wants it
+  struct layer_quota {  // public, because device code requires it
     Policy policy;
     index_t layer;
     REFREEKV_HOST_DEVICE token_quota operator()(index_t tokens) const noexcept {
@@ -99,12 +103,13 @@ struct pyramidkv {
   };
 
  private:
-  /// What the first `count` layers have together above the mean, rounded, on the line that starts
-  /// `slope` above it and ends as much below: slope * count * (layers - count) / (layers - 1).
+  /// The tokens of the first `count` layers together above the mean, rounded. The line starts
+  /// `slope` tokens above the mean and ends as many below: slope * count * (layers - count) /
+  /// (layers - 1).
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t above_mean(index_t slope,
                                                                   index_t count) const noexcept {
     const index_t area = count * (layers - count), steps = layers == 1 ? 1 : layers - 1;
-    // In two parts: the product alone may have 91 bits.
+    // In two parts, because the product alone may have 91 bits.
     return slope * (area / steps) + (slope * (area % steps) + steps / 2) / steps;
   }
 };

@@ -2,23 +2,25 @@
 // ReFreeKV (arXiv 2502.16886): no budget; a layer keeps what its norm needs.
 //
 // Tokens are ranked by position: sinks, then newest to oldest. The energy of a token is the square
-// of its attention from the last prompt token, averaged over the window if that is wider. The norm
-// of a cut c is the mean over query heads of the root of the energy in [c, n). The cut is the
-// largest c at which the norm has lost at most `threshold` of itself.
+// of its attention from the last prompt token; a wider window averages over its rows. The norm of a
+// cut c is the mean over query heads of the root of the energy of tokens [c, n). The cut is the
+// largest c at which the norm has lost at most `threshold` of itself. norm_scan.hpp explains the
+// algorithm.
 #pragma once
 
 #include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 
+/// Requires the layer's number (layer_info::index), unless full_layers is 0.
 struct refreekv {
   template <class Memory>
   using decision = kept_ranges<Memory>;
   static constexpr bool takes_shards = true;
 
-  double threshold = 0.01;  ///< the norm may lose this share of itself, in [0, 1]
+  double threshold = 0.01;  ///< largest share of the norm that may be lost, in [0, 1]
   count_t sinks = 4;        ///< first tokens that always stay, outside the norm by default
-  count_t window = 1;       ///< last queries that are looked at, at least 1; all there are if fewer
+  count_t window = 1;       ///< last queries that are read, at least 1; if fewer, all
   row_average average = row_average::mean;
   norm_scope norm = norm_scope::candidates;
   cut_scope scope = cut_scope::layer;
@@ -34,8 +36,8 @@ struct refreekv {
       option{"scope", &refreekv::scope, "which query heads share a cut"},
       option{"full_layers", &refreekv::full_layers, "first layers that are never pruned"}};
 
-  /// The observation says which layer it is of, unless full_layers is 0; the parts of a shard must
-  /// be whole chunks.
+  /// Null, or the error that the layer's number is not set although full_layers is not 0, or that a
+  /// part of a shard splits a chunk.
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
     if constexpr (sharded_layer<Layer>) {
@@ -62,16 +64,20 @@ struct refreekv {
             ops<Backend>::carve_scan_scratch(from, exec, scan(layer), detail::plain(layer))};
   }
 
-  /// Heads on several ranks: `join`, a reduction, makes one cut of them. It sums norms [sequence,
-  /// group, chunk], then [sequence, group, chunk_tokens]. The sums are a single rank's in another
-  /// order of additions: losses differ by 1e-16 for each query head at most, so the float in the
-  /// result by its last digit, and the cut only where a loss is that near to the threshold.
-  /// dropped_mass is of a rank's own heads. Ranks with different KV heads share no cut of
-  /// cut_scope::kv_head: they decide without it.
+  /// Writes the kept ranges [sequence, group].
   ///
-  /// Tokens on several ranks: `join`, an exchange, gives all ranks the chunk_statistics [sequence,
-  /// q_head, window, chunk] (twice for a mean over several rows), then [sequence, group,
-  /// chunk_tokens] norms, and as many masses. All ranks find what a single one does, bit for bit.
+  /// Tensor parallel (heads split): `ranks` is a head_reduction, and all ranks find one common cut.
+  /// It sums the norms [sequence, group, chunk], then the norms [sequence, group, chunk_tokens].
+  /// The sums differ from those of a single rank in the order of their additions. So a loss differs
+  /// by at most 1e-16 for each query head, and the float in the result in its last digit. The cut
+  /// differs only if a loss is that near to the threshold. dropped_mass covers a rank's own heads.
+  /// With cut_scope::kv_head, ranks with different KV heads share no cut: they decide without
+  /// a head_reduction.
+  ///
+  /// Context parallel (tokens split): `ranks` is a token_exchange. It gathers on all ranks the
+  /// chunk_statistics [sequence, q_head, window, chunk], twice for a mean over several rows. Then
+  /// it gathers the norms [sequence, group, chunk_tokens], and the masses of that shape. The
+  /// results of all ranks equal those of a single rank, bit for bit.
   template <backend Backend, attention_layer Layer, class Ranks>
   status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
                 const decision<typename Layer::memory>& kept, const Ranks& ranks) const noexcept {
@@ -99,7 +105,7 @@ struct refreekv {
     return s;
   }
 
-  struct keep_all {  // public, as device code wants it
+  struct keep_all {  // public, because device code requires it
     index_t sinks;
     REFREEKV_HOST_DEVICE constexpr kept_range operator()(index_t tokens) const noexcept {
       return position_ranking(tokens, sinks).all();
@@ -107,7 +113,7 @@ struct refreekv {
   };
 
  private:
-  /// Sums over the ranks with other heads.
+  /// Sums [count] over the ranks with other heads, in place. Does nothing without a head_reduction.
   template <class Ranks>
   static status sum(const Ranks& ranks, double* sums, index_t count) noexcept {
     if constexpr (head_reduction<Ranks>) {
@@ -116,7 +122,8 @@ struct refreekv {
       return status::ok;
     }
   }
-  /// Gives what a rank has found to those with other tokens.
+  /// Gathers the results [count] of the ranks with other tokens, in place. Does nothing unless the
+  /// layer is sharded.
   template <class Layer, class Ranks, class T>
   static status share(const Ranks& ranks, T* found, index_t count) noexcept {
     if constexpr (sharded_layer<Layer>) {

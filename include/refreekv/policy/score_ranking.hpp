@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keeping the tokens that receive the most attention: the part that H2O, SnapKV, PyramidKV and the
-// decoding of CAKE share.
+// Keeps the tokens that receive the most attention: the method that H2O, SnapKV, PyramidKV and
+// CAKE's decoding share.
 #pragma once
 
 #include "refreekv/policy/budget.hpp"
@@ -8,23 +8,23 @@
 
 namespace refreekv::inline v0 {
 
-/// Scores a sequence's tokens by the attention of the last rows, pools them, and keeps the best and
-/// the most recent ones.
+/// Scores a sequence's tokens by the attention of the last rows, pools the scores, and keeps the
+/// tokens with the highest scores and the most recent ones.
 template <class Quota>
 struct score_ranking {
-  index_t rows;  ///< of the observation
-  pooling pool;  ///< width 1 for none
-  bool carried;  ///< scores are the caller's and go on from plain they were
-  /// Device-callable: the token_quota of a number of tokens. Where it has a `head_floor` below 1,
-  /// KV heads share it.
+  index_t rows;  ///< last rows of the layer's window that score tokens
+  pooling pool;  ///< width 1: scores are not pooled
+  bool carried;  ///< the caller owns the scores, and new attention is added to them
+  /// Device-callable: quota(tokens) returns the token_quota of a sequence of `tokens` tokens. If it
+  /// has a member `head_floor` below 1, the KV heads of a layer share their quotas.
   Quota quota;
 
   template <class Backend>
   struct buffers {
-    float* scores;        ///< [sequence, kv_head, capacity]; null where they are the caller's
-    float* pooled;        ///< the same; null for no pooling
+    float* scores;        ///< [sequence, kv_head, capacity]; null if the caller owns them
+    float* pooled;        ///< [sequence, kv_head, capacity]; null without pooling
     token_quota* quotas;  ///< [sequence]
-    token_quota* shared;  ///< [sequence, kv_head]; null where KV heads share nothing
+    token_quota* shared;  ///< [sequence, kv_head]; null unless KV heads share quotas
     typename ops<Backend>::attention_scratch attention;
     typename ops<Backend>::selection_scratch selection;
     typename ops<Backend>::sharing_scratch sharing;
@@ -82,6 +82,7 @@ struct score_ranking {
     return s;
   }
 
+  /// Whether the KV heads of a layer share their quotas. O(1).
   [[nodiscard]] constexpr bool shares() const noexcept {
     if constexpr (requires { quota.head_floor; }) {
       return quota.head_floor < 1;
@@ -91,7 +92,7 @@ struct score_ranking {
   }
 
   template <class Layer>
-  struct assign_quota {  // public, as device code wants it
+  struct assign_quota {  // public, because device code requires it
     Layer layer;
     token_quota* quotas;
     Quota quota;

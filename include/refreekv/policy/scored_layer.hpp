@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An observation with scores that go on from one step to the next.
+// A layer with scores that accumulate from one decoding step to the next.
 #pragma once
 
 #include "refreekv/attention/layer.hpp"
@@ -21,7 +21,7 @@ template <class O>
 
 }  // namespace detail
 
-/// An observation and the scores that its tokens have earned so far, which are the caller's.
+/// A layer with the accumulated scores of its tokens. The caller owns the scores.
 template <model_layer Layer>
 struct scored_layer : Layer {
   using plain_type = Layer;
@@ -35,6 +35,7 @@ struct scored_layer : Layer {
   }
 };
 
+/// Returns the layer with scores [sequence, kv_head, capacity]. O(1).
 template <model_layer Layer>
 [[nodiscard]] constexpr auto with_scores(
     const Layer& layer, const scores_view<typename Layer::memory>& scores) noexcept {

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// SnapKV (arXiv 2404.14469): the tokens that the end of the prompt attends to, and their
+// SnapKV (arXiv 2404.14469): keeps the tokens that the end of the prompt attends to, and their
 // neighbours.
 //
-// A token's score is the attention that it receives from the last queries, the observation window,
-// pooled over its neighbours. The window's own tokens stay, and of the others those with the
-// highest scores, up to the budget.
+// A token's score is the attention that it receives from the last queries (the observation window),
+// pooled over its neighbours. The window's own tokens stay. Of the other tokens, those with the
+// highest scores stay, up to the budget.
 //
 // With `head_floor` below 1 the KV heads of a layer share their budgets: Ada-SnapKV (Ada-KV, arXiv
-// 2407.11550). Say that each of H heads may keep B tokens before the window, and take the H * B
-// with the highest scores of all heads, those of lower heads and then the earlier ones among
-// equals. A head keeps head_floor * B + (1 - head_floor) * (how many of these are its own) tokens,
-// its best ones. As in the authors' code (FFY0/AdaKV), whose floor_alpha the floor is, that is
-// rounded, to even from halfway, so that a layer keeps H * B up to half a token a head. Unlike
-// there, head_floor * B is not cut to a whole number before; and scores are not weighted by what
-// share of a head's B of them hold, which is an option there.
+// 2407.11550). Let each of H heads have a budget of B tokens before the window. The H * B tokens
+// with the highest scores of all heads are selected; among equals those of lower heads, then the
+// earlier ones. Let `own` be the number of selected tokens of one head. That head keeps its best
+// head_floor * B + (1 - head_floor) * own tokens.
+//
+// As in the authors' code (FFY0/AdaKV), this number is rounded, from halfway to the even one. So a
+// layer keeps H * B tokens, up to half a token for each head. head_floor is that code's
+// floor_alpha. There are two differences: head_floor * B is not rounded down before, and scores are
+// not weighted by the share that B tokens hold of a head's scores (an option in that code).
 #pragma once
 
 #include "refreekv/policy/score_ranking.hpp"
@@ -24,16 +26,16 @@ struct snapkv {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  /// Tokens, the window's included: those stay however small the budget is. Of the mean KV head
-  /// where these share them.
+  /// Tokens of a KV head, those of the window included; the latter stay however small the budget
+  /// is. If KV heads share their budgets, tokens of the mean KV head.
   token_budget budget = 2048;
-  /// Last queries that give scores, all there are if fewer, and last tokens, which stay; at
-  /// least 1.
+  /// Number of last queries that score tokens, and of last tokens that always stay. At least 1. If
+  /// there are fewer queries, all of them.
   count_t window = 32;
   pooling pool = {pool_kind::average, 5};
-  /// Share of the budget that is every KV head's own, in [0, 1]. 1: SnapKV. 0.2: Ada-SnapKV, with
-  /// pool {max, 7}. A rank with a part of a layer's heads shares among these. Where a head has
-  /// nothing to decide on, all keep all of its sequence, and nothing is shared.
+  /// Share of the budget that each KV head has for itself, in [0, 1]. 1: SnapKV. 0.2: Ada-SnapKV,
+  /// with pool {max, 7}. A tensor parallel rank shares budgets only among its own heads. If a head
+  /// is undecided, all heads keep all tokens of that sequence, and nothing is shared.
   double head_floor = 1;
 
   static constexpr const char* name = "snapkv";
@@ -49,7 +51,7 @@ struct snapkv {
     return score_ranking<snapkv>{detail::most_rows(layer, window), pool, false, *this};
   }
 
-  /// What stays of a sequence. O(1)
+  /// Returns the quota of a sequence of `tokens` tokens. O(1).
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota operator()(index_t tokens) const noexcept {
     return token_quota::of(budget.of(tokens), window);
   }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // StreamingLLM (arXiv 2309.17453): a fixed budget of sinks and recent tokens, no attention needed.
 //
-// While the budget holds all tokens there are and `incoming` more, all stay. Otherwise the sinks
-// and the most recent ones stay, `incoming` fewer than the budget. The same rule serves after a
-// prefill, after every decoded token (incoming 0; a share would be one of what the last step left)
-// and before a turn that is known to bring `incoming` tokens. Keys keep their rotation here; the
-// paper rotates them by slot. A cache that is pruned again and again keeps its own count of
-// positions.
+// All tokens stay if the budget holds them and `incoming` more. Otherwise the sinks and the most
+// recent tokens stay, `incoming` fewer than the budget. Call it after a prefill, after every
+// decoded token (with incoming 0), or before a turn that is known to bring `incoming` tokens. After
+// decoded tokens, set the budget as a number: a share would be of the tokens that the last step
+// kept. Keys keep their rotation here; the paper rotates them by slot. If a cache is pruned
+// repeatedly, its owner counts positions separately.
 #pragma once
 
 #include "refreekv/policy/budget.hpp"
@@ -18,9 +18,9 @@ struct streaming_llm {
   template <class Memory>
   using decision = kept_ranges<Memory>;
 
-  count_t sinks = 4;          ///< they stay whatever the budget is
+  count_t sinks = 4;          ///< first tokens, which stay whatever the budget is
   token_budget budget = 516;  ///< tokens, sinks included
-  count_t incoming = 0;       ///< tokens about to come that must fit
+  count_t incoming = 0;       ///< tokens that will be added next and must fit
 
   static constexpr const char* name = "streaming_llm";
   static constexpr std::tuple options{
@@ -42,7 +42,7 @@ struct streaming_llm {
     return detail::assign(exec, layer, kept, *this);
   }
 
-  /// What stays of a sequence. O(1)
+  /// Returns the kept range of a sequence of `tokens` tokens. O(1).
   [[nodiscard]] REFREEKV_HOST_DEVICE kept_range operator()(index_t tokens) const noexcept {
     const index_t most = budget.of(tokens);
     const position_ranking ranking(tokens, sinks);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// TOVA (arXiv 2401.06104): the tokens that the last one attends to, the same for all heads.
+// TOVA (arXiv 2401.06104): keeps the tokens that the last one attends to, the same for all heads.
 //
 // A token's score is the attention that it receives from the last row, averaged over all query
-// heads of the layer. The tokens with the highest scores stay, up to the budget, and the last one.
-// While decoding, each step scores all tokens anew and evicts what is over budget.
+// heads of the layer. The last token and the tokens with the highest scores stay, up to the budget.
+// While decoding, each step scores all tokens anew and drops the tokens above the budget.
 #pragma once
 
 #include "refreekv/policy/score_ranking.hpp"
@@ -14,7 +14,8 @@ struct tova {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  token_budget budget = 512;  ///< tokens, the last one included: that stays whatever the budget is
+  /// Tokens, the last one included, which stays whatever the budget is.
+  token_budget budget = 512;
 
   static constexpr const char* name = "tova";
   static constexpr std::tuple options{
@@ -23,7 +24,7 @@ struct tova {
   template <class Backend>
   struct buffers {
     float* scores;        ///< [sequence, kv_head, capacity]
-    double* sums;         ///< [sequence, capacity]: over the KV heads
+    double* sums;         ///< [sequence, capacity]: scores summed over the KV heads
     token_quota* quotas;  ///< [sequence]
     typename ops<Backend>::attention_scratch attention;
     typename ops<Backend>::selection_scratch selection;
@@ -40,7 +41,8 @@ struct tova {
             ops<Backend>::carve_selection_scratch(from, exec, detail::plain(layer))};
   }
 
-  /// `reduce` sums scores [sequence, capacity]: ranks keep the same tokens.
+  /// Writes the kept tokens. `reduce` sums scores [sequence, capacity] over the ranks, so that all
+  /// ranks keep the same tokens.
   template <backend Backend, attention_layer Layer, head_reduction Reduce>
   status select(const Backend& exec, const Layer& layer, const buffers<Backend>& work,
                 const decision<typename Layer::memory>& kept, const Reduce& reduce) const noexcept {
@@ -51,7 +53,7 @@ struct tova {
                   capacity = layer.capacity();
     const index_t entries = sequences * capacity;
     const scores_type scores(work.scores, {sequences, heads, capacity});
-    // All KV heads read the first one's scores, which become those of the layer.
+    // All KV heads read the scores of head 0, which assign_sum overwrites with the layer's.
     const scores_type shared(work.scores, {sequences, heads, capacity}, {heads * capacity, 0, 1});
     using quotas = typename score_ranking<tova>::template assign_quota<Layer>;
     status s = run::for_each_sequence(exec, sequences, quotas{layer, work.quotas, *this});
@@ -73,13 +75,13 @@ struct tova {
     return s;
   }
 
-  /// What stays of a sequence. O(1)
+  /// Returns the quota of a sequence of `tokens` tokens. O(1).
   [[nodiscard]] REFREEKV_HOST_DEVICE token_quota operator()(index_t tokens) const noexcept {
     return token_quota::of(budget.of(tokens), 1);
   }
 
-  // Public, as device code wants them. Each call is for one token, not for a sequence: a thread of
-  // a device that walked along a sequence alone would take longer than the attention before it.
+  // Public, because device code requires it. Each call handles one token, not a sequence: a device
+  // thread that read a whole sequence alone would run longer than the attention before it.
   template <class Layer>
   struct sum_heads {
     Layer layer;
@@ -97,7 +99,7 @@ struct tova {
   struct assign_sum {
     Layer layer;
     scores_view<typename Layer::memory> scores;
-    const double* sums;
+    const double* sums;  // [sequence, capacity]
     REFREEKV_HOST_DEVICE void operator()(index_t i) const noexcept {
       const index_t s = i / layer.capacity(), t = i % layer.capacity();
       if (t < layer.tokens(s)) scores(s, 0, t) = static_cast<float>(sums[i]);

@@ -1,29 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-// Twilight (arXiv 2502.02770): for each query the fewest tokens that hold a share p of its
+// Twilight (arXiv 2502.02770): for each query, keeps the fewest tokens that hold a share p of its
 // attention.
 //
-// Made for decoding: every step attends to a fresh set and nothing leaves the cache. A selector
-// (Quest) first narrows the tokens down to a few pages, if it is given bounds of them; attention is
-// estimated from 4-bit keys, if those are observed in place of the keys; then each query head takes
-// the fewest tokens that hold p of it, and a KV head the union over its query heads. Applied once
-// to the last row of a prompt and compacted, it is what table 4 of arXiv 2502.16886 compares with.
+// Twilight is made for decoding: every step attends to a new set, and nothing is dropped from the
+// cache. If the layer has page bounds, a selector (Quest) first narrows the tokens down to a few
+// pages. If 4-bit keys are passed in place of the keys, attention is estimated from them. Each
+// query head then selects the fewest tokens that hold p of its attention (p is `mass` below). A KV
+// head keeps the union over its query heads. Table 4 of arXiv 2502.16886 compares with Twilight
+// applied once, to the last row of a prompt, and then compacted.
 #pragma once
 
 #include "refreekv/policy/policy.hpp"
 
 namespace refreekv::inline v0::policy {
 
-/// What is read at a step is all of what is observed: the selector narrows what is kept.
+/// A step reads all of the layer: the selector narrows the kept tokens, not the read ones. Requires
+/// the layer's number (layer_info::index), unless full_layers is 0.
 struct twilight {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  double mass = 0.95;              ///< share of the attention to keep, in [0, 1]
-  count_t selector_budget = 8192;  ///< tokens in the pages that the selector leaves each query head
-  /// The set of the published kernel, whose bisection starts at the first token's attention: not
-  /// minimal where that is not the largest, and everything where the selector dropped it.
+  double mass = 0.95;  ///< share p of the attention to keep, in [0, 1]
+  /// Tokens in the pages that the selector keeps for each query head.
+  count_t selector_budget = 8192;
+  /// Whether to keep the set of the published kernel. Its bisection starts at the first token's
+  /// attention. If that is not the largest, the set is not minimal. If the selector dropped the
+  /// first token, the set is every token that the selector kept.
   bool sink_start = false;
-  count_t full_layers = 2;  ///< first layers that attend to all
+  count_t full_layers = 2;  ///< first layers, which attend to all tokens
 
   static constexpr const char* name = "twilight";
   static constexpr std::tuple options{
@@ -33,6 +37,7 @@ struct twilight {
       option{"sink_start", &twilight::sink_start, "the set of the published kernel"},
       option{"full_layers", &twilight::full_layers, "first layers that attend to all"}};
 
+  /// Null, or the error that the layer's number is not set although full_layers is not 0. O(1).
   template <attention_layer Layer>
   [[nodiscard]] constexpr const char* invalid(const Layer& layer) const noexcept {
     return detail::needs_layer(layer, full_layers);
