@@ -37,7 +37,7 @@ struct cake {
       option{"budget", &cake::budget, "tokens of the mean layer, those of the window included"},
       option{"window", &cake::window, "last queries that give scores, and last tokens that stay",
              at_least_one},
-      option{"layers", &cake::layers, "of the model", at_least_one},
+      option{"layers", &cake::layers, "layers of the model", at_least_one},
       option{"gamma", &cake::gamma, "weight of the variance", option_range{0, 1e30, ">= 0"}},
       option{"tau1", &cake::tau1, "temperature of the entropy", positive},
       option{"tau2", &cake::tau2, "temperature of the variance", positive},

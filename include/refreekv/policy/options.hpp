@@ -15,8 +15,8 @@
 
 namespace refreekv::inline v0 {
 
-/// The allowed values of a numeric option, and their name in error messages. Both ends are allowed,
-/// NaN never is.
+/// The allowed values of a numeric option, and their name in error messages. NaN is
+/// never allowed.
 struct option_range {
   double low;
   double high;
@@ -28,11 +28,7 @@ inline constexpr option_range any_count{0, max_count, ">= 0"};
 inline constexpr option_range at_least_one{1, max_count, ">= 1"};
 inline constexpr option_range positive{0, HUGE_VAL, "> 0", true};
 
-<<<<<<< HEAD
-/// The range of an option that names none. A double has to name one.
-=======
-/// The range of an option of type T that specifies no range.
->>>>>>> lang-g
+/// The range of an option of type T that specifies no range. A double has to specify one.
 template <class T>
   requires(!std::is_same_v<T, double>)
 inline constexpr option_range default_range{0, 0, ""};
@@ -117,14 +113,9 @@ constexpr void for_each_option(const F& f) {
   std::apply([&](const auto&... each) { (f(each), ...); }, Policy::options);
 }
 
-<<<<<<< HEAD
 /// Null, or which option of a policy is outside its range, in words. Then, if the policy has it,
-/// `invalid()`: for options that depend on each other, and for policies without `options`.
-/// O(options).
-=======
-/// Null, or the first option of a policy that is outside its range, in words. A policy without
-/// `options` returns these words from its own `invalid()`. O(options).
->>>>>>> lang-g
+/// the result of `invalid()`: for options that depend on each other, and for policies without
+/// `options`. O(options).
 template <class Policy>
   requires has_options<Policy> || requires(const Policy& policy) { policy.invalid(); }
 [[nodiscard]] constexpr const char* why_invalid(const Policy& policy) noexcept {

@@ -55,7 +55,7 @@ struct pyramidkv {
       option{"pool", &pyramidkv::pool, "how scores of neighbours are pooled"},
       option{"beta", &pyramidkv::beta, "how steeply budgets fall from layer to layer",
              at_least_one},
-      option{"layers", &pyramidkv::layers, "of the model", at_least_one},
+      option{"layers", &pyramidkv::layers, "layers of the model", at_least_one},
       option{"step", &pyramidkv::step, "how budgets become whole numbers"}};
 
   /// Null, or the error that the layer's number is not set or not below `layers`. O(1).

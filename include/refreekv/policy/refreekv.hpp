@@ -30,7 +30,7 @@ struct refreekv {
   static constexpr std::tuple options{
       option{"threshold", &refreekv::threshold, "share of the norm that may be lost", any_share},
       option{"sinks", &refreekv::sinks, "first tokens that always stay"},
-      option{"window", &refreekv::window, "last queries that are looked at", at_least_one},
+      option{"window", &refreekv::window, "last queries to look at", at_least_one},
       option{"average", &refreekv::average, "how the rows of the window become one energy"},
       option{"norm", &refreekv::norm, "what the norm is taken over"},
       option{"scope", &refreekv::scope, "which query heads share a cut"},

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Twilight (arXiv 2502.02770): for each query, keeps the fewest tokens that hold a share p of its
-// attention.
+// Twilight (arXiv 2502.02770): for each query, keeps the fewest tokens that hold the share `mass`
+// of its attention.
 //
 // Twilight is made for decoding: every step attends to a new set, and nothing is dropped from the
 // cache. If the layer has page bounds, a selector (Quest) first narrows the tokens down to a few
 // pages. If 4-bit keys are passed in place of the keys, attention is estimated from them. Each
-// query head then selects the fewest tokens that hold p of its attention (p is `mass` below). A KV
+// query head then selects the fewest tokens that hold `mass` of its attention (the paper's p). A KV
 // head keeps the union over its query heads. Table 4 of arXiv 2502.16886 compares with Twilight
 // applied once, to the last row of a prompt, and then compacted.
 #pragma once
@@ -20,7 +20,7 @@ struct twilight {
   template <class Memory>
   using decision = kept_positions<Memory>;
 
-  double mass = 0.95;  ///< share p of the attention to keep, in [0, 1]
+  double mass = 0.95;  ///< share of the attention to keep, in [0, 1]
   /// Tokens in the pages that the selector keeps for each query head.
   count_t selector_budget = 8192;
   /// Whether to keep the set of the published kernel. Its bisection starts at the first token's
@@ -34,7 +34,7 @@ struct twilight {
       option{"mass", &twilight::mass, "share of the attention that stays", any_share},
       option{"selector_budget", &twilight::selector_budget,
              "tokens in the pages that the selector keeps", at_least_one},
-      option{"sink_start", &twilight::sink_start, "the set of the published kernel"},
+      option{"sink_start", &twilight::sink_start, "keep the set that the published kernel keeps"},
       option{"full_layers", &twilight::full_layers, "first layers that attend to all"}};
 
   /// Null, or the error that the layer's number is not set although full_layers is not 0. O(1).
