@@ -12,10 +12,10 @@ TEST_CASE("a budget is a number of tokens, or a share of them", "[budget]") {
   CHECK(token_budget::share(0.9).of(1000) == 900);
   CHECK(token_budget::share(0).of(1000) == 0);
   CHECK(token_budget::share(1).of(1000) == 1000);
-  // Half to even, as Python rounds.
+  // From halfway to the even number, as Python rounds.
   CHECK(token_budget::share(0.5).of(5) == 2);
   CHECK(token_budget::share(0.5).of(7) == 4);
-  // A token at least.
+  // A share above 0 is at least one token.
   CHECK(token_budget::share(0.2).of(2) == 1);
   CHECK(token_budget::share(0.2).of(0) == 0);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// faithful keeps the positions, and finds the stand-ins, that an independent program found.
+// faithful keeps the same positions and computes the same stand-ins as an independent program.
 #include "golden_policies.hpp"
 #include "valued_selection.hpp"
 
@@ -16,7 +16,7 @@ float number(std::uint32_t tag, index_t i) {
          1;
 }
 
-/// The layer of golden/faithful.json: all numbers are exact in float.
+/// The layer of golden/faithful.json. All its numbers are exact in float.
 struct golden_layer {
   std::vector<float> queries, keys, values;  // [row, q_head, dim], [kv_head, token, dim]
 
@@ -43,7 +43,7 @@ struct golden_layer {
   }
 };
 
-/// Rows that agree within 1e-4 of their norm.
+/// Checks that each row is within 1e-4 of the norm of the expected row.
 void check_rows(const float_rows& ours, const json& theirs) {
   REQUIRE(ours.size() == theirs.size());
   for (std::size_t i = 0; i < ours.size(); ++i) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// faithful against the double-precision oracle, on random problems.
+// Compares faithful with the double-precision oracle on random problems.
 #include "faithful_reference.hpp"
 #include "valued_selection.hpp"
 
@@ -55,7 +55,7 @@ problem random_problem(random_source& random) {
   return p;
 }
 
-/// Values of another head_dim than the keys', with a length that differs from token to token.
+/// Random values with a head_dim of their own. Their norm differs from token to token.
 plain_rows random_values(const problem& p, random_source& random) {
   plain_rows values(p.keys.kv_heads, random.one_of<index_t>({1, 8, 20}), p.lengths);
   for (auto& rows : values.values) {
@@ -64,7 +64,9 @@ plain_rows random_values(const problem& p, random_source& random) {
   return values;
 }
 
-/// Keys that have no direction, tokens that are equal, and what nothing can be decided on.
+/// Spoils about half of the sequences, each with one of: an infinite value, a NaN in a key, an
+/// infinite query, or a key of zeros. A key of zeros has no direction; the others allow no
+/// decision.
 void spoil(problem& p, plain_rows& values, random_source& random) {
   for (index_t s = 0; s < p.sequences(); ++s) {
     const index_t n = p.lengths[size(s)];
@@ -81,7 +83,7 @@ void spoil(problem& p, plain_rows& values, random_source& random) {
   }
 }
 
-/// How often a decision was so near that nothing could be said.
+/// Counts the sizes that were compared, and those too near to the limit to be compared.
 struct doubts {
   unsigned sizes = 0, near = 0;
 };
@@ -92,10 +94,11 @@ double distance(const std::vector<float>& ours, const reference::scores& theirs)
     sum += std::pow(double{ours[d]} - theirs[d], 2);
     norm += theirs[d] * theirs[d];
   }
-  return std::sqrt(sum) / (std::sqrt(norm) + 0.05);  // what nearly cancels has fewer digits
+  return std::sqrt(sum) / (std::sqrt(norm) + 0.05);  // a sum that nearly cancels has fewer digits
 }
 
-/// Empty, or in what a sequence's decision is not the oracle's, nor one that rounding explains.
+/// Returns how a sequence's decision differs from the oracle's, or "" if it does not, or if
+/// rounding explains the difference.
 std::string disagreement(const policy::faithful& policy, const faithful_layer& oracle,
                          const valued_selection& ours, index_t s, index_t tokens, doubts& layer) {
   const index_t kv_heads = oracle.kv_heads();
@@ -113,7 +116,7 @@ std::string disagreement(const policy::faithful& policy, const faithful_layer& o
   }
   if (oracle.all_stay()) return total == tokens * kv_heads ? "" : "not all stay";
 
-  // Which size was chosen, and whether bisection leads there.
+  // Finds the chosen size and checks that bisection leads to it.
   index_t chosen = -1;
   for (index_t i = policy.sizes; i >= 0; --i) {
     index_t kept = 0;
@@ -128,7 +131,7 @@ std::string disagreement(const policy::faithful& policy, const faithful_layer& o
     const index_t middle = low + (high - low) / 2;
     const auto [lost, error] = oracle.cost_of(middle);
     const double criterion = policy.error_term ? std::sqrt(error * lost) : lost;
-    // Of outputs in float, an error is known to 2e-7.
+    // Outputs are in float, so an error is known only to 2e-7.
     const double enough = policy.tolerance * policy.tolerance / lost;
     const bool near = std::abs(criterion - policy.tolerance) <= 1e-6 ||
                       (policy.error_term && std::abs(error - enough) <= 2e-7) ||
@@ -144,11 +147,11 @@ std::string disagreement(const policy::faithful& policy, const faithful_layer& o
            ", oracle " + std::to_string(high);
   }
 
-  // Which tokens it keeps.
+  // Compares the tokens that this size keeps.
   const auto expected = oracle.kept(chosen);
   if (stays != expected && !oracle.is_near_tie(chosen)) return "other tokens";
 
-  std::size_t most = 0;  // of any KV head, which all have where they have one length
+  std::size_t most = 0;  // blocks of a KV head; if heads share one length, all have as many
   for (index_t h = 0; policy.scope == refreekv::cut_scope::layer && h < kv_heads; ++h) {
     most = std::max(most, oracle.blocks(stays[size(h)]).size());
   }

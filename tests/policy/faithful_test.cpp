@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What faithful leaves in a cache, and what it refuses.
+// Checks the cache after a decision of faithful, and the errors of faithful.
 #include "valued_selection.hpp"
 
 using namespace refreekv;
@@ -23,8 +23,8 @@ struct valued_problem {
   }
 };
 
-/// Selects on copies of a layer in caches of T and layout i, and calls check(keys, values, kept,
-/// backend).
+/// Copies a layer to caches of T in the layout of this number, selects, and calls
+/// check(keys, values, kept, backend).
 template <class T, class Check>
 void with_decision(valued_problem& l, const policy::faithful& policy, std::size_t layout,
                    const Check& check) {
@@ -51,7 +51,7 @@ void with_decision(valued_problem& l, const policy::faithful& policy, std::size_
   });
 }
 
-/// The row of a cache as floats.
+/// Returns one row [dim] of a cache as floats.
 template <class Source>
 std::vector<float> row_of(const Source& source, index_t s, index_t h, index_t slot) {
   const auto run = source.run_at(s, h, slot);
@@ -114,7 +114,7 @@ void check_compaction(compaction mode, cut_scope scope) {
   }
 }
 
-/// Why select refuses, or "".
+/// Returns the error of select, or "".
 template <class Layer>
 std::string refused(const policy::faithful& policy, const Layer& layer,
                     const kept_with_stand_ins<>& kept) {
@@ -148,7 +148,8 @@ TEST_CASE("short prompts, one KV head, many query heads", "[faithful]") {
       with_decision<float>(
           l, {.tolerance = 1, .error_term = false}, 0,
           [&](const auto&, const auto&, const auto& kept, const auto&) {
-            // At a tolerance of 1 what need not stay goes: 4 sinks, and a quarter of the last 8.
+            // At a tolerance of 1 only the tokens that always stay are kept: 4 sinks, and the last
+            // 8 tokens, at most a quarter of the prompt, but at least one.
             const index_t last = std::max<index_t>(1, std::min<index_t>(8, n / 4));
             CHECK(kept.counts(0, 0).count == std::min<index_t>(n, 4 + last));
             const index_t dropped = n - kept.counts(0, 0).count;
@@ -170,10 +171,10 @@ TEST_CASE("of equal tokens the lower head's stay, and of one head the lower ones
         for (index_t d = 0; d < 16; ++d) l.p.query(0, r, 2 * h + g, d) = l.p.query(0, r, 0, d);
       }
     }
-    // Another direction, or every distance would be 0.
+    // This key has another direction. Otherwise every distance would be 0.
     for (index_t d = 0; d < 16; ++d) l.p.keys.at(0, h, 1, d) = d % 2 == 0 ? 100.0f : -90.0f;
   }
-  // No two scores differ: half of all candidates stay. That is all of head 0, and a half of head 1.
+  // All scores are equal, and half of all candidates stay: all of head 0 and half of head 1.
   const policy::faithful policy{.tolerance = 0.55, .sizes = 2, .error_term = false};
   with_decision<float>(l, policy, 0, [&](const auto&, const auto&, const auto& kept, const auto&) {
     CHECK(kept.counts(0, 0).count == 200);
@@ -248,7 +249,7 @@ TEST_CASE("an engine hears why faithful does not decide", "[faithful]") {
   CHECK(begins(refused(policy, alibi, kept), "stand-ins have no position"));
   CHECK(refused(positions, alibi, only) == "");
 
-  // Multi-head latent attention: values are the first dimensions of the keys.
+  // In multi-head latent attention, values are the first dimensions of the keys.
   const auto rows = keys.source().run_at(0, 0, 0);
   const dense latent(
       view<float, 4>(rows.data, {1, kv_heads, 90, 8},

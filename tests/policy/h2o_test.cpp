@@ -8,7 +8,7 @@ using namespace refreekv;
 
 namespace {
 
-/// One layer that decodes: keys and scores, from which each step evicts.
+/// One layer that decodes: its keys and scores. Each step drops tokens from both.
 class decoder {
  public:
   explicit decoder(index_t prompt)
@@ -18,8 +18,8 @@ class decoder {
     for (index_t t = 0; t < prompt; ++t) write_key(t);
   }
 
-  /// Appends a token with a random query, or one with NaN, and returns what is kept of each KV
-  /// head.
+  /// Appends a token and returns the kept tokens of each KV head. The query is random; if `bad`,
+  /// it has a NaN.
   ranked_selection step(const policy::h2o& policy, bool bad) {
     REQUIRE(length_ < capacity);
     write_key(length_++);
@@ -81,8 +81,8 @@ TEST_CASE("a row of NaN keeps everything once, and eviction goes on", "[h2o]") {
       CHECK(count.count == (bad ? count.tokens : 12));
     }
     if (!bad) continue;
-    // The row adds nothing to the scores of its own KV head, and to those of the other what it
-    // gives.
+    // A row with a NaN adds nothing to the scores of its own KV head. The other KV head's row has
+    // no NaN and is added as usual.
     before.push_back(0);
     other.push_back(0);
     CHECK(layer.scores_of(0) == before);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every option outside its range, and every observation that does not fit, is refused by name.
+// Every option outside its range and every unsuitable layer is an error that names it.
 #include <fstream>
 #include <iterator>
 #include <tuple>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr count_t wrapped = static_cast<count_t>(-1);
 
-/// The first word of why select refuses; checks that it does.
+/// Returns the first word of the error, or "". Checks that select returns an error if there is one.
 template <class Policy, class Layer>
 std::string why(const Policy& policy, const Layer& layer) {
   guarded_positions guarded(layer.sequences(), layer.kv_heads(), layer.capacity());
@@ -39,7 +39,7 @@ struct anything {
   operator T() const;
 };
 
-/// How many members an aggregate has.
+/// Returns the number of members of an aggregate.
 template <class T, class... Given>
 consteval std::size_t members() {
   if constexpr (requires { T{Given{}..., anything{}}; }) {
@@ -172,7 +172,7 @@ TEST_CASE("options outside their range are named", "[policy]") {
   CHECK(why(pyramidkv{.pool = {pool_kind::average, 2}}, layer) == "pool.width");
   CHECK(why(pyramidkv{.beta = 0}, layer) == "beta");
   CHECK(why(pyramidkv{.layers = 0}, layer) == "layers");
-  CHECK(why(pyramidkv{.layers = 9}, layer) == "layer_info::index");  // this is the tenth
+  CHECK(why(pyramidkv{.layers = 9}, layer) == "layer_info::index");  // the layer is the tenth
   CHECK(why(tova{}, layer) == "");
   CHECK(why(tova{.budget = wrapped}, layer) == "budget");
   CHECK(why(tova{.budget = token_budget::share(1.5)}, layer) == "budget");
@@ -316,7 +316,7 @@ TEST_CASE("work that no memory holds is refused, not wrapped", "[policy]") {
   };
   constexpr index_t most = max_count;
   const auto all = [&](const auto& policy) {
-#if !defined(REFREEKV_TEST_EMULATED)  // a device copies no queries: it has room, and would begin
+#if !defined(REFREEKV_TEST_EMULATED)  // a device copies no queries: the workspace suffices
     CHECK(small(policy, 1, most, most, 10) == status::small_workspace);
 #endif
     CHECK(small(policy, most, most, most, most) == status::small_workspace);
@@ -329,7 +329,7 @@ TEST_CASE("work that no memory holds is refused, not wrapped", "[policy]") {
   all(policy::attention_ranked{});
   all(policy::twilight{});
 #if !defined(REFREEKV_TEST_EMULATED)
-  // A stride-0 observation of which one worker's memory is the largest size there is.
+  // A layer with strides of 0: the scratch of one worker is the largest possible size.
   const dense keys(view(&one, {1, 1, 1, index_t{max_count}}, {0, 0, 0, 0}));
   const view<const float, 4> queries(&one, {1, 1, index_t{max_count}, index_t{max_count}},
                                      {0, 0, 0, 0});

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Policies keep what the published code of their methods keeps of toy data.
+// On toy data, policies keep the same tokens as the published code of their methods.
 #include "estimates.hpp"
 #include "golden_policies.hpp"
 #include "ranked_selection.hpp"
@@ -13,7 +13,7 @@ using refreekv::pool_kind;
 using refreekv::token_budget;
 namespace policy = refreekv::policy;
 
-/// Undivided; in seven parts it must be the same.
+/// Returns the tokens kept by an undivided run. A run in seven parts must keep the same tokens.
 template <class Policy, class Layer>
 kept_heads kept_by(const Policy& policy, const Layer& layer) {
   const ranked_selection one = run_ranked(policy, divided<1>(), layer);
@@ -24,7 +24,8 @@ kept_heads kept_by(const Policy& policy, const Layer& layer) {
 
 refreekv::layer_info<> info(index_t layer) { return {.index = layer}; }
 
-/// Of the attention of all tokens, and of the last `window` rows alone.
+/// Checks the kept tokens twice: with the attention rows of all tokens, and with only the last
+/// `window` rows.
 template <class Policy>
 void check_kept(const Policy& policy, index_t q_heads, index_t window, const json& expected,
                 index_t layer = 0) {
@@ -58,7 +59,7 @@ check grouped_snapkv(token_budget budget) {
   };
 }
 
-/// Scores that are compacted as a cache is, three decoded tokens after the prompt.
+/// Decodes three tokens after the prompt. Scores are compacted like a cache.
 void h2o_real_drop(const json& entry) {
   constexpr index_t capacity = 15;
   constexpr policy::h2o policy{.budget = 6, .recent = 3};
@@ -91,7 +92,7 @@ void h2o_real_drop(const json& entry) {
   }
 }
 
-/// Tokens that each layer keeps besides the window.
+/// Compares with the tokens that each layer keeps besides the window; null means all tokens.
 check pyramid(index_t tokens, policy::pyramidkv policy) {
   return [=](const json& entry) {
     attention_rows rows{1, policy.window, tokens, {}};
@@ -191,7 +192,7 @@ void streaming_entries(const json& entry) {
                 {});
 }
 
-/// Of ready probabilities of one head.
+/// Returns the tokens kept by one head with these attention probabilities [token].
 std::vector<position_t> top_p_of(const policy::twilight& policy, const scores& probabilities) {
   const attention_rows rows{1, 1, static_cast<index_t>(probabilities.size()), probabilities};
   const row_tensor tensor({rows}, 1);
@@ -209,7 +210,7 @@ void top_p_cases(const json& entry) {
   }
 }
 
-/// A layer's scores as CAKE's caller holds them, and the positions that are left in the layer.
+/// A layer's scores as CAKE's caller owns them, and the positions still in the layer.
 class cake_layer {
  public:
   static constexpr index_t capacity = toy::tokens + 1;
@@ -223,7 +224,7 @@ class cake_layer {
     return {data, data + toy::tokens - 3};
   }
 
-  /// Selects, with the attention of the layer or without, and drops what is not selected.
+  /// Selects and drops the other tokens. The layer may have attention rows or none.
   template <class Layer>
   void select(const policy::cake& policy, const Layer& layer) {
     const auto length = static_cast<position_t>(slots[0].size());
@@ -242,7 +243,7 @@ class cake_layer {
   }
 };
 
-/// The state of a model of four layers.
+/// The state of a model with four layers.
 class cake_model {
  public:
   cake_model(index_t q_heads, double tau1, double tau2)
@@ -252,13 +253,13 @@ class cake_model {
   std::vector<cake_layer> layers = std::vector<cake_layer>(4);
   std::vector<double> preferences = std::vector<double>(4, -1.0);
 
-  /// Of a layer whose attention is there.
+  /// Selects in a layer that has attention rows: it was just prefilled.
   void prefill(index_t l) {
     const row_tensor tensor({toy::attention(q_heads_, l)}, toy::tokens, 1);
     layers[size(l)].select(policy_,
                            refreekv::with_layers(tensor.layer(2, info(l)), state(l, l + 1)));
   }
-  /// Of a layer that was prefilled before.
+  /// Selects in a layer that was prefilled earlier: it has no attention rows.
   void shrink(index_t l, index_t finished) {
     cake_layer& layer = layers[size(l)];
     const auto length = static_cast<position_t>(layer.slots[0].size());
@@ -287,7 +288,7 @@ check cake(index_t q_heads, double tau1, double tau2) {
       model.prefill(l);
       CHECK(model.preferences[size(l)] ==
             Approx(entry["H_V_P"][size(l)][2].get<double>()).epsilon(1e-5));
-      if (l == 0) {  // everything is left
+      if (l == 0) {  // no token has been dropped yet
         check_close({model.layers[0].of_head(0), model.layers[0].of_head(1)},
                     entry["indicator_l0"]);
       }
@@ -306,7 +307,7 @@ check cake(index_t q_heads, double tau1, double tau2) {
   };
 }
 
-/// Two decoded tokens; slots are in the order in which the published code holds them.
+/// Decodes two tokens. Slots are in the order of the published code.
 void cake_decode(const json& entry) {
   const policy::cake_decode policy{.budget = entry["hh"], .recent = entry["window"]};
   auto slots = entry["start"].get<kept_heads>();
@@ -325,7 +326,7 @@ void cake_decode(const json& entry) {
   }
 }
 
-/// Ours are cut to what is available, as the published code does afterwards.
+/// cake_budget limits a budget to the available tokens. The published code does so afterwards.
 void cake_adjust(const json& entry) {
   for (const json& line : entry) {
     const scores preferences = line["pref"];
@@ -350,7 +351,7 @@ void check_twilight(const Layer& layer, const json& entry, const std::string& wh
   }
 }
 
-/// Two heads with keys of their own: exact, in 4 bits, and with pages selected before.
+/// Two heads with separate keys: exact keys, 4-bit keys, and 4-bit keys of selected pages.
 void twilight(const json& entry) {
   const problem p = toy::twilight(2);
   const dense_cache<float> keys(p.keys);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Policies that rank tokens against the double-precision oracle, on random problems.
+// Compares the policies that rank tokens with the double-precision oracle on random problems.
 #include "estimates.hpp"
 #include "policy_reference.hpp"
 #include "ranked_selection.hpp"
 
 namespace {
 
-constexpr unsigned problems = exhaustive ? affordable(1000) : 250;  // of each policy
+constexpr unsigned problems = exhaustive ? affordable(1000) : 250;  // for each policy
 
 namespace policy = refreekv::policy;
 using kept_heads = std::vector<std::vector<position_t>>;  // [kv_head]
@@ -27,7 +27,7 @@ std::string disagreement(const kept_heads& kept, const std::vector<choice>& expe
   return "";
 }
 
-/// Sizes at which rules change their minds, and others.
+/// Returns a length in tokens, often one near which the decision of a policy changes.
 position_t random_length(random_source& random, index_t window, index_t budget) {
   const index_t at = random.one_of({index_t{0}, index_t{1}, window, budget, window + budget,
                                     random.between(2, 60), random.between(20, 140)});
@@ -49,7 +49,8 @@ void add_options(problem& p, random_source& random) {
   add_rows(p, random);
 }
 
-/// rows: what the observation shows at most; budget: what is kept of a long sequence.
+/// rows: the number of query rows that the policy reads, if there are as many; budget: the number
+/// of tokens kept of a long sequence.
 problem random_problem(random_source& random, index_t rows, index_t budget) {
   std::vector<position_t> lengths(size(random.between(0, 3)));
   for (position_t& n : lengths) {
@@ -67,8 +68,8 @@ problem random_problem(random_source& random, index_t rows, index_t budget) {
   return p;
 }
 
-/// A key, or a few, that attention cannot be computed with. What the rows that see one give to
-/// tokens that they do not see is nobody's business.
+/// Writes a NaN to one key of about half of the sequences, so that attention to it is NaN. Removes
+/// the sliding window: it is unspecified what attention rows with a NaN give to hidden tokens.
 void spoil(problem& p, random_source& random) {
   p.sliding_window = 0;
   for (index_t s = 0; s < p.sequences(); ++s) {
@@ -79,7 +80,8 @@ void spoil(problem& p, random_source& random) {
   }
 }
 
-/// A row with a NaN sees no more tokens than others.
+/// Returns the oracle's attention rows. Tokens that a row does not see have attention 0, even in a
+/// row with a NaN.
 attention_rows attend(const problem& p, index_t sequence) {
   attention_rows rows = reference::attend(p, sequence);
   for (index_t h = 0; h < rows.q_heads; ++h) {
@@ -106,8 +108,9 @@ void observe_as(problem& p, Cache of_keys, index_t layer, const Check& check) {
   CHECK(cache.untouched());
 }
 
-/// Ready rows, in float; the oracle sees the same numbers. In steps of 1/32, on which all
-/// arithmetic is exact where groups have no thirds, many scores are equal.
+/// Calls check(layer, rows) with ready attention rows in float. The oracle reads the same numbers.
+/// With `coarse` they are multiples of 1/32, so that many scores are equal: arithmetic on them is
+/// exact. Groups of 3 query heads, whose means are thirds, are not rounded to such multiples.
 template <class Check>
 void observe_ready(problem& p, index_t layer, bool coarse, const Check& check) {
   std::vector<attention_rows> rows;
@@ -121,7 +124,8 @@ void observe_ready(problem& p, index_t layer, bool coarse, const Check& check) {
   check(tensor.layer(p.keys.kv_heads, p.info(layer)), rows);
 }
 
-/// Calls check(layer, rows of the oracle) for one kind of observation; ties: scores may be equal.
+/// Calls check(layer, the oracle's rows) for one random kind of layer. ties: whether scores may be
+/// equal.
 template <class Check>
 void observe_somehow(problem& p, random_source& random, index_t layer, const Check& check,
                      bool ties = true) {
@@ -146,7 +150,8 @@ void observe_somehow(problem& p, random_source& random, index_t layer, const Che
   }
 }
 
-/// disagree(rows, kept [kv_head]) says in what; undivided and in seven parts.
+/// Compares the decision with the oracle, undivided and in seven parts. disagree(rows, kept
+/// [kv_head]) returns the difference, or "".
 template <class Policy, class Layer, class Disagree>
 void check_selection(const Policy& policy, const Layer& layer,
                      const std::vector<attention_rows>& rows, const Disagree& disagree) {
@@ -172,7 +177,8 @@ std::string described(const problem& p) {
          " row counts, " + std::to_string(p.row_ends.size()) + " row ends";
 }
 
-/// draw(random) is a `drawn`; disagree(rule, layer, rows, kept [kv_head]) says in what.
+/// Compares random problems with the oracle. draw(random) returns a `drawn`; disagree(policy,
+/// layer, rows, kept [kv_head]) returns the difference, or "".
 template <class Draw, class Disagree>
 void check_random_problems(const Draw& draw, const Disagree& disagree) {
   const unsigned first = base_seed();
@@ -191,12 +197,12 @@ void check_random_problems(const Draw& draw, const Disagree& disagree) {
   }
 }
 
-/// A rule and what random problems should know of it.
+/// A policy and the sizes that its random problems need.
 template <class Policy>
 struct drawn {
   Policy policy;
-  index_t rows;        // that the observation must show
-  index_t budget = 0;  // near which lengths are interesting
+  index_t rows;        // query rows that the policy reads
+  index_t budget = 0;  // in tokens; the decision changes near this length
   index_t layer = 0;
 };
 
@@ -216,13 +222,14 @@ refreekv::pooling random_pooling(random_source& random) {
           random.one_of<count_t>({1, 3, 5, 7, 31})};
 }
 
-/// NaN included.
+/// Whether two arrays are equal bit by bit, NaN included. Requires equal sizes.
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-/// Scores as the caller of h2o holds them: [sequence, kv_head, capacity], with NaN where none are.
+/// Scores as the caller of h2o owns them: [sequence, kv_head, capacity]. Slots without a score hold
+/// NaN.
 class carried_scores {
  public:
   carried_scores(const std::vector<attention_rows>& rows, index_t kv_heads, index_t capacity,
@@ -255,7 +262,7 @@ class carried_scores {
   std::vector<float> values_;
 };
 
-/// Empty, or which score of a kept token is not the oracle's.
+/// Returns the first score of a kept token that differs from the oracle's, or "".
 std::string disagreement(const std::vector<scores>& ours, const std::vector<scores>& oracle,
                          const kept_heads& kept) {
   for (std::size_t h = 0; h < kept.size(); ++h) {
@@ -422,14 +429,14 @@ TEST_CASE("cake_decode agrees with the oracle", "[oracle]") {
 
 namespace {
 
-/// What a row gives to tokens, as shares of all that it gives to them.
+/// Returns the attention of a row to tokens [token], scaled to sum 1.
 scores normalised(scores row) {
   const double sum = std::accumulate(row.begin(), row.end(), 0.0);
   for (double& x : row) x /= sum;
   return row;
 }
 
-/// Of the last row of each query head; KV heads keep what any of theirs does.
+/// Returns the choice of each KV head: the union over its query heads, each with its last row.
 template <class RowOf>
 std::vector<choice> twilight(const policy::twilight& policy, index_t q_heads, index_t kv_heads,
                              const RowOf& row_of) {
@@ -481,7 +488,7 @@ TEST_CASE("twilight of exact attention agrees with the oracle", "[oracle]") {
 
 namespace {
 
-/// A model's layers in CAKE's cascade: what the caller holds, and what the oracle says of it.
+/// A model's layers in CAKE's cascade: the state that the caller owns, and the oracle's results.
 class cascade {
  public:
   cascade(const policy::cake& policy, const problem& shape)
@@ -489,12 +496,13 @@ class cascade {
         prompts_(shape.lengths),
         sequences_(shape.sequences()),
         kv_heads_(shape.keys.kv_heads),
-        capacity_(shape.keys.longest() + 150),  // of the largest cache, and more
+        capacity_(shape.keys.longest() + 150),  // more than the largest cache has
         preferences_(size(sequences_ * (policy.layers + index_t{1})), -1.0) {
     for (count_t l = 0; l < policy.layers; ++l) layers_.push_back(unpruned());
   }
 
-  /// Selects in a layer whose attention is there. Without ties: variances are not exact.
+  /// Selects in a layer that has attention rows: it was just prefilled. Scores must not be equal,
+  /// because variances are not exact.
   void prefill(problem& p, random_source& random, index_t l) {
     observe_somehow(
         p, random, l,
@@ -511,7 +519,7 @@ class cascade {
         },
         false);
   }
-  /// Selects in a layer that was prefilled before.
+  /// Selects in a layer that was prefilled earlier: it has no attention rows.
   void shrink(index_t l, index_t finished) {
     const std::vector<position_t> lengths = lengths_of(l);
     const refreekv::layer_info<> info{.index = l};
@@ -575,14 +583,15 @@ class cascade {
   double& preference(index_t s, index_t l) {
     return preferences_[size(s * (policy_.layers + index_t{1}) + l)];
   }
-  /// In float, the entropy and the variance of a row have an error of their own.
+  /// Checks preferences within bounds: in float, the entropy and the variance of each row have an
+  /// error.
   void check_preferences(index_t l, index_t q_heads) {
     for (index_t s = 0; s < sequences_; ++s) {
       const reference::cake_layer& oracle = layers_[size(l)].oracle[size(s)];
       const double ours = preference(s, l);
-      if (index_t{prompts_[size(s)]} <= policy_.window) continue;  // of no tokens
+      if (index_t{prompts_[size(s)]} <= policy_.window) continue;  // all tokens are in the window
       if (oracle.undecided && !(oracle.entropy > 0 && oracle.variance > 0)) {
-        CHECK(!(ours > 0));  // unknown, or what it was
+        CHECK(!(ours > 0));  // NaN, or unchanged
         continue;
       }
       const double rows = static_cast<double>(q_heads * policy_.window);
@@ -597,7 +606,8 @@ class cascade {
     }
   }
 
-  /// What the budgets, of the preferences that there are, leave of what is left.
+  /// Returns the oracle's choice among the tokens still in the layer. Its budgets follow from the
+  /// preferences of the finished layers.
   std::vector<choice> expected(index_t s, index_t l, index_t finished) {
     const layer_state& now = layers_[size(l)];
     const index_t prompt = prompts_[size(s)], most = policy_.budget.of(prompt);
@@ -647,7 +657,7 @@ class cascade {
   policy::cake policy_;
   std::vector<position_t> prompts_;
   index_t sequences_, kv_heads_, capacity_;
-  std::vector<double> preferences_;  // [sequence, layer] and one more
+  std::vector<double> preferences_;  // [sequence, layers + 1]
   std::vector<layer_state> layers_;
 };
 
@@ -707,7 +717,7 @@ TEST_CASE("budgets of layers are the oracle's", "[oracle]") {
 
 TEST_CASE("cake's cascade agrees with the oracle", "[oracle]") {
   const unsigned first = base_seed();
-  for (unsigned seed = first; seed < first + problems / 2; ++seed) {  // of 3 layers in the mean
+  for (unsigned seed = first; seed < first + problems / 2; ++seed) {  // 3 layers on average each
     random_source random(seed);
     const policy::cake policy = random_cake(random);
     problem p = random_problem(random, policy.window, policy.budget.of(60));
@@ -740,7 +750,7 @@ std::vector<scores> keys_of(const problem& p, index_t s, index_t kv_head) {
   return out;
 }
 
-/// Codes are the oracle's but where a half may be rounded either way.
+/// Checks that codes equal the oracle's, unless a half may be rounded up or down.
 void check_codes(estimates& ours, const problem& p) {
   for (index_t s = 0; s < p.sequences(); ++s) {
     for (index_t h = 0; h < p.keys.kv_heads; ++h) {
@@ -765,7 +775,8 @@ void check_codes(estimates& ours, const problem& p) {
   }
 }
 
-/// The oracle on the keys that the library's 4 bits stand for, so that no half is counted twice.
+/// Returns the oracle's choice on the library's 4-bit keys. check_codes has compared the codes, so
+/// a half rounded the other way is not counted twice.
 std::vector<choice> estimated_choice(const policy::twilight& policy, const problem& p,
                                      estimates& ours, index_t s, index_t page_tokens,
                                      bool& near_tie) {
@@ -784,7 +795,8 @@ std::vector<choice> estimated_choice(const policy::twilight& policy, const probl
   });
 }
 
-/// Adds tokens in two steps, as decoding does.
+/// Writes codes and page bounds of all tokens, then again of the second half of each sequence, as
+/// decoding adds tokens.
 template <class Keys>
 void fill_estimates(estimates& to, const Keys& keys, const std::vector<position_t>& lengths) {
   std::vector<position_t> half;
@@ -809,7 +821,7 @@ TEST_CASE("twilight of 4-bit keys and selected pages agrees with the oracle", "[
     policy.selector_budget = static_cast<count_t>(random.between(1, 60));
     const index_t page_tokens = random.one_of<index_t>({1, 4, 16, 20});
     problem p = random_problem(random, 1, policy.selector_budget);
-    p = problem(p.keys.kv_heads, p.group, p.head_dim, 1, p.lengths);  // with no other options
+    p = problem(p.keys.kv_heads, p.group, p.head_dim, 1, p.lengths);  // without other options
     fill(p, random);
     round_problem<Eigen::half>(p);
     INFO("REFREEKV_SEED=" << seed << " p " << policy.mass << " sink_start " << policy.sink_start

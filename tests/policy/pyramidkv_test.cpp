@@ -14,7 +14,7 @@ policy::pyramidkv exact(count_t budget, count_t window, count_t beta, count_t la
   return policy;
 }
 
-/// Tokens that stay in a layer.
+/// Returns the number of tokens kept in a layer.
 index_t kept(const policy::pyramidkv& policy, index_t layer, index_t tokens) {
   const token_quota quota = policy.quota(layer, tokens);
   REQUIRE(quota.ranked >= 0);
@@ -22,7 +22,8 @@ index_t kept(const policy::pyramidkv& policy, index_t layer, index_t tokens) {
   return std::min(tokens - recent, quota.ranked) + recent;
 }
 
-/// A layer is between the first and the last one of the published rule, less than a token off.
+/// Checks that a layer's quota is less than one token off the line from the first to the last layer
+/// of the published method.
 void check_line(const policy::pyramidkv& policy, index_t layer, index_t tokens) {
   const index_t mean = policy.budget.of(tokens) - policy.window, others = tokens - policy.window;
   const index_t first = std::min(2 * mean - mean / policy.beta, others), last = 2 * mean - first;
@@ -45,7 +46,8 @@ TEST_CASE("an exact pyramid holds layers * budget tokens, on the line", "[pyrami
     const index_t budget = random.between(0, random.one_of({20, 300, 5000}));
     const index_t window = random.between(1, random.one_of({3, 40}));
     const index_t beta = random.one_of({1, 2, 3, 20, 1000}), layers = random.between(1, 50);
-    // Every third one about where the first layer would keep more than there is.
+    // About a third of the lengths are near the length below which the first layer would keep more
+    // tokens than the prompt has.
     const index_t tokens =
         random.chance(0.3) ? std::max<index_t>(0, 2 * (budget - window) + random.between(0, window))
                            : random.between(0, budget * 3 + 20);
@@ -58,12 +60,12 @@ TEST_CASE("an exact pyramid holds layers * budget tokens, on the line", "[pyrami
       REQUIRE(sum == layers * tokens);
       continue;
     }
-    if (budget < window) {  // it stays whatever the budget is
+    if (budget < window) {  // the window stays whatever the budget is
       REQUIRE(sum == layers * std::min(tokens, window));
       continue;
     }
     REQUIRE(sum == layers * budget);
-    if (tokens < 2 * (budget - window)) continue;  // every layer has the mean
+    if (tokens < 2 * (budget - window)) continue;  // every layer keeps the mean
 
     for (index_t l = 0; l < layers; ++l) {
       check_line(policy, l, tokens);
@@ -77,7 +79,8 @@ TEST_CASE("an exact pyramid holds layers * budget tokens, on the line", "[pyrami
 }
 
 TEST_CASE("an exact pyramid has whole steps where the line has", "[pyramidkv]") {
-  // 6 - 2 = 4 besides the window: 7 in the first of three layers, 1 in the last.
+  // Besides the window, the mean layer keeps 6 - 2 = 4 tokens: 7 in the first of three layers, 1
+  // in the last.
   const auto policy = exact(6, 2, 4, 3);
   for (const index_t layer : {0, 1, 2}) CHECK(policy.quota(layer, 12).ranked == 7 - 3 * layer);
   CHECK(exact(6, 2, 4, 1).quota(0, 12).ranked == 4);
@@ -106,6 +109,6 @@ TEST_CASE("the published pyramid holds more than its budget", "[pyramidkv]") {
     sum += kept(policy::pyramidkv{.budget = 64}, l, 8000);
     line += kept(exact(64, 8, 20, 32), l, 8000);
   }
-  CHECK(sum == 32 * 71 + 16);  // 71.5 in the mean
+  CHECK(sum == 32 * 71 + 16);  // 71.5 tokens on average
   CHECK(line == 32 * 64);
 }

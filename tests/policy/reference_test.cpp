@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The oracle of the methods that rank tokens keeps what their published code keeps of toy data.
+// On toy data, the oracle of the methods that rank tokens keeps the same tokens as their published
+// code.
 #include "golden_policies.hpp"
 
 namespace {
@@ -32,7 +33,7 @@ scores at(const scores& of_head, const std::vector<position_t>& kept) {
   return out;
 }
 
-/// Three decoded tokens after the prompt.
+/// Decodes three tokens after the prompt.
 void h2o_real_drop(const json& entry) {
   for (index_t h = 0; h < 2; ++h) {
     const json& steps = entry[static_cast<std::size_t>(h)];
@@ -119,13 +120,13 @@ void pyramid_kept(const json& entry) {
   }
 }
 
-/// Four layers, budgets after each of them.
+/// Compares four layers, with the budgets after each layer.
 check cake(index_t q_heads, double tau1, double tau2) {
   return [=](const json& entry) {
     constexpr index_t window = 3, total = 16, available = 9;
     scores preferences;
     std::vector<reference::cake_layer> layers;
-    std::vector<std::vector<scores>> left;  // [layer, kv_head]; what went has the lowest score
+    std::vector<std::vector<scores>> left;  // [layer, kv_head]; dropped tokens have -1
     for (index_t l = 0; l < 4; ++l) {
       layers.push_back(reference::cake_statistics(toy::attention(q_heads, l), 2, window, 200));
       preferences.push_back(reference::cake_preference(layers.back(), tau1, tau2));
@@ -166,7 +167,7 @@ check cake(index_t q_heads, double tau1, double tau2) {
   };
 }
 
-/// Two decoded tokens; slots are in the order in which the published code holds them.
+/// Decodes two tokens. Slots are in the order of the published code.
 void cake_decode(const json& entry) {
   auto slots = entry["start"].get<kept_heads>();
   position_t next = toy::tokens;
@@ -267,7 +268,7 @@ check attention_ranked(double threshold, index_t window) {
   };
 }
 
-/// The rule by position.
+/// Compares ReFreeKV's stop rule on tokens ranked by position.
 check position_ranked(double threshold) {
   return [=](const json& entry) {
     refreekv::policy::refreekv policy;

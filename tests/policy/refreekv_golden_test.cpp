@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cuts that the released code and a float64 oracle agree on, line by line, must come out exactly.
+// Cuts must equal the golden cuts, line by line. The released code and a float64 oracle agree on
+// them.
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -18,7 +19,7 @@ std::filesystem::path golden_folder() {
   return folder != nullptr ? folder : REFREEKV_GOLDEN_DIR;
 }
 
-/// Every CSV in the golden folder whose header has `column`.
+/// Returns the lines of every CSV file in the golden folder whose header has `column`.
 std::vector<csv_line> golden_lines(const std::string& column) {
   std::vector<csv_line> lines;
   for (const auto& entry : std::filesystem::directory_iterator(golden_folder())) {
@@ -57,7 +58,7 @@ std::uint32_t mix(std::uint32_t x) {
   return x ^ (x >> 16);
 }
 
-/// [head, token]: integer weights divided by their sum.
+/// Returns attention rows [head, token]: integer weights divided by their sum.
 std::vector<float> attention_rows(const csv_line& line) {
   const std::string& kind = line.at("kind");
   const auto seed = static_cast<std::uint32_t>(integer(line, "seed"));
@@ -83,7 +84,7 @@ std::vector<float> attention_rows(const csv_line& line) {
   return rows;
 }
 
-/// The last query in steps of 1/2, keys in steps of 1/4: exact in every element type.
+/// Returns the last query in steps of 1/2 and keys in steps of 1/4: exact in every element type.
 problem query_and_keys(const csv_line& line) {
   const auto seed = static_cast<std::uint32_t>(integer(line, "seed"));
   const index_t kv_heads = integer(line, "kv_heads"), q_heads = integer(line, "q_heads");
@@ -106,7 +107,7 @@ problem query_and_keys(const csv_line& line) {
   return p;
 }
 
-/// Cuts, which do not depend on how the work is divided.
+/// Returns the cuts. Requires that they do not depend on how the work is divided.
 template <class Layer>
 std::vector<position_t> cuts(const refreekv::policy::refreekv& policy, const Layer& layer) {
   const auto of = [](const selection& s) {
@@ -125,7 +126,7 @@ refreekv::policy::refreekv rule_of(const csv_line& line) {
   return {.threshold = std::stod(line.at("threshold")), .full_layers = 0};
 }
 
-/// In every layout, or in the one whose turn it is.
+/// Checks the cuts in every layout if exhaustive, otherwise in the layout of this turn.
 template <class T>
 void check_query_and_keys(const csv_line& line, std::size_t turn, const problem& p) {
   std::vector<position_t> per_head;

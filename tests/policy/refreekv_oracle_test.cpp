@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random problems with every option against the double-precision oracle.
+// Compares ReFreeKV, with every option, with the double-precision oracle on random problems.
 #include "layouts.hpp"
 #include "random_problem.hpp"
 #include "reference.hpp"
@@ -65,7 +65,7 @@ TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]
 }
 
 TEST_CASE("keys with a large common component keep their digits", "[oracle]") {
-  // As of a model with a key bias: every logit is about 250.
+  // Like a model with a key bias: every logit is about 250.
   for (unsigned seed = base_seed(); seed < base_seed() + affordable(100); ++seed) {
     INFO("REFREEKV_SEED=" << seed);
     random_source random(seed);

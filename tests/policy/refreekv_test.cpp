@@ -38,7 +38,7 @@ TEST_CASE("the defaults are the paper's", "[refreekv]") {
 }
 
 TEST_CASE("the position-ranked toy data of the released code comes out", "[refreekv][golden]") {
-  // The last attention rows of two heads as integers (12 tokens).
+  // The last attention rows of two heads, [head, token], as integers (12 tokens).
   const float weights[2][12] = {{62, 32, 2, 6, 3, 8, 4, 31, 6, 26, 7, 25},
                                 {62, 7, 1, 4, 1, 1, 8, 31, 8, 3, 4, 27}};
   std::vector<float> rows;
@@ -75,7 +75,7 @@ TEST_CASE("a larger threshold never keeps more, and a full row never keeps more 
         const kept_range kept = run_select(policy, divided<1>(), layer).at(0);
         CHECK(kept.cut >= last);
         last = kept.cut;
-        // The sinks' energy only adds to what a cut cannot lose.
+        // A cut never drops a sink, so the sinks' energy only adds to the norm that remains.
         policy.norm = norm_scope::full_row;
         CHECK(run_select(policy, divided<1>(), layer).at(0).cut >= kept.cut);
       }

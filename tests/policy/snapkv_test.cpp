@@ -9,7 +9,8 @@ namespace {
 
 using positions = std::vector<position_t>;
 
-/// attention: [q_head, token] of the last row, which is the window; as many KV heads.
+/// Returns the decision with a window of one row. attention: [q_head, token] of the last row. Each
+/// query head is a KV head.
 ranked_selection kept_by(const std::vector<float>& attention, index_t heads, token_budget budget,
                          double head_floor) {
   const auto tokens = static_cast<index_t>(attention.size()) / heads;
@@ -23,7 +24,8 @@ ranked_selection kept_by(const std::vector<float>& attention, index_t heads, tok
 }  // namespace
 
 TEST_CASE("KV heads share a layer's budget, but for the floor", "[snapkv]") {
-  // Of the four best of all, three are the first head's.
+  // Three of the four best tokens of all heads are the first head's. Numbers below are each head's
+  // tokens before rounding, without the window.
   const std::vector<float> attention{0.30f, 0.25f, 0.20f, 0.15f, 0.00f, 0.10f,  //
                                      0.05f, 0.50f, 0.05f, 0.05f, 0.05f, 0.30f};
   const auto kept = [&](token_budget budget, double head_floor) {
@@ -32,7 +34,7 @@ TEST_CASE("KV heads share a layer's budget, but for the floor", "[snapkv]") {
   using heads = std::vector<positions>;
   CHECK(kept(3, 0) == heads{{0, 1, 2, 5}, {1, 5}});
   CHECK(kept(3, 0.2) == heads{{0, 1, 2, 5}, {1, 5}});  // 2.8 and 1.2
-  CHECK(kept(3, 0.5) == heads{{0, 1, 5}, {0, 1, 5}});  // 2.5 and 1.5: both to the even one
+  CHECK(kept(3, 0.5) == heads{{0, 1, 5}, {0, 1, 5}});  // 2.5 and 1.5: both rounded to the even 2
   CHECK(kept(3, 0.6) == heads{{0, 1, 5}, {0, 1, 5}});  // 2.4 and 1.6
   CHECK(kept(3, 1) == heads{{0, 1, 5}, {0, 1, 5}});
   CHECK(kept(4, 0) == heads{{0, 1, 2, 3, 5}, {0, 1, 5}});     // 4 and 2
@@ -59,8 +61,8 @@ TEST_CASE("of equal scores the lower head has the first ones", "[snapkv]") {
                                     kept.at(0, 2).size()};
   };
   using numbers = std::vector<std::size_t>;
-  CHECK(counts(5, 0) == numbers{8, 6, 1});     // 12 of 21: 7, 5 and 0
-  CHECK(counts(5, 0.5) == numbers{7, 5, 3});   // 5.5 to 6, 4.5 to 4, 2
+  CHECK(counts(5, 0) == numbers{8, 6, 1});     // 12 of 21 tokens: 7, 5 and 0
+  CHECK(counts(5, 0.5) == numbers{7, 5, 3});   // 5.5 rounded to 6, 4.5 to 4, and 2
   CHECK(counts(5, 0.75) == numbers{6, 5, 4});  // 4.75, 4.25 and 3
   CHECK(counts(5, 1) == numbers{5, 5, 5});
 }

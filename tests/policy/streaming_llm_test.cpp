@@ -20,7 +20,7 @@ std::vector<position_t> kept(const policy::streaming_llm& policy, index_t tokens
   return out;
 }
 
-/// The published rule on a list of slots, but that the newest one stays where it leaves none
+/// Returns the slots that the published method keeps. If it keeps none, the newest slot stays
 /// (ours).
 std::vector<position_t> published(index_t tokens, index_t sinks, index_t recent, index_t room) {
   std::vector<position_t> slots(static_cast<std::size_t>(tokens));
@@ -47,7 +47,7 @@ TEST_CASE("the toy data of the released code comes out", "[streaming_llm][golden
   expect("call_fits", kept({.sinks = 4, .budget = 9}, 9));
   expect("evict_for_space_3", kept({.sinks = 4, .budget = 9, .incoming = 3}, 12));
   expect("evict_for_space_9", kept({.sinks = 4, .budget = 9, .incoming = 9}, 12));
-  // kvpress keeps int(n * (1 - ratio)) tokens: a budget like any other.
+  // kvpress keeps int(n * (1 - ratio)) tokens, which is a budget in tokens.
   expect("kvpress_0_5", kept({.sinks = 4, .budget = 6}, 12));
   expect("kvpress_0_3", kept({.sinks = 4, .budget = 8}, 12));
 }

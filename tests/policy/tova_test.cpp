@@ -7,7 +7,8 @@
 using namespace refreekv;
 
 TEST_CASE("all query heads of the layer have one vote on each token", "[tova]") {
-  // [q_head, token]: each KV head has two query heads. Alone the first would keep 0 and 1.
+  // [q_head, token]: each KV head has two query heads. The first KV head alone would keep tokens 0
+  // and 1.
   const std::vector<float> attention{0.50f, 0.30f, 0.05f, 0.05f, 0.10f,  //
                                      0.50f, 0.30f, 0.05f, 0.05f, 0.10f,  //
                                      0.00f, 0.10f, 0.00f, 0.80f, 0.10f,  //
@@ -49,7 +50,7 @@ TEST_CASE("ranks with a part of the heads each keep what one rank keeps", "[tova
     guarded_positions kept(layer.sequences(), 1, layer.capacity());
     if (select(policy, divided<1>(), layer, kept.kept(), scratch, head_link{&group, rank}) !=
         status::ok) {
-      return;  // assertions are not for threads
+      return;  // no assertion here: Catch2's are not thread-safe
     }
     for (index_t s = 0; s < layer.sequences(); ++s) {
       got[size(rank)].push_back(positions_of(kept.kept(), s, 0));
