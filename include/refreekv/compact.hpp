@@ -20,6 +20,14 @@ template <backend Backend, class Kept, kv_source... Sources>
   return result;
 }
 
+/// Null, or that a decision does not fit a source, or that compacting would write memory twice.
+template <class Kept, kv_source... Sources>
+[[nodiscard]] constexpr const char* why_not_compacted(const Kept& kept, compaction mode,
+                                                      const Sources&... sources) noexcept {
+  const char* why = first_of({unfit(kept, sources)...});
+  return why != nullptr ? why : aliased(kept, mode, sources...);
+}
+
 }  // namespace detail
 
 /// Null, or the reason in words why `compact` would return invalid_argument. O(tables), and for
@@ -28,15 +36,13 @@ template <kv_source Source, kv_source... Others>
 [[nodiscard]] constexpr const char* why_invalid(
     view<const kept_range, 2, typename Source::memory> kept, compaction mode, const Source& source,
     const Others&... others) noexcept {
-  const char* why = detail::first_of({detail::unfit(kept, source), detail::unfit(kept, others)...});
-  return why != nullptr ? why : detail::aliased(kept, mode, source, others...);
+  return detail::why_not_compacted(kept, mode, source, others...);
 }
 template <kv_source Source, kv_source... Others>
 [[nodiscard]] constexpr const char* why_invalid(const kept_positions<typename Source::memory>& kept,
                                                 compaction mode, const Source& source,
                                                 const Others&... others) noexcept {
-  const char* why = detail::first_of({detail::unfit(kept, source), detail::unfit(kept, others)...});
-  return why != nullptr ? why : detail::aliased(kept, mode, source, others...);
+  return detail::why_not_compacted(kept, mode, source, others...);
 }
 
 /// Makes the kept tokens contiguous in each source (keys, values, scales ...), in place. Afterwards

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys of 8 bits with scales are read by the CUDA backend.
 // fails with: 8-bit scaled_keys are read by
-#include <refreekv/cache/scaled_keys.hpp>
 #include <refreekv/refreekv.hpp>
 
 namespace r = refreekv;

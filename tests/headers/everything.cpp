@@ -4,7 +4,6 @@
 #if defined(REFREEKV_HOSTILE_MACROS)
 #include "hostile_macros.hpp"
 #endif
-#include <refreekv/cache/scaled_keys.hpp>
 #include <refreekv/refreekv.hpp>
 
 namespace r = refreekv;
