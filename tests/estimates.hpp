@@ -12,9 +12,9 @@ class estimates {
   estimates(const Keys& keys, std::vector<position_t> lengths, index_t page_tokens,
             bool centred = false)
       : lengths_(std::move(lengths)),
-        heads_(keys.kv_heads()),
-        capacity_(keys.capacity() + 2),
-        dims_(keys.head_dim()),
+        heads_(keys.shape().kv_heads),
+        capacity_(keys.shape().capacity + 2),
+        dims_(keys.shape().head_dim),
         page_tokens_(page_tokens),
         codes_(size(rows() * bytes()), std::uint8_t{0xA5}),
         ranges_(size(rows() * 2), std::numeric_limits<float>::quiet_NaN()),

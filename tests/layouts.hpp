@@ -241,10 +241,7 @@ template <class T>
 class any_cache {
   struct layout {
     virtual ~layout() = default;
-    virtual index_t sequences() const noexcept = 0;
-    virtual index_t kv_heads() const noexcept = 0;
-    virtual index_t head_dim() const noexcept = 0;
-    virtual index_t capacity() const noexcept = 0;
+    virtual refreekv::cache_shape shape() const noexcept = 0;
     virtual index_t tokens(index_t s) const noexcept = 0;
     virtual const char* invalid() const noexcept = 0;
     virtual refreekv::token_run<T> run_at(index_t s, index_t h, index_t t) const noexcept = 0;
@@ -257,10 +254,7 @@ class any_cache {
     decltype(cache.source()) source = cache.source();
 
     explicit layout_of(Cache c) : cache(std::move(c)) {}
-    index_t sequences() const noexcept override { return source.sequences(); }
-    index_t kv_heads() const noexcept override { return source.kv_heads(); }
-    index_t head_dim() const noexcept override { return source.head_dim(); }
-    index_t capacity() const noexcept override { return source.capacity(); }
+    refreekv::cache_shape shape() const noexcept override { return source.shape(); }
     index_t tokens(index_t s) const noexcept override { return source.tokens(s); }
     const char* invalid() const noexcept override { return source.invalid(); }
     refreekv::token_run<T> run_at(index_t s, index_t h, index_t t) const noexcept override {
@@ -276,10 +270,7 @@ class any_cache {
     using memory = refreekv::host_memory;
 
     explicit source_type(const layout* of) : of_(of) {}
-    index_t sequences() const noexcept { return of_->sequences(); }
-    index_t kv_heads() const noexcept { return of_->kv_heads(); }
-    index_t head_dim() const noexcept { return of_->head_dim(); }
-    index_t capacity() const noexcept { return of_->capacity(); }
+    refreekv::cache_shape shape() const noexcept { return of_->shape(); }
     index_t tokens(index_t s) const noexcept { return of_->tokens(s); }
     const char* invalid() const noexcept { return of_->invalid(); }
     refreekv::token_run<T> run_at(index_t s, index_t h, index_t t) const noexcept {

@@ -53,7 +53,7 @@ class guarded_decision {
         keys_(layer.sequences(), layer.kv_heads(), policy.most_stand_ins(layer.capacity()),
               layer.head_dim()),
         values_(layer.sequences(), layer.kv_heads(), policy.most_stand_ins(layer.capacity()),
-                layer.values.head_dim()),
+                layer.values.shape().head_dim),
         counts_(size(layer.sequences() * layer.kv_heads()) + 1, -7),
         sequences_(layer.sequences()),
         kv_heads_(layer.kv_heads()),

@@ -109,8 +109,9 @@ class rule_runner {
       memory.resize(std::max(memory.size(), static_cast<std::size_t>(heads * most * dim)));
       return refreekv::view(memory.data(), {1, heads, most, dim});
     };
-    stand_ins_ = {
-        fit(stand_in_keys_, seen.head_dim()), fit(stand_in_values_, seen.values.head_dim()), {}};
+    stand_ins_ = {fit(stand_in_keys_, seen.head_dim()),
+                  fit(stand_in_values_, seen.values.shape().head_dim),
+                  {}};
   }
 
   // The tokens that result.counts counts, and the stand-ins that result.stand_ins does.

@@ -15,16 +15,16 @@ template <kv_source Keys>
                                                  index_t sequences, index_t kv_heads, index_t rows,
                                                  index_t tokens_a_row, index_t head_dim) noexcept {
   if (const char* why = keys.invalid()) return why;
-  if (keys.head_dim() < 1 || keys.head_dim() != head_dim)
+  if (keys.shape().head_dim < 1 || keys.shape().head_dim != head_dim)
     return "keys and index differ in head_dim";
-  if (keys.sequences() != sequences) return "keys and index differ in sequences";
-  if (keys.kv_heads() != kv_heads) return "keys and index differ in kv_heads";
+  if (keys.shape().sequences != sequences) return "keys and index differ in sequences";
+  if (keys.shape().kv_heads != kv_heads) return "keys and index differ in kv_heads";
   if (tokens_a_row < 1 || tokens_a_row > max_count) return "page_tokens must be in [1, 2^31 - 1]";
-  if (keys.capacity() > max_count) return "a sequence may have 2^31 - 1 tokens at most";
-  if ((keys.capacity() + tokens_a_row - 1) / tokens_a_row > rows) {
+  if (keys.shape().capacity > max_count) return "a sequence may have 2^31 - 1 tokens at most";
+  if ((keys.shape().capacity + tokens_a_row - 1) / tokens_a_row > rows) {
     return "the index has no place for the capacity of the keys";
   }
-  return invalid_lengths(from, sequences, keys.capacity());
+  return invalid_lengths(from, sequences, keys.shape().capacity);
 }
 
 }  // namespace detail
@@ -35,8 +35,8 @@ template <kv_source Keys>
     const Keys& keys, const int4_keys<typename Keys::memory>& to,
     const lengths_view<typename Keys::memory>& from = {}) noexcept {
   if (const char* why = to.invalid()) return why;
-  return detail::has_no_place(keys, from, to.sequences(), to.kv_heads(), to.capacity(), 1,
-                              to.head_dim());
+  return detail::has_no_place(keys, from, to.shape().sequences, to.shape().kv_heads,
+                              to.shape().capacity, 1, to.shape().head_dim);
 }
 
 /// Writes the 4-bit codes of the tokens from from(sequence) on; of all tokens if `from` has no

@@ -27,7 +27,7 @@ template <class Source>
 [[nodiscard]] constexpr const char* why_invalid(
     const shard<Source>& keys, view<const kept_range, 2, typename Source::memory> all,
     const kept_ranges<typename Source::memory>& own) noexcept {
-  if (all.malformed() || all.extent(0) != keys.sequences()) {
+  if (all.malformed() || all.extent(0) != keys.shape().sequences) {
     return "decisions about whole sequences must be [sequence, group], of the shard's sequences";
   }
   if (own.malformed() || own.extent(0) != all.extent(0) || own.extent(1) != all.extent(1)) {
@@ -46,7 +46,7 @@ template <backend Backend, class Source>
                                   view<const kept_range, 2, typename ops<Backend>::memory> all,
                                   const kept_ranges<typename ops<Backend>::memory>& own) noexcept {
   if (why_invalid(keys, all, own) != nullptr) return status::invalid_argument;
-  return ops<Backend>::for_each_sequence(exec, keys.sequences(),
+  return ops<Backend>::for_each_sequence(exec, keys.shape().sequences,
                                          detail::assign_own<Source>{keys, all, own});
 }
 

@@ -185,8 +185,8 @@ TEST_CASE("a shard gives the whole sequence's rows under their own numbers", "[s
         static_assert(!kv_source<decltype(keys)>);
         CHECK(why(keys.invalid()) == "");
         CHECK(why(keys.splits_chunk(sinks)) == "");
-        CHECK(keys.capacity() == 1000);
-        for (index_t s = 0; s < keys.sequences(); ++s) {
+        CHECK(keys.shape().capacity == 1000);
+        for (index_t s = 0; s < keys.shape().sequences; ++s) {
           CHECK(keys.tokens(s) == rows.lengths[size(s)]);
           index_t before = 0;
           for (index_t t = 0; t < keys.tokens(s); ++t) {

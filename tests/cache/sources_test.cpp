@@ -29,10 +29,10 @@ TEST_CASE("every layout gives every row through its runs", "[cache]") {
     const auto source = cache.source();
     static_assert(kv_source<std::decay_t<decltype(source)>>);
     CHECK(why(source.invalid()) == "");
-    CHECK(source.sequences() == 4);
-    CHECK(source.kv_heads() == 3);
-    CHECK(source.head_dim() == 5);
-    CHECK(source.capacity() >= 64);
+    CHECK(source.shape().sequences == 4);
+    CHECK(source.shape().kv_heads == 3);
+    CHECK(source.shape().head_dim == 5);
+    CHECK(source.shape().capacity >= 64);
     for (index_t s = 0; s < 4; ++s) {
       REQUIRE(source.tokens(s) == rows.lengths[size(s)]);
       for (index_t h = 0; h < 3; ++h) {

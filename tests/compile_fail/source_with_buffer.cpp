@@ -13,10 +13,7 @@ struct gathered_keys {
 #ifdef REFREEKV_BAD
   mutable std::vector<float> row;
 #endif
-  r::index_t sequences() const { return 1; }
-  r::index_t kv_heads() const { return 1; }
-  r::index_t head_dim() const { return dim; }
-  r::index_t capacity() const { return tokens_here; }
+  r::cache_shape shape() const { return {1, 1, tokens_here, dim}; }
   r::index_t tokens(r::index_t) const { return tokens_here; }
   const char* invalid() const { return nullptr; }
   r::token_run<const float> run_at(r::index_t, r::index_t, r::index_t t) const {

@@ -43,7 +43,7 @@ void check_moves(const Source& source, std::vector<float>& memory, const Move& m
   std::vector<float> expected = memory;
   for (const auto& [from_token, to_token] : moves) {
     const auto from = source.run_at(0, 1, from_token), to = source.run_at(0, 1, to_token);
-    for (index_t d = 0; d < source.head_dim(); ++d) {
+    for (index_t d = 0; d < source.shape().head_dim; ++d) {
       expected[size(to.data - memory.data() + d * to.dim_stride)] =
           memory[size(from.data - memory.data() + d * from.dim_stride)];
     }

@@ -66,11 +66,11 @@ class decision {
 /// All elements of a cache, dropped ones too.
 std::vector<float> contents(const auto& source) {
   std::vector<float> values;
-  for (index_t s = 0; s < source.sequences(); ++s) {
-    for (index_t h = 0; h < source.kv_heads(); ++h) {
+  for (index_t s = 0; s < source.shape().sequences; ++s) {
+    for (index_t h = 0; h < source.shape().kv_heads; ++h) {
       for (index_t t = 0; t < source.tokens(s); ++t) {
         const auto run = source.run_at(s, h, t);
-        for (index_t d = 0; d < source.head_dim(); ++d) {
+        for (index_t d = 0; d < source.shape().head_dim; ++d) {
           values.push_back(to_float(run.data[d * run.dim_stride]));
         }
       }

@@ -82,9 +82,9 @@ TEST_CASE("4-bit keys of any alignment give the products that their codes say", 
         INFO("head_dim " << dims << " pitch + " << pitch << (centred ? " centred" : ""));
         int4_keys<> codes = made.keys();
         const index_t bytes = codes.codes.extent(3), row = bytes + pitch;
-        std::vector<std::uint8_t> moved(size(heads * codes.capacity() * row), 0xA5);
-        const view<std::uint8_t, 4> to(moved.data(), {1, heads, codes.capacity(), bytes},
-                                       {0, codes.capacity() * row, row, 1});
+        std::vector<std::uint8_t> moved(size(heads * codes.shape().capacity * row), 0xA5);
+        const view<std::uint8_t, 4> to(moved.data(), {1, heads, codes.shape().capacity, bytes},
+                                       {0, codes.shape().capacity * row, row, 1});
         for (index_t h = 0; h < heads; ++h) {
           for (index_t t = 0; t < p.lengths[0]; ++t) {
             std::copy_n(codes.codes.at(0, h, t), bytes, to.at(0, h, t));

@@ -312,7 +312,7 @@ struct batch {
   auto layer() const { return observe(shape.query_view(), cache.source(), shape.info()); }
   index_t sequences() const { return shape.sequences(); }
   index_t kv_heads() const { return shape.keys.kv_heads; }
-  index_t capacity() const { return cache.source().capacity(); }
+  index_t capacity() const { return cache.source().shape().capacity; }
   index_t tokens(index_t s) const { return shape.lengths[size(s)]; }
 
   /// select(kept) on the CPU, and on(order)(kept) by blocks in different orders: all the same.

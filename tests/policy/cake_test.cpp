@@ -12,7 +12,7 @@ TEST_CASE("a prefill leaves the scores of sequences that show no row", "[cake]")
   fill(p, random);
   const dense_cache<float> cache(p.keys);
   const policy::cake policy{.budget = 20, .window = 8, .layers = 2};
-  const index_t capacity = cache.source().capacity();
+  const index_t capacity = cache.source().shape().capacity;
   std::vector<float> scores(size(2 * 2 * capacity));
   std::vector<double> preferences(4, -1);
   const auto select = [&](std::vector<position_t> counts) {
@@ -43,7 +43,7 @@ TEST_CASE("a prefill of NaN alone has no preference, and is pruned in the next c
   for (float& q : p.queries) q = std::numeric_limits<float>::quiet_NaN();
   const dense_cache<float> cache(p.keys);
   const policy::cake policy{.budget = 20, .window = 4, .layers = 2};
-  const index_t capacity = cache.source().capacity();
+  const index_t capacity = cache.source().shape().capacity;
   std::vector<float> scores(size(capacity), 7.0f);
   std::vector<double> preferences{-1, -1};
   const cake_layers<> layers{.scores = {scores.data(), {1, 1, capacity}},

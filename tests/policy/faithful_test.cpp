@@ -56,7 +56,7 @@ template <class Source>
 std::vector<float> row_of(const Source& source, index_t s, index_t h, index_t slot) {
   const auto run = source.run_at(s, h, slot);
   std::vector<float> row;
-  for (index_t d = 0; d < source.head_dim(); ++d) {
+  for (index_t d = 0; d < source.shape().head_dim; ++d) {
     row.push_back(to_float(run.data[d * run.dim_stride]));
   }
   return row;

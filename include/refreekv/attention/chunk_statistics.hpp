@@ -40,6 +40,14 @@ struct row_normaliser {
 
 namespace detail {
 
+/// Values of a chunk are exp(logit) / 2^exponent only for exponents below this. Larger logits have
+/// 3 bits after the binary point at most, and are exact relative to the chunk's largest one.
+inline constexpr float exponent_limit = 0x1p21f;
+
+/// ln 2 in two parts. The first, times a whole number up to 2^14, is exact in a float. So x minus
+/// that product, plus the second part times the number, is exp's reduced argument.
+inline constexpr float ln2_first = 0.693359375f, ln2_rest = 2.12194440e-4f;
+
 /// 2^n for a whole n: 0 where the result would be denormal, infinity from n = 1024 on. NaN stays
 /// NaN.
 [[nodiscard]] REFREEKV_HOST_DEVICE inline double power_of_two(float n) noexcept {

@@ -44,6 +44,7 @@ struct layer_info {
 template <class O>
 concept model_layer = requires(const O& layer, index_t sequence) {
   typename O::memory;
+  { layer.shape() } -> std::same_as<cache_shape>;
   { layer.sequences() } -> std::same_as<index_t>;
   { layer.q_heads() } -> std::same_as<index_t>;
   { layer.kv_heads() } -> std::same_as<index_t>;

@@ -9,52 +9,72 @@
 
 namespace refreekv::inline v0 {
 
+/// Keys alone, for policies that read positions only.
+template <key_source Keys>
+struct key_layer {
+  using memory = typename Keys::memory;
+
+  Keys keys;
+  layer_info<memory> info;
+
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return keys.shape();
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
+    return shape().sequences;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_heads() const noexcept {
+    return shape().kv_heads;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
+    return shape().kv_heads;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
+    return shape().capacity;
+  }
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
+    return keys.tokens(sequence);
+  }
+  [[nodiscard]] constexpr const char* invalid() const noexcept {
+    if (const char* why = keys.invalid()) return why;
+    return detail::invalid_layer(*this);
+  }
+};
+
 /// Keys and the last queries. Attention is recomputed from them; no attention matrix is needed.
 template <class Query, key_source Keys>
-struct query_layer {
+struct query_layer : key_layer<Keys> {
   using memory = typename Keys::memory;
+  using key_layer<Keys>::keys;
+  using key_layer<Keys>::info;
 
   /// [sequence, window, q_head, head_dim], rotated as the keys are. The last row is the query of
   /// the sequence's last token, whatever the sequence's length. `info.rows` says which rows exist.
   view<const Query, 4, memory> queries;
-  Keys keys;
-  layer_info<memory> info;
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return keys.sequences();
-  }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_heads() const noexcept {
     return queries.extent(2);
   }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return keys.kv_heads();
-  }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
-    return keys.head_dim();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return keys.capacity();
+    return this->shape().head_dim;
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t window() const noexcept {
     return queries.extent(1);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return keys.tokens(sequence);
   }
 
   /// The factor of q.k: the model's scale, or 1 / sqrt(head_dim).
   [[nodiscard]] REFREEKV_HOST_DEVICE float scale() const noexcept {
     return info.attention.scale > 0 ? info.attention.scale
-                                    : 1.0f / std::sqrt(static_cast<float>(keys.head_dim()));
+                                    : 1.0f / std::sqrt(static_cast<float>(head_dim()));
   }
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (const char* why = keys.invalid()) return why;
     if (const char* why = detail::invalid_layer(*this)) return why;
     if (queries.malformed()) return "queries need a pointer and extents >= 0";
-    if (queries.extent(0) != keys.sequences()) return "queries and keys differ in sequences";
-    if (queries.extent(3) != keys.head_dim()) return "queries and keys differ in head_dim";
-    if (keys.head_dim() < 1 || keys.head_dim() > max_count) {
+    if (queries.extent(0) != this->sequences()) return "queries and keys differ in sequences";
+    if (queries.extent(3) != head_dim()) return "queries and keys differ in head_dim";
+    if (head_dim() < 1 || head_dim() > max_count) {
       return "head_dim must be in [1, 2^31 - 1]";
     }
     const attention_params<memory>& a = info.attention;
@@ -88,6 +108,10 @@ struct row_layer {
   lengths_view<Memory> lengths;
   layer_info<Memory> info;  ///< of its `attention` only sliding_window is used
 
+  /// Rows have no head_dim; it is 0.
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return {rows.extent(0), kv_head_count, rows.extent(3), 0};
+  }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
     return rows.extent(0);
   }
@@ -116,42 +140,13 @@ struct row_layer {
   }
 };
 
-/// Keys alone, for policies that read positions only.
-template <key_source Keys>
-struct key_layer {
-  using memory = typename Keys::memory;
-
-  Keys keys;
-  layer_info<memory> info;
-
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return keys.sequences();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t q_heads() const noexcept {
-    return keys.kv_heads();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return keys.kv_heads();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return keys.capacity();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return keys.tokens(sequence);
-  }
-  [[nodiscard]] constexpr const char* invalid() const noexcept {
-    if (const char* why = keys.invalid()) return why;
-    return detail::invalid_layer(*this);
-  }
-};
-
 /// Returns a layer of keys and the last tokens' queries [sequence, window, q_head, head_dim]. O(1).
 template <class Query, key_source Keys>
 [[nodiscard]] constexpr auto observe(view<Query, 4, typename Keys::memory> queries,
                                      const Keys& keys,
                                      layer_info<typename Keys::memory> info = {}) noexcept {
   detail::check_source<Keys>();
-  return query_layer<std::remove_const_t<Query>, Keys>{queries, keys, info};
+  return query_layer<std::remove_const_t<Query>, Keys>{{keys, info}, queries};
 }
 
 /// Returns a layer of keys without attention. O(1).

@@ -83,11 +83,11 @@ template <kv_source Source>
 [[nodiscard]] constexpr auto landmark(const Source& source) noexcept {
   using run = token_run<typename Source::element_type>;
   if constexpr (std::same_as<typename Source::memory, host_memory>) {
-    for (index_t s = 0; s < source.sequences() && source.kv_heads() > 0; ++s) {
+    for (index_t s = 0; s < source.shape().sequences && source.shape().kv_heads > 0; ++s) {
       if (source.tokens(s) > 0) return source.run_at(s, 0, source.tokens(s) - 1);
     }
   } else if constexpr (requires { source.first_slot_row(); }) {
-    if (source.capacity() > 0) return source.first_slot_row();
+    if (source.shape().capacity > 0) return source.first_slot_row();
   }
   return run{};
 }
@@ -98,7 +98,8 @@ template <kv_source First, kv_source... Others>
 [[nodiscard]] constexpr const char* share_memory(const First& first,
                                                  const Others&... others) noexcept {
   [[maybe_unused]] const auto overlaps = [&](const auto& other) {
-    return rows_overlap(landmark(first), first.head_dim(), landmark(other), other.head_dim());
+    return rows_overlap(landmark(first), first.shape().head_dim, landmark(other),
+                        other.shape().head_dim);
   };
   if ((overlaps(others) || ...)) {
     return "two sources share memory, which would move twice: where values are the keys, or a part "
@@ -170,13 +171,13 @@ template <kv_source Source, class Written>
 [[nodiscard]] constexpr const char* written_twice(const Source& source,
                                                   const Written& written) noexcept {
   using run = token_run<typename Source::element_type>;
-  const index_t dims = source.head_dim();
+  const index_t dims = source.shape().head_dim;
   struct {
     index_t sequence = -1, kv_head = 0, slot = 0;
   } last;  // first moved head of the last sequence that moved
-  for (index_t s = 0; s < source.sequences(); ++s) {
+  for (index_t s = 0; s < source.shape().sequences; ++s) {
     run last_head{};
-    for (index_t h = 0; h < source.kv_heads(); ++h) {
+    for (index_t h = 0; h < source.shape().kv_heads; ++h) {
       const token_range range = written(s, h);
       if (range.begin == range.end) continue;
       const run row = source.run_at(s, h, 0);

@@ -23,21 +23,12 @@ class dense {
     static_assert(sizeof(Length) == 0, "lengths are int32 (position_t): convert those of 64 bits");
   }
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return rows_.extent(0);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return rows_.extent(1);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return rows_.extent(2);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
-    return rows_.extent(3);
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return {rows_.extent(0), rows_.extent(1), rows_.extent(2), rows_.extent(3)};
   }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return length_of(lengths_, sequence, capacity());
+    return length_of(lengths_, sequence, rows_.extent(2));
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<T> run_at(index_t sequence,
                                                                    index_t kv_head,
@@ -51,11 +42,11 @@ class dense {
   }
   /// Whether all KV heads are the same memory.
   [[nodiscard]] constexpr bool repeats_heads() const noexcept {
-    return kv_heads() > 1 && rows_.stride(1) == 0;
+    return rows_.extent(1) > 1 && rows_.stride(1) == 0;
   }
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (rows_.malformed()) return "dense rows need a pointer and extents >= 0";
-    return invalid_lengths(lengths_, sequences(), capacity());
+    return invalid_lengths(lengths_, rows_.extent(0), rows_.extent(2));
   }
 
  private:

@@ -27,18 +27,11 @@ struct int4_keys {
   /// for the others. The last axis is contiguous. (ours)
   view<float, 3, Memory> centres = {};
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return codes.extent(0);
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return {codes.extent(0), codes.extent(1), codes.extent(2), dims};
   }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return codes.extent(1);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return codes.extent(2);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept { return dims; }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return length_of(lengths, sequence, capacity());
+    return length_of(lengths, sequence, codes.extent(2));
   }
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (codes.malformed() || ranges.malformed()) {
@@ -53,12 +46,12 @@ struct int4_keys {
     }
     if (ranges.extent(3) != 2) return "ranges must be [sequence, kv_head, token, 2]";
     const bool centred = centres.data() != nullptr || centres.extent(1) != 0;
-    if (centred &&
-        (centres.malformed() || centres.extent(0) != sequences() ||
-         centres.extent(1) != kv_heads() || centres.extent(2) != dims || centres.stride(2) != 1)) {
+    if (centred && (centres.malformed() || centres.extent(0) != codes.extent(0) ||
+                    centres.extent(1) != codes.extent(1) || centres.extent(2) != dims ||
+                    centres.stride(2) != 1)) {
       return "centres must be [sequence, kv_head, head_dim]";
     }
-    return invalid_lengths(lengths, sequences(), capacity());
+    return invalid_lengths(lengths, codes.extent(0), codes.extent(2));
   }
 };
 

@@ -19,38 +19,31 @@ class layered {
   using element_type = typename Source::element_type;
   using memory = typename Source::memory;
 
-  /// layers: [layer]. shape: any of the layers, or a source of their shape.
-  constexpr layered(view<const Source, 1, memory> layers, const Source& shape) noexcept
-      : layers_(layers), shape_(shape) {}
+  /// layers: [layer]. example: any of the layers, or a source of their shape.
+  constexpr layered(view<const Source, 1, memory> layers, const Source& example) noexcept
+      : layers_(layers), example_(example) {}
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return layers_.extent(0) * shape_.sequences();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return shape_.kv_heads();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
-    return shape_.head_dim();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return shape_.capacity();
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    cache_shape shape = example_.shape();
+    shape.sequences *= layers_.extent(0);
+    return shape;
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    const index_t batch = shape_.sequences();
+    const index_t batch = example_.shape().sequences;
     return layers_(sequence / batch).tokens(sequence % batch);
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<element_type> run_at(
       index_t sequence, index_t kv_head, index_t token) const noexcept {
-    const index_t batch = shape_.sequences();
+    const index_t batch = example_.shape().sequences;
     return layers_(sequence / batch).run_at(sequence % batch, kv_head, token);
   }
   /// Null, or the error that two layers are one cache, or that a layer names written memory twice.
   template <class Written>
   [[nodiscard]] constexpr const char* written_twice(const Written& written) const noexcept {
-    const index_t batch = shape_.sequences();
+    const index_t batch = example_.shape().sequences, kv_heads = example_.shape().kv_heads;
     const auto is_written = [&](index_t l) {
-      for (index_t i = 0; i < batch * kv_heads(); ++i) {
-        const token_range range = written(l * batch + i / kv_heads(), i % kv_heads());
+      for (index_t i = 0; i < batch * kv_heads; ++i) {
+        const token_range range = written(l * batch + i / kv_heads, i % kv_heads);
         if (range.begin != range.end) return true;
       }
       return false;
@@ -73,18 +66,15 @@ class layered {
       for (index_t l = 0; l < layers_.extent(0); ++l) {
         const Source& layer = layers_(l);
         if (const char* why = layer.invalid()) return why;
-        if (layer.sequences() != shape_.sequences() || layer.kv_heads() != kv_heads() ||
-            layer.head_dim() != head_dim() || layer.capacity() != capacity()) {
-          return "layers differ in shape";
-        }
+        if (layer.shape() != example_.shape()) return "layers differ in shape";
       }
     }
-    return shape_.invalid();
+    return example_.invalid();
   }
 
  private:
   view<const Source, 1, memory> layers_;
-  Source shape_;
+  Source example_;
 };
 
 }  // namespace refreekv::inline v0

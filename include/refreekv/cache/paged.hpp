@@ -118,24 +118,16 @@ class paged {
                   page_table<Index, Memory> table) noexcept
       : page_(page), pointers_(pointers), pages_(pointers.extent(0)), table_(table) {}
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return table_.sequences();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return page_.extent(0);
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return {table_.sequences(), page_.extent(0), table_.max_pages() * page_.extent(1),
+            page_.extent(2)};
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t page_tokens() const noexcept {
     return page_.extent(1);
   }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
-    return page_.extent(2);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return table_.max_pages() * page_tokens();
-  }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
-    return at_most(capacity(), table_.tokens(sequence, page_.extent(1)));
+    return at_most(shape().capacity, table_.tokens(sequence, page_.extent(1)));
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<T> run_at(index_t sequence,
                                                                    index_t kv_head,
@@ -157,7 +149,7 @@ class paged {
   }
   /// Whether all KV heads are the same memory.
   [[nodiscard]] constexpr bool repeats_heads() const noexcept {
-    return kv_heads() > 1 && page_.stride(0) == 0;
+    return page_.extent(0) > 1 && page_.stride(0) == 0;
   }
   /// Null, or the error that a written page is listed more than once: see page_written_twice.
   template <class Written>
@@ -167,7 +159,8 @@ class paged {
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (page_tokens() < 1) return "a page must hold at least one token";
-    if (kv_heads() < 0 || head_dim() < 0 || pages_ < 0) return "page extents must be >= 0";
+    if (page_.extent(0) < 0 || page_.extent(2) < 0 || pages_ < 0)
+      return "page extents must be >= 0";
     if (pages_ > 0 && page_.data() == nullptr && pointers_.data() == nullptr) {
       return "a page pool needs a pointer";
     }
@@ -178,9 +171,9 @@ class paged {
   /// Calls f(id, whether any head writes to it) for each page in use.
   template <class Written, class F>
   constexpr void for_each_page(const Written& written, const F& f) const noexcept {
-    for (index_t s = 0; s < sequences(); ++s) {
+    for (index_t s = 0; s < table_.sequences(); ++s) {
       token_range range{0, 0};
-      for (index_t h = 0; h < kv_heads(); ++h) {
+      for (index_t h = 0; h < page_.extent(0); ++h) {
         const token_range own = written(s, h);
         if (own.begin == own.end) continue;
         const bool first = range.begin == range.end;

@@ -16,17 +16,8 @@ struct scaled_keys {
   Rows rows;
   Scales scales;
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return rows.sequences();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return rows.kv_heads();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
-    return rows.head_dim();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return rows.capacity();
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return rows.shape();
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     return rows.tokens(sequence);
@@ -34,12 +25,13 @@ struct scaled_keys {
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (const char* why = rows.invalid()) return why;
     if (const char* why = scales.invalid()) return why;
-    if (scales.sequences() != sequences() || scales.kv_heads() != kv_heads()) {
+    if (scales.shape().sequences != rows.shape().sequences ||
+        scales.shape().kv_heads != rows.shape().kv_heads) {
       return "scales and keys differ in sequences or kv_heads";
     }
-    if (scales.head_dim() != 1) return "scales must have a head_dim of 1";
+    if (scales.shape().head_dim != 1) return "scales must have a head_dim of 1";
     if constexpr (std::same_as<memory, host_memory>) {
-      for (index_t s = 0; s < sequences(); ++s) {
+      for (index_t s = 0; s < rows.shape().sequences; ++s) {
         if (scales.tokens(s) != tokens(s)) return "scales and keys differ in tokens";
       }
     }

@@ -25,23 +25,14 @@ class segmented {
   constexpr segmented(view<T, 4, Memory> rows, view<const segment, 2, Memory> segments) noexcept
       : slots_(rows), segments_(segments) {}
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return slots_.extent(0);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return slots_.extent(1);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return slots_.extent(2);
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
-    return slots_.extent(3);
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return {slots_.extent(0), slots_.extent(1), slots_.extent(2), slots_.extent(3)};
   }
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
     index_t tokens = 0;
     for (index_t i = 0; i < segments_.extent(1); ++i) tokens += segments_(sequence, i).tokens;
-    return at_most(capacity(), tokens);
+    return at_most(slots_.extent(2), tokens);
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr token_run<T> run_at(index_t sequence,
                                                                    index_t kv_head,
@@ -58,19 +49,20 @@ class segmented {
   }
   /// Whether all KV heads are the same memory.
   [[nodiscard]] constexpr bool repeats_heads() const noexcept {
-    return kv_heads() > 1 && slots_.stride(1) == 0;
+    return slots_.extent(1) > 1 && slots_.stride(1) == 0;
   }
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (slots_.malformed()) return "segmented slots need a pointer and extents >= 0";
-    if (segments_.malformed() || segments_.extent(0) != sequences() || segments_.extent(1) < 1 ||
-        segments_.extent(1) > 3) {
+    if (segments_.malformed() || segments_.extent(0) != slots_.extent(0) ||
+        segments_.extent(1) < 1 || segments_.extent(1) > 3) {
       return "segments must be [sequence, 1 to 3]";
     }
     if constexpr (std::same_as<Memory, host_memory>) {
-      for (index_t s = 0; s < sequences(); ++s) {
+      for (index_t s = 0; s < slots_.extent(0); ++s) {
         for (index_t i = 0; i < segments_.extent(1); ++i) {
           const segment& part = segments_(s, i);
-          if (part.begin < 0 || part.tokens < 0 || index_t{part.begin} + part.tokens > capacity()) {
+          if (part.begin < 0 || part.tokens < 0 ||
+              index_t{part.begin} + part.tokens > slots_.extent(2)) {
             return "a segment is outside the slots";
           }
           for (index_t j = 0; j < i; ++j) {

@@ -64,17 +64,9 @@ class shard {
                   lengths_view<memory> totals, index_t capacity) noexcept
       : source_(source), parts_(parts), totals_(totals), capacity_(capacity) {}
 
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t sequences() const noexcept {
-    return source_.sequences();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_heads() const noexcept {
-    return source_.kv_heads();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t head_dim() const noexcept {
-    return source_.head_dim();
-  }
-  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t capacity() const noexcept {
-    return capacity_;
+  [[nodiscard]] REFREEKV_HOST_DEVICE constexpr cache_shape shape() const noexcept {
+    return {source_.shape().sequences, source_.shape().kv_heads, capacity_,
+            source_.shape().head_dim};
   }
   /// Number of tokens of the sequence on all ranks.
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t tokens(index_t sequence) const noexcept {
@@ -155,13 +147,13 @@ class shard {
 
   [[nodiscard]] constexpr const char* invalid() const noexcept {
     if (const char* why = source_.invalid()) return why;
-    if (parts_.malformed() || parts_.extent(0) != sequences()) {
+    if (parts_.malformed() || parts_.extent(0) != shape().sequences) {
       return "parts of a shard must be [sequence, part]";
     }
     if (capacity_ < 0) return "capacity of a shard must be >= 0";
-    if (const char* why = invalid_lengths(totals_, sequences(), capacity_)) return why;
+    if (const char* why = invalid_lengths(totals_, shape().sequences, capacity_)) return why;
     if constexpr (std::same_as<memory, host_memory>) {
-      for (index_t s = 0; s < sequences(); ++s) {
+      for (index_t s = 0; s < shape().sequences; ++s) {
         index_t end = 0;
         for (index_t p = 0; p < parts_.extent(1); ++p) {
           const token_range& part = parts_(s, p);
@@ -182,7 +174,7 @@ class shard {
   /// on the host only. O(parts).
   [[nodiscard]] constexpr const char* splits_chunk(index_t sinks) const noexcept {
     if constexpr (std::same_as<memory, host_memory>) {
-      for (index_t s = 0; s < sequences(); ++s) {
+      for (index_t s = 0; s < shape().sequences; ++s) {
         const chunking chunks{tokens(s), sinks};
         const auto is_between = [&](index_t token) {
           return token == chunks.tokens || chunks[chunks.of(token)].begin == token;

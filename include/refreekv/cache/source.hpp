@@ -4,6 +4,7 @@
 
 #include <concepts>
 
+#include "refreekv/core/element.hpp"
 #include "refreekv/core/view.hpp"
 
 namespace refreekv::inline v0 {
@@ -17,17 +18,24 @@ struct token_run {
   index_t dim_stride;    ///< elements; 1 is the fast case
 };
 
+/// The sizes of a cache.
+struct cache_shape {
+  index_t sequences;
+  index_t kv_heads;
+  index_t capacity;  ///< the most tokens that any sequence may have; workspaces are sized by it
+  index_t head_dim;
+
+  [[nodiscard]] constexpr bool operator==(const cache_shape&) const = default;
+};
+
 /// The keys of one layer: [sequence, kv_head, token, head_dim]. Each sequence has its own number of
 /// tokens, oldest first.
-/// - `capacity()`: the most tokens that any sequence may have; workspaces are sized by it.
+/// - `shape()`: the sizes. `tokens(s)`: the tokens of a sequence, in [0, capacity].
 /// - `invalid()`: null, or an error of the description in words. O(tables).
 template <class S>
 concept key_source = requires(const S& source, index_t i) {
   typename S::memory;
-  { source.sequences() } -> std::same_as<index_t>;
-  { source.kv_heads() } -> std::same_as<index_t>;
-  { source.head_dim() } -> std::same_as<index_t>;
-  { source.capacity() } -> std::same_as<index_t>;
+  { source.shape() } -> std::same_as<cache_shape>;
   { source.tokens(i) } -> std::same_as<index_t>;
   { source.invalid() } -> std::same_as<const char*>;
 };

@@ -16,6 +16,16 @@
 #define REFREEKV_HOST_DEVICE
 #endif
 
+#if defined(__GNUC__)
+#define REFREEKV_ALWAYS_INLINE __attribute__((always_inline)) inline
+#else
+#define REFREEKV_ALWAYS_INLINE inline
+#endif
+
+/// Marks arithmetic that backends share. It is always inlined: of a copy for each instruction set
+/// the linker would keep one, and their results may differ in the last bit.
+#define REFREEKV_SHARED REFREEKV_HOST_DEVICE REFREEKV_ALWAYS_INLINE
+
 namespace refreekv::inline v0 {
 
 /// A count, extent, stride or offset, in elements. 64 bits, so that no cache is too large.

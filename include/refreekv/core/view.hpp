@@ -14,19 +14,6 @@ namespace refreekv::inline v0 {
 struct host_memory {};
 struct device_memory {};
 
-/// A 16-bit float as raw bits, for engines that have no type for it.
-/// `reinterpret_cast<bf16_bits*>(p)` of a uint16_t* states what the bits mean.
-struct bf16_bits {
-  std::uint16_t bits;
-};
-struct f16_bits {
-  std::uint16_t bits;
-};
-/// An 8-bit float: 4 bits of exponent, 3 bits of mantissa, no infinity. (OCP fp8)
-struct fp8_e4m3_bits {
-  std::uint8_t bits;
-};
-
 /// A non-owning tensor: a pointer, extents and strides, the latter two in elements. The strides
 /// define the layout, so any axis order, padding or broadcast (stride 0) is a view. Copying a view
 /// copies no elements.

@@ -92,14 +92,14 @@ struct ops<cpu_backend<Executor>> {
   template <kv_source Source>
   static status compact(const backend_type& b, const Source& source, view<const kept_range, 2> kept,
                         compaction mode) noexcept {
-    const index_t kv_heads = source.kv_heads();
+    const index_t kv_heads = source.shape().kv_heads;
     const auto own_move = [&](index_t i) {
       return move_of(kept(i / kv_heads, kept.extent(1) == 1 ? 0 : i % kv_heads), mode);
     };
-    const index_t items = source.sequences() * kv_heads;
+    const index_t items = source.shape().sequences * kv_heads;
     index_t tokens = 0;
     for (index_t i = 0; i < items; ++i) tokens += own_move(i).tokens;
-    for_each_item(b.threads, items, tokens * source.head_dim(), [&](int, index_t i) {
+    for_each_item(b.threads, items, tokens * source.shape().head_dim, [&](int, index_t i) {
       cpu_detail::move_rows(source, i / kv_heads, i % kv_heads, own_move(i));
     });
     return status::ok;
@@ -108,9 +108,9 @@ struct ops<cpu_backend<Executor>> {
   template <kv_source Source>
   static status compact(const backend_type& b, const Source& source, const kept_positions<>& kept,
                         compaction mode) noexcept {
-    cpu_detail::for_each_head(b.threads, source, source.head_dim(), [&](int, index_t s, index_t h) {
-      cpu_detail::gather_rows(source, s, h, kept, mode);
-    });
+    cpu_detail::for_each_head(
+        b.threads, source.shape(), source.shape().head_dim,
+        [&](int, index_t s, index_t h) { cpu_detail::gather_rows(source, s, h, kept, mode); });
     return status::ok;
   }
 
@@ -160,7 +160,7 @@ struct ops<cpu_backend<Executor>> {
   template <class Layer>
   static status keep_all(const backend_type& b, const Layer& layer,
                          const kept_positions<>& kept) noexcept {
-    cpu_detail::for_each_head(b.threads, layer, 1, [&](int, index_t s, index_t h) {
+    cpu_detail::for_each_head(b.threads, layer.shape(), 1, [&](int, index_t s, index_t h) {
       cpu_detail::keep_all(kept, s, h, layer.tokens(s));
     });
     return status::ok;

@@ -77,14 +77,15 @@ void move_rows(const Source& source, index_t sequence, index_t kv_head, token_mo
       const auto from = run(move.source + done);
       const auto to = run(move.target + done);
       const index_t count = (std::min)({move.tokens - done, from.tokens, to.tokens});
-      copy_rows(to, from, count, source.head_dim());
+      copy_rows(to, from, count, source.shape().head_dim);
       done += count;
     }
   } else {
     const auto position = [&](index_t i) { return move.source + i; };
     for (index_t first, end = move.tokens; end > 0; end = first) {
       first = first_of_last(run, end, position, move.target);
-      copy_rows(run(move.target + first), run(position(first)), end - first, source.head_dim());
+      copy_rows(run(move.target + first), run(position(first)), end - first,
+                source.shape().head_dim);
     }
   }
 }
@@ -138,7 +139,7 @@ template <kv_source Source>
 void gather_rows(const Source& source, index_t sequence, index_t kv_head,
                  const kept_positions<>& kept, compaction mode) noexcept {
   const kept_tokens& k = kept.counts(sequence, kv_head);
-  const index_t first = first_slot(k, mode), head_dim = source.head_dim();
+  const index_t first = first_slot(k, mode), head_dim = source.shape().head_dim;
   const auto run = [&](index_t token) { return source.run_at(sequence, kv_head, token); };
   const auto position = [&](index_t i) { return index_t{kept.positions(sequence, kv_head, i)}; };
   if (k.count > 0 && lies_across(run(position(0)))) {

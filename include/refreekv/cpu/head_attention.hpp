@@ -110,10 +110,10 @@ void attend_block(const Layer& layer, const query_window& window, const key_bloc
   if constexpr (has_packed_keys<Layer>) {
     unpack(layer.keys, block.sequence, block.kv_head, block.tokens, work.unpacked);
     const typename readable<Layer>::type unpacked{
-        layer.queries,
-        {work.unpacked, block.tokens.begin, block.tokens.end, layer.head_dim(), layer.sequences(),
-         layer.kv_heads()},
-        layer.info};
+        {{work.unpacked, block.tokens.begin, block.tokens.end, layer.head_dim(), layer.sequences(),
+          layer.kv_heads()},
+         layer.info},
+        layer.queries};
     attend_block(unpacked, window, block, work, what);
   } else if constexpr (has_queries<Layer>) {
     const block_addresses keys(layer.keys, block, block);

@@ -31,8 +31,8 @@ void for_each_key(const Keys& keys, index_t sequence, index_t kv_head, index_t f
 template <kv_source Keys>
 void find_centre(const Keys& keys, index_t sequence, index_t kv_head, float* centre) noexcept {
   constexpr index_t together = 64;  // dimensions summed in one read of the keys
-  for (index_t begin = 0; begin < keys.head_dim(); begin += together) {
-    const index_t dims = (std::min)(together, keys.head_dim() - begin);
+  for (index_t begin = 0; begin < keys.shape().head_dim; begin += together) {
+    const index_t dims = (std::min)(together, keys.shape().head_dim - begin);
     double sums[together] = {};
     index_t counts[together] = {};
     for_each_key(keys, sequence, kv_head, 0, [&](index_t, const auto& key) {
@@ -53,8 +53,8 @@ void find_centre(const Keys& keys, index_t sequence, index_t kv_head, float* cen
 template <class Executor, kv_source Keys>
 void quantise(const Executor& threads, const Keys& keys, const lengths_view<>& from,
               const int4_keys<>& to) noexcept {
-  const index_t dims = keys.head_dim();
-  for_each_head(threads, keys, keys.head_dim(), [&](int, index_t s, index_t h) {
+  const index_t dims = keys.shape().head_dim;
+  for_each_head(threads, keys.shape(), keys.shape().head_dim, [&](int, index_t s, index_t h) {
     const index_t first = from.data() == nullptr ? 0 : index_t{from(s)};
     float* centre = to.centres.at(s, h);
     if (centre != nullptr && first == 0) find_centre(keys, s, h, centre);
@@ -89,11 +89,11 @@ void quantise(const Executor& threads, const Keys& keys, const lengths_view<>& f
 template <class Executor, kv_source Keys>
 void bound_pages(const Executor& threads, const Keys& keys, const lengths_view<>& from,
                  const page_bounds<>& to) noexcept {
-  for_each_head(threads, keys, keys.head_dim(), [&](int, index_t s, index_t h) {
+  for_each_head(threads, keys.shape(), keys.shape().head_dim, [&](int, index_t s, index_t h) {
     const index_t first = from.data() == nullptr ? 0 : index_t{from(s)};
     const index_t start = first / to.page_tokens * to.page_tokens;
     for_each_key(keys, s, h, start, [&](index_t t, const auto& key) {
-      for (index_t d = 0; d < keys.head_dim(); ++d) {
+      for (index_t d = 0; d < keys.shape().head_dim; ++d) {
         float& low = to.bounds(s, h, t / to.page_tokens, 0, d);
         float& high = to.bounds(s, h, t / to.page_tokens, 1, d);
         const float x = key(d);
@@ -110,7 +110,7 @@ void select_pages(const Executor& threads, const page_bounds<>& pages, index_t t
                   const Layer& layer, const scores_view<>& scores,
                   const selection_scratch& scratch) noexcept {
   const index_t group = layer.q_heads() / layer.kv_heads();
-  for_each_head(threads, layer, group, [&](int worker, index_t s, index_t h) {
+  for_each_head(threads, layer.shape(), group, [&](int worker, index_t s, index_t h) {
     const index_t tokens = layer.tokens(s), size = pages.page_tokens;
     const index_t wanted =
         std::max<index_t>(1, tokens_kept / size) + (tokens_kept % size != 0 ? 1 : 0);

@@ -40,7 +40,7 @@ class block_addresses {
   block_addresses(const Keys& keys, const key_block& block, const key_block& next) noexcept
       : count_(locate(keys, block, chunk_tokens, at_, dim_stride_)) {
     if (count_ == 0) return;
-    const index_t key_bytes = keys.head_dim() * static_cast<index_t>(sizeof(Key));
+    const index_t key_bytes = keys.shape().head_dim * static_cast<index_t>(sizeof(Key));
     soon_ = (std::min)(fetched_soon / key_bytes, fetched_tokens);
     later_ = (std::min)(fetched_later / key_bytes, fetched_tokens);
     const index_t tiles = (count_ + tile_tokens - 1) / tile_tokens * tile_tokens;
@@ -216,8 +216,7 @@ inline void finish_logits(const attention_params<>& params, const query_window& 
     const index_t position = window.position + row;
     for (index_t t = range.begin; t < range.end; ++t) {
       float& logit = logits[t - range.begin];
-      logit = static_cast<float>(static_cast<double>(logit) +
-                                 slope * static_cast<double>(t - position));
+      logit = detail::with_alibi(logit, slope, t - position);
     }
   }
   const float hidden = -std::numeric_limits<float>::infinity();

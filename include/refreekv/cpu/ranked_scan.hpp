@@ -13,7 +13,7 @@ void rank_tokens(const Executor& threads, index_t recent, const Layer& layer,
   const index_t kv_heads = layer.kv_heads(), group = layer.q_heads() / kv_heads;
   const index_t capacity = layer.capacity();
   const auto candidates = [&](index_t s) { return std::max<index_t>(0, layer.tokens(s) - recent); };
-  for_each_head(threads, layer, 16, [&](int, index_t s, index_t h) {
+  for_each_head(threads, layer.shape(), 16, [&](int, index_t s, index_t h) {
     position_t* row = order + (s * kv_heads + h) * capacity;
     const float* score = scores.at(s, h);
     const index_t stride = scores.stride(2);
@@ -53,7 +53,7 @@ void rank_tokens(const Executor& threads, index_t recent, const Layer& layer,
 template <class Executor, class Layer>
 void stop_ranked(const Executor& threads, double threshold, index_t recent, const Layer& layer,
                  const double* norms, position_t* order, const kept_positions<>& kept) noexcept {
-  for_each_head(threads, layer, 16, [&](int, index_t s, index_t h) {
+  for_each_head(threads, layer.shape(), 16, [&](int, index_t s, index_t h) {
     const index_t tokens = layer.tokens(s), capacity = layer.capacity();
     const index_t candidates = std::max<index_t>(0, tokens - recent);
     const double* norm = norms + s * capacity;

@@ -10,11 +10,12 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Calls f(worker, sequence, kv_head) for every KV head of every sequence. `work` is the cost of
 /// one token, in elements.
-template <class Executor, class Layer, class F>
-void for_each_head(const Executor& threads, const Layer& layer, index_t work, const F& f) noexcept {
-  const index_t kv_heads = layer.kv_heads(), items = layer.sequences() * kv_heads;
-  const double elements = static_cast<double>(items) * static_cast<double>(layer.capacity()) *
-                          static_cast<double>(work);
+template <class Executor, class F>
+void for_each_head(const Executor& threads, const cache_shape& shape, index_t work,
+                   const F& f) noexcept {
+  const index_t kv_heads = shape.kv_heads, items = shape.sequences * kv_heads;
+  const double elements =
+      static_cast<double>(items) * static_cast<double>(shape.capacity) * static_cast<double>(work);
   for_each_item(threads, items, static_cast<index_t>((std::min)(elements, 1e18)),
                 [&](int worker, index_t i) { f(worker, i / kv_heads, i % kv_heads); });
 }
@@ -44,7 +45,7 @@ void attention_sums(const Executor& threads, const score_rows& what, const Layer
   const index_t group = layer.q_heads() / layer.kv_heads();
   const index_t heads = scores.extent(1) / layer.kv_heads();  // scores per KV head
   for_each_head(
-      threads, layer, attention_work(layer, what.rows),
+      threads, layer.shape(), attention_work(layer, what.rows),
       [&](int worker, index_t s, index_t kv_head) {
         const auto work = scratch.of(worker, layer);
         const index_t tokens = layer.tokens(s), capacity = layer.capacity();
@@ -88,7 +89,8 @@ void attention_spread(const Executor& threads, index_t window, index_t recent, d
                       const attention_scratch& scratch) noexcept {
   const index_t group = layer.q_heads() / layer.kv_heads();
   for_each_head(
-      threads, layer, attention_work(layer, window), [&](int worker, index_t s, index_t kv_head) {
+      threads, layer.shape(), attention_work(layer, window),
+      [&](int worker, index_t s, index_t kv_head) {
         const auto work = scratch.of(worker, layer);
         const index_t tokens = layer.tokens(s), capacity = layer.capacity();
         const query_window there = window_of(layer, s, window);
@@ -143,7 +145,7 @@ void attention_spread(const Executor& threads, index_t window, index_t recent, d
 template <class Executor, class Layer>
 void pool(const Executor& threads, const pooling& mode, const token_quota* quotas,
           const Layer& layer, const scores_view<>& scores, const scores_view<>& pooled) noexcept {
-  for_each_head(threads, layer, index_t{mode.width}, [&](int, index_t s, index_t h) {
+  for_each_head(threads, layer.shape(), index_t{mode.width}, [&](int, index_t s, index_t h) {
     const index_t count = std::max<index_t>(0, layer.tokens(s) - quotas[s].recent);
     for (index_t t = 0; t < count; ++t) {
       pooled(s, h, t) = detail::pooled_score(mode, count, scores.at(s, h), scores.stride(2), t);

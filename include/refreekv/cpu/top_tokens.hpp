@@ -179,7 +179,7 @@ template <class Executor, class Layer>
 void top_tokens(const Executor& threads, const quotas_view<>& quotas, const Layer& layer,
                 const scores_view<>& scores, const kept_positions<>& kept,
                 const selection_scratch& scratch) noexcept {
-  for_each_head(threads, layer, 4, [&](int worker, index_t s, index_t h) {
+  for_each_head(threads, layer.shape(), 4, [&](int worker, index_t s, index_t h) {
     const index_t tokens = layer.tokens(s);
     const auto [ranked, recent] = quotas(s, h);
     const index_t candidates = std::max<index_t>(0, tokens - recent);
@@ -217,7 +217,7 @@ void top_mass(const Executor& threads, double share, bool sink_start, const Laye
               const scores_view<>& scores, const kept_positions<>& kept,
               const selection_scratch& scratch) noexcept {
   const index_t group = layer.q_heads() / layer.kv_heads();
-  for_each_head(threads, layer, 8 * group, [&](int worker, index_t s, index_t h) {
+  for_each_head(threads, layer.shape(), 8 * group, [&](int worker, index_t s, index_t h) {
     const index_t tokens = layer.tokens(s);
     float* values = scratch.values_of(worker);
     std::uint8_t* marks = scratch.marks_of(worker);

@@ -15,10 +15,7 @@ struct unpacked_keys {
   const float* rows;  ///< [token - begin, head_dim]
   index_t begin, end, dims, batch, heads;
 
-  [[nodiscard]] constexpr index_t sequences() const noexcept { return batch; }
-  [[nodiscard]] constexpr index_t kv_heads() const noexcept { return heads; }
-  [[nodiscard]] constexpr index_t head_dim() const noexcept { return dims; }
-  [[nodiscard]] constexpr index_t capacity() const noexcept { return end; }
+  [[nodiscard]] constexpr cache_shape shape() const noexcept { return {batch, heads, end, dims}; }
   [[nodiscard]] constexpr index_t tokens(index_t) const noexcept { return end; }
   [[nodiscard]] constexpr const char* invalid() const noexcept { return nullptr; }
   [[nodiscard]] constexpr token_run<const float> run_at(index_t, index_t,
@@ -37,7 +34,7 @@ inline void unpack(const int4_keys<>& keys, index_t sequence, index_t kv_head, t
     const float step = keys.ranges(sequence, kv_head, t, 1);
     for (index_t d = 0; d < keys.dims; ++d) {
       const int code = d % 2 == 0 ? codes[d / 2] & 15 : codes[d / 2] >> 4;
-      rows[d] = static_cast<float>(code) * step + low;
+      rows[d] = detail::int4_value(static_cast<float>(code), low, step);
     }
     for (index_t d = 0; centre != nullptr && d < keys.dims; ++d) rows[d] += centre[d];
   }

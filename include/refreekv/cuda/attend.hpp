@@ -2,6 +2,7 @@
 // Unnormalised attention of a tile of rows to a chunk; each row has its own power-of-two scale.
 #pragma once
 
+#include "refreekv/cuda/block/places.hpp"
 #include "refreekv/cuda/block/row_parts.hpp"
 #include "refreekv/cuda/logits.hpp"
 
@@ -23,11 +24,11 @@ inline constexpr int few_rows = most_rows<Layer> / 2;
 /// What `attend` writes: statistics only, or the tile's values, too.
 enum class leaves { statistics, values };
 
-/// Returns exp(x) / 2^exponent. Requires a whole exponent of magnitude up to 2^21. NaN stays NaN.
+/// Returns exp(x) / 2^exponent. Requires a whole exponent of magnitude below exponent_limit. NaN
+/// stays NaN.
 [[nodiscard]] REFREEKV_DEVICE float exponential(float x, float exponent) noexcept {
-  // ln 2 in two parts: the first, times a whole number up to 2^14, is exact.
-  const float r = x - exponent * 0.693359375f;
-  return std::exp(r + exponent * 2.12194440e-4f);
+  const float r = x - exponent * detail::ln2_first;
+  return std::exp(r + exponent * detail::ln2_rest);
 }
 
 /// Turns a row's logits into values and returns their statistics. Called by one warp, which owns
@@ -41,8 +42,7 @@ template <leaves Leaves, thread_block Block, class Query, class Keys>
   for (int t = lane_of(block); t < count; t += warp_threads) peak = larger{}(peak, row[t]);
   peak = block.warp_reduce(peak, larger{});
   const float exponent = std::rint(peak * log2e);
-  // Logits this large have no fractional digits: they are exact relative to their peak.
-  const bool exact = std::fabs(exponent) < 0x1p21f;
+  const bool exact = std::fabs(exponent) < detail::exponent_limit;
   const float origin = exact || peak == -infinity ? 0 : peak;
   for (int t = lane_of(block); t < count; t += warp_threads) {
     const float value = exponential(row[t] - origin, exact ? exponent : 0);
@@ -108,10 +108,10 @@ REFREEKV_DEVICE void set_weights(Block& block, tile_rows<Rows>& s, const F& f) n
 /// Calls f(chunk, tokens) for chunks part, part + parts, ... of a sequence. Reads the length again
 /// for each chunk, because there is no register to keep it.
 template <class Layer, class F>
-REFREEKV_DEVICE void for_each_chunk(const Layer& layer, index_t sequence, index_t sinks,
-                                    index_t part, index_t parts, const F& f) noexcept {
-  for (index_t chunk = part;; chunk += parts) {
-    const chunking there{layer.tokens(sequence), sinks};
+REFREEKV_DEVICE void for_each_chunk(const Layer& layer, const part_place& place, index_t sinks,
+                                    index_t parts, const F& f) noexcept {
+  for (index_t chunk = place.part;; chunk += parts) {
+    const chunking there{layer.tokens(place.sequence), sinks};
     if (chunk >= there.count()) return;
     f(chunk, there[chunk]);
   }
@@ -283,8 +283,8 @@ template <class Backend, class Layer>
   const index_t wanted = layer.q_heads() / layer.kv_heads() * rows;
   const auto run = [&](auto tile) {
     return with_lanes(layer, [&](auto lanes) {
-      const row_parts cut = row_parts::of_chunks(
-          layer.sequences() * layer.kv_heads() * row_tiles<tile()>(wanted), chunks);
+      const row_parts cut =
+          row_parts::of_chunks(kv_head_items(layer) * row_tiles<tile()>(wanted), chunks);
       const statistics_body<Layer, tile(), lanes()> body{scaled(layer), window, row, rows,
                                                          sinks,         chunks, cut, statistics};
       return run_blocks(exec, cut.items(), body);

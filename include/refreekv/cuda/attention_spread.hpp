@@ -28,10 +28,9 @@ struct attention_spread_body {
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
-    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
-    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
-      spread(block, s, sequence, kv_head, chunk, tokens);
+    const part_place place = part_place::of_interleaved(item, layer.kv_heads(), cut.parts);
+    for_each_chunk(layer, place, 0, cut.parts, [&](index_t chunk, token_range tokens) {
+      spread(block, s, place.sequence, place.head, chunk, tokens);
     });
   }
 
@@ -132,10 +131,10 @@ template <class Backend, class Layer>
   status s = normalise_rows(exec, window, bad_rows::left_out, layer, scratch);
   if (s == status::ok) {
     const leave_out_body<Layer> body{layer, window, true, scratch.normalisers, counts};
-    s = run_blocks(exec, body.items(), body);
+    s = run_blocks(exec, kv_head_items(layer), body);
   }
   if (s != status::ok) return s;
-  const row_parts cut = row_parts::of_chunks(layer.sequences() * layer.kv_heads(), scratch.chunks);
+  const row_parts cut = row_parts::of_chunks(kv_head_items(layer), scratch.chunks);
   s = with_tile<few_rows<Layer>>(window, [&](auto tile) {
     const attention_spread_body<Layer, tile()> body{scaled(layer), window, recent, gain,
                                                     scores,        cut,    scratch};

@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "refreekv/cache/source.hpp"
-#include "refreekv/cuda/block/block.hpp"
+#include "refreekv/cuda/block/places.hpp"
 #include "refreekv/decision/compaction.hpp"
 #include "refreekv/decision/kept_positions.hpp"
 
@@ -106,18 +106,19 @@ struct compact_body {
   compaction mode;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE index_t slices() const noexcept {
-    return (source.head_dim() + slice_elements - 1) / slice_elements;
+    return (source.shape().head_dim + slice_elements - 1) / slice_elements;
   }
 
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t head = item / slices(), column = item % slices() * slice_elements;
-    const index_t sequence = head / source.kv_heads(), kv_head = head % source.kv_heads();
+    const part_place at = part_place::of(item, source.shape().kv_heads, slices());
+    const index_t sequence = at.sequence, kv_head = at.head;
+    const index_t column = at.part * slice_elements;
     const auto moves = moves_of(kept, sequence, kv_head, mode);
     const auto find_tile = [&](row* tile, index_t first) {
       tile[block.rank()] = find(moves, first + block.rank(), sequence, kv_head, column);
     };
-    const index_t left = source.head_dim() - column;
+    const index_t left = source.shape().head_dim - column;
     const int columns = left < slice_elements ? static_cast<int>(left) : slice_elements;
     const int first_row = block.rank() / row_threads, place = block.rank() % row_threads;
 
@@ -157,7 +158,7 @@ struct compact_body {
     const auto addresses =
         reinterpret_cast<std::uintptr_t>(r.from) | reinterpret_cast<std::uintptr_t>(r.to);
     return piece_is_vector && r.from_stride == 1 && r.to_stride == 1 &&
-           addresses % sizeof(vector16) == 0 && source.head_dim() % piece_elements == 0;
+           addresses % sizeof(vector16) == 0 && source.shape().head_dim % piece_elements == 0;
   }
 
   // Both take the row by value: a write could alias shared memory, so the compiler would reload it.
@@ -210,7 +211,7 @@ template <class Backend, kv_source Source, class Kept>
   static_assert(std::is_trivially_copyable_v<element_type> && !std::is_const_v<element_type>,
                 "compaction needs a cache that can be written");
   const compact_body<Source, Kept> body{source, kept, mode};
-  return run_blocks(exec, source.sequences() * source.kv_heads() * body.slices(), body);
+  return run_blocks(exec, kv_head_items(source) * body.slices(), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -31,14 +31,10 @@ struct crossing_body {
   norm_scan_buffers buffers;
   scan_scratch scratch;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), kv_head = item % layer.kv_heads();
+    const auto [sequence, kv_head] = head_place::of(item, layer.kv_heads());
     const index_t groups = scan.groups(layer.kv_heads());
     const index_t group = groups == 1 ? 0 : kv_head;
     const double* norms = buffers.norms + (sequence * groups + group) * buffers.chunks;
@@ -191,7 +187,7 @@ template <class Backend, class Layer>
                                     const scan_scratch& scratch) noexcept {
   const status s = with_tile<few_rows<Layer>>(rows_of_kv_head(scan, layer), [&](auto rows) {
     const crossing_body<Layer, rows()> body{scan, scaled(layer), buffers, scratch};
-    return run_blocks(exec, body.items(), body);
+    return run_blocks(exec, kv_head_items(layer), body);
   });
   if (s != status::ok) return s;
   const join_heads_body<Layer> body{scan, layer, buffers, scratch};

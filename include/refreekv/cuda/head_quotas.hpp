@@ -42,8 +42,7 @@ struct rank_heads_body {
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const cut_rows<memory>& rows = descent.rows;
-    const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
-    const index_t sequence = row / layer.kv_heads();
+    const auto [sequence, head, part, row] = part_place::of(item, layer.kv_heads(), rows.cut.parts);
     const token_quota quota = quotas[sequence];
     row_tokens tokens{candidates_of(layer, sequence, quota.recent), layer.tokens(sequence)};
     const bool all = quota.ranked >= tokens.candidates;
@@ -100,7 +99,7 @@ template <class Backend, class Layer>
   }
   if (s != status::ok) return s;
   using assign = assign_share<Layer>;
-  const index_t rows = layer.sequences() * layer.kv_heads();
+  const index_t rows = kv_head_items(layer);
   const assign last{floor, quotas, layer, descent.rows, shared};
   return run_blocks(exec, blocks_for(rows), for_each_body<assign>{rows, last});
 }

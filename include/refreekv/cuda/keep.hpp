@@ -2,6 +2,7 @@
 // Writes the positions that a head keeps.
 #pragma once
 
+#include "refreekv/cuda/block/places.hpp"
 #include "refreekv/cuda/block/value_row.hpp"
 #include "refreekv/decision/kept_positions.hpp"
 
@@ -68,15 +69,11 @@ struct keep_all_body {
   Layer layer;
   kept_positions<typename Layer::memory> kept;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads();
-    keep_tokens(block, kept, sequence, item % layer.kv_heads(), layer.tokens(sequence));
+    const auto [sequence, head] = head_place::of(item, layer.kv_heads());
+    keep_tokens(block, kept, sequence, head, layer.tokens(sequence));
   }
 };
 
@@ -84,7 +81,7 @@ template <class Backend, class Layer>
 [[nodiscard]] status keep_all(const Backend& exec, const Layer& layer,
                               const kept_positions<typename Layer::memory>& kept) noexcept {
   const keep_all_body<Layer> body{layer, kept};
-  return run_blocks(exec, body.items(), body);
+  return run_blocks(exec, kv_head_items(layer), body);
 }
 
 /// Keeps all tokens of a sequence if any of its heads is undecided, and marks all heads undecided.

@@ -6,6 +6,7 @@
 
 #include "refreekv/attention/page_bounds.hpp"
 #include "refreekv/cache/int4_keys.hpp"
+#include "refreekv/cuda/block/places.hpp"
 #include "refreekv/cuda/block/row_parts.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
@@ -37,26 +38,23 @@ struct centres_body {
   view<float, 3, memory> centres;
 
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
-    return (keys.head_dim() + warp_threads - 1) / warp_threads;
+    return (keys.shape().head_dim + warp_threads - 1) / warp_threads;
   }
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return keys.sequences() * keys.kv_heads() * parts();
-  }
+  [[nodiscard]] constexpr index_t items() const noexcept { return kv_head_items(keys) * parts(); }
 
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t row = item / parts();
-    const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
+    const auto [sequence, head, part, row] = part_place::of(item, keys.shape().kv_heads, parts());
     if (from.data() != nullptr && from(sequence) != 0) return;
     const index_t lane = lane_of(block), warp = warp_of(block);
-    const index_t d = item % parts() * warp_threads + lane, tokens = keys.tokens(sequence);
+    const index_t d = part * warp_threads + lane, tokens = keys.tokens(sequence);
     const index_t share = (tokens + block_warps - 1) / block_warps;  // tokens of one warp
     const index_t begin = warp * share;
     const index_t end = begin + share < tokens ? begin + share : tokens;
     double sum = 0;
     index_t count = 0;
-    if (d < keys.head_dim()) {
+    if (d < keys.shape().head_dim) {
       for_each_key(keys, sequence, head, begin, end, [&](index_t, const auto* key, index_t stride) {
         const float x = widen(key[d * stride]);
         const bool finite = x > -infinity && x < infinity;
@@ -67,7 +65,7 @@ struct centres_body {
     s.sums[warp][lane] = sum;
     s.counts[warp][lane] = count;
     block.sync();
-    if (warp > 0 || d >= keys.head_dim()) return;
+    if (warp > 0 || d >= keys.shape().head_dim) return;
     for (index_t w = 1; w < block_warps; ++w) {
       sum += s.sums[w][lane];
       count += s.counts[w][lane];
@@ -93,11 +91,11 @@ struct quantise_body {
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
+    const part_place place = part_place::of(item, keys.shape().kv_heads, cut.parts);
+    const index_t sequence = place.sequence, head = place.head;
     const index_t tokens = keys.tokens(sequence);
     const index_t first = from.data() == nullptr ? 0 : at_most(tokens, from(sequence));
-    const index_t offset = part * block_keys + warp_of(block) * warp_keys;
+    const index_t offset = place.part * block_keys + warp_of(block) * warp_keys;
     for (index_t t = first + offset; t < tokens; t += cut.parts * block_keys) {
       const index_t end = t + warp_keys < tokens ? t + warp_keys : tokens;
       for_each_key(keys, sequence, head, t, end,
@@ -112,7 +110,7 @@ struct quantise_body {
   template <thread_block Block, class T>
   REFREEKV_DEVICE void write(Block& block, const T* key, index_t stride, const float* centre,
                              std::uint8_t* codes, float* range) const noexcept {
-    const index_t dims = keys.head_dim(), pairs = (dims + 1) / 2;
+    const index_t dims = keys.shape().head_dim, pairs = (dims + 1) / 2;
     const auto at = [&](index_t d) {
       const float x = widen(key[d * stride]);
       return centre == nullptr ? x : x - centre[d];
@@ -152,8 +150,8 @@ template <class Backend, kv_source Keys>
     if (s != status::ok) return s;
   }
   using body_type = quantise_body<Keys>;
-  const index_t most = (keys.capacity() + body_type::block_keys - 1) / body_type::block_keys;
-  const row_parts cut = row_parts::of(keys.sequences() * keys.kv_heads(), most);
+  const index_t most = (keys.shape().capacity + body_type::block_keys - 1) / body_type::block_keys;
+  const row_parts cut = row_parts::of(kv_head_items(keys), most);
   return run_blocks(exec, cut.items(), body_type{keys, from, to, cut});
 }
 
@@ -170,14 +168,13 @@ struct bound_pages_body {
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = row / keys.kv_heads(), head = row % keys.kv_heads();
+    const auto [sequence, head, part, row] = part_place::of(item, keys.shape().kv_heads, cut.parts);
     const index_t tokens = keys.tokens(sequence), size = to.page_tokens;
     const index_t first = from.data() == nullptr ? 0 : at_most(tokens, from(sequence)) / size;
     for (index_t page = first + part * block_warps + warp_of(block); page * size < tokens;
          page += cut.parts * block_warps) {
       const index_t begin = page * size, end = begin + size < tokens ? begin + size : tokens;
-      for (index_t d = lane_of(block); d < keys.head_dim(); d += warp_threads) {
+      for (index_t d = lane_of(block); d < keys.shape().head_dim; d += warp_threads) {
         float low = infinity, high = -infinity;
         for_each_key(keys, sequence, head, begin, end,
                      [&](index_t, const auto* key, index_t stride) {
@@ -197,7 +194,7 @@ template <class Backend, kv_source Keys>
                                  const lengths_view<typename Keys::memory>& from,
                                  const page_bounds<typename Keys::memory>& to) noexcept {
   const index_t most = (to.bounds.extent(2) + block_warps - 1) / block_warps;
-  const row_parts cut = row_parts::of(keys.sequences() * keys.kv_heads(), most);
+  const row_parts cut = row_parts::of(kv_head_items(keys), most);
   return run_blocks(exec, cut.items(), bound_pages_body<Keys>{keys, from, to, cut});
 }
 

@@ -157,7 +157,8 @@ struct key_reader<int4_keys<Memory>> {
                                      float (&to)[std::size_t{width}]) noexcept {
     REFREEKV_UNROLL
     for (int i = 0; i < width; ++i) {
-      to[i] = small_float(from.words[i / 8] >> 4 * (i % 8) & 15u, 0) * key.step + key.low;
+      to[i] = detail::int4_value(small_float(from.words[i / 8] >> 4 * (i % 8) & 15u, 0), key.low,
+                                 key.step);
     }
   }
   [[nodiscard]] static REFREEKV_DEVICE float common(

@@ -239,7 +239,7 @@ template <class Query, class Keys>
   }
   if (params.alibi_slopes.data() != nullptr) {
     const double slope = params.alibi_slopes(q_head);
-    x = static_cast<float>(x + slope * static_cast<double>(token - (window.position + row)));
+    x = detail::with_alibi(x, slope, token - (window.position + row));
   }
   return x;
 }

@@ -44,13 +44,10 @@ struct energies_body {
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_head = item % layer.kv_heads();
-    const index_t part = item / layer.kv_heads() % cut.parts;
-    const index_t sequence = item / layer.kv_heads() / cut.parts;
-    for_each_chunk(layer, sequence, scan.sinks, part, cut.parts,
-                   [&](index_t chunk, token_range tokens) {
-                     sum(block, s, kv_head_place(layer, scan, sequence, kv_head, tokens), chunk);
-                   });
+    const part_place place = part_place::of_interleaved(item, layer.kv_heads(), cut.parts);
+    for_each_chunk(layer, place, scan.sinks, cut.parts, [&](index_t chunk, token_range tokens) {
+      sum(block, s, kv_head_place(layer, scan, place.sequence, place.head, tokens), chunk);
+    });
   }
 
  private:
@@ -162,8 +159,7 @@ template <class Backend, class Layer>
   const status s = run_blocks(exec, body.items(), body);
   if (s != status::ok || scan.one_pass()) return s;
   return with_tile<few_rows<Layer>>(rows_of_kv_head(scan, layer), [&](auto rows) {
-    const row_parts cut =
-        row_parts::of_chunks(layer.sequences() * layer.kv_heads(), buffers.chunks);
+    const row_parts cut = row_parts::of_chunks(kv_head_items(layer), buffers.chunks);
     const energies_body<Layer, rows()> energies{scan, scaled(layer), buffers, cut};
     return run_blocks(exec, cut.items(), energies);
   });

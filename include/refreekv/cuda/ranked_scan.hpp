@@ -51,10 +51,9 @@ struct rank_keys_body {
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = row / layer.kv_heads();
+    const auto [sequence, head, part, row] = part_place::of(item, layer.kv_heads(), cut.parts);
     const index_t candidates = candidates_of(layer, sequence, recent);
-    const value_row of{scores.at(sequence, row % layer.kv_heads()), scores.stride(2)};
+    const value_row of{scores.at(sequence, head), scores.stride(2)};
     const key_segments segments = scratch.segments;
     const index_t slots = segments.together ? segments.capacity : candidates;
     for (index_t i = part * block_threads + block.rank(); i < slots;
@@ -186,7 +185,7 @@ template <class Backend, class Layer>
                                  const scores_view<typename Layer::memory>& weights,
                                  position_t* order, double* norms,
                                  const ranking_scratch& scratch) noexcept {
-  const index_t heads = layer.sequences() * layer.kv_heads(), blocks = blocks_for(layer.capacity());
+  const index_t heads = kv_head_items(layer), blocks = blocks_for(layer.capacity());
   if (heads == 0 || layer.capacity() == 0) return status::ok;
   const row_parts of_heads = row_parts::of(heads, blocks);
   const rank_keys_body<Layer> keys{recent, layer, scores, scratch, of_heads};
@@ -221,14 +220,10 @@ struct stop_ranked_body {
   kept_positions<memory> kept;
   std::uint8_t* marks;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
+    const auto [sequence, head] = head_place::of(item, layer.kv_heads());
     const index_t tokens = layer.tokens(sequence);
     const index_t candidates = candidates_of(layer, sequence, recent);
     const double* curve = norms + sequence * layer.capacity();
@@ -257,7 +252,7 @@ template <class Backend, class Layer>
                                  const kept_positions<typename Layer::memory>& kept,
                                  const ranking_scratch& scratch) noexcept {
   const stop_ranked_body<Layer> body{threshold, recent, layer, norms, order, kept, scratch.marks};
-  return run_blocks(exec, body.items(), body);
+  return run_blocks(exec, kv_head_items(layer), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -33,8 +33,7 @@ struct page_scores_body {
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t row = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = row / layer.kv_heads(), head = row % layer.kv_heads();
+    const auto [sequence, head, part, row] = part_place::of(item, layer.kv_heads(), cut.parts);
     const seen_pages there = seen_pages::of(layer, sequence, pages.page_tokens);
     const index_t group = layer.q_heads() / layer.kv_heads();
     for (index_t page = there.first + part * block_warps + warp_of(block); page < there.end;
@@ -123,8 +122,7 @@ template <class Backend, class Layer>
   const index_t size = pages.page_tokens;
   const index_t wanted = (tokens > size ? tokens / size : 1) + (tokens % size != 0 ? 1 : 0);
   const row_parts page_parts =
-      row_parts::of(layer.sequences() * layer.kv_heads(),
-                    (pages.bounds.extent(2) + block_warps - 1) / block_warps);
+      row_parts::of(kv_head_items(layer), (pages.bounds.extent(2) + block_warps - 1) / block_warps);
   const page_scores_body<Layer> score{pages, layer, scratch.page_scores, page_parts};
   status s = run_blocks(exec, page_parts.items(), score);
   if (s != status::ok) return s;

@@ -53,14 +53,11 @@ struct leave_out_body {
   row_normaliser* normalisers;  ///< [sequence, q_head, window]
   view<kept_tokens, 2, typename Layer::memory> counts;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), group = layer.q_heads() / layer.kv_heads();
+    const auto [sequence, kv_head] = head_place::of(item, layer.kv_heads());
+    const index_t group = layer.q_heads() / layer.kv_heads();
     const query_window rows = window_of(layer, sequence, window);
     row_normaliser* of = normalisers + item * group * window;
     bool all = true;
@@ -72,8 +69,7 @@ struct leave_out_body {
     }
     all = block.sync_and(all);
     if (block.rank() != 0) return;
-    counts(sequence, item % layer.kv_heads()).undecided =
-        !all || (row_is_needed && rows.is_blind());
+    counts(sequence, kv_head).undecided = !all || (row_is_needed && rows.is_blind());
   }
 };
 
@@ -161,11 +157,10 @@ struct attention_sums_body {
   /// item: [sequence, part, head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t heads = scores.extent(1), head = item % heads;
-    const index_t part = item / heads % cut.parts, sequence = item / heads / cut.parts;
-    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
-      if (!carried && chunk == 0 && block.rank() == 0) tell_blindness(sequence, head);
-      if (tokens.begin < tokens.end) sum(block, s, sequence, head, tokens);
+    const part_place place = part_place::of_interleaved(item, scores.extent(1), cut.parts);
+    for_each_chunk(layer, place, 0, cut.parts, [&](index_t chunk, token_range tokens) {
+      if (!carried && chunk == 0 && block.rank() == 0) tell_blindness(place.sequence, place.head);
+      if (tokens.begin < tokens.end) sum(block, s, place.sequence, place.head, tokens);
     });
   }
 
@@ -210,7 +205,7 @@ template <class Backend, class Layer>
   status s = normalise_rows(exec, window, bad, layer, scratch);
   if (s == status::ok && rows.carried) {
     const leave_out_body<Layer> body{layer, window, false, scratch.normalisers, counts};
-    s = run_blocks(exec, body.items(), body);
+    s = run_blocks(exec, kv_head_items(layer), body);
   }
   if (s != status::ok) return s;
   const row_parts cut = row_parts::of_chunks(layer.sequences() * scores.extent(1), scratch.chunks);
@@ -248,8 +243,7 @@ template <class Backend, class Layer>
 [[nodiscard]] status pool(const Backend& exec, const pooling& mode, const token_quota* quotas,
                           const Layer& layer, const scores_view<typename Layer::memory>& scores,
                           const scores_view<typename Layer::memory>& pooled) noexcept {
-  const row_parts cut =
-      row_parts::of(layer.sequences() * layer.kv_heads(), blocks_for(layer.capacity()));
+  const row_parts cut = row_parts::of(kv_head_items(layer), blocks_for(layer.capacity()));
   return run_blocks(exec, cut.items(), pool_body<Layer>{mode, quotas, layer, scores, pooled, cut});
 }
 

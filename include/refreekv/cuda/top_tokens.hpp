@@ -26,14 +26,10 @@ struct top_tokens_body {
   scores_view<memory> scores;
   kept_positions<memory> kept;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
+    const auto [sequence, head] = head_place::of(item, layer.kv_heads());
     const index_t tokens = layer.tokens(sequence);
     const token_quota quota = quotas(sequence, head);
     const index_t candidates = candidates_of(layer, sequence, quota.recent);
@@ -67,8 +63,7 @@ struct rank_parts_body {
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
     const cut_rows<memory>& rows = descent.rows;
-    const index_t row = item / rows.cut.parts, part = item % rows.cut.parts;
-    const index_t sequence = row / layer.kv_heads(), head = row % layer.kv_heads();
+    const auto [sequence, head, part, row] = part_place::of(item, layer.kv_heads(), rows.cut.parts);
     const token_quota quota = quotas(sequence, head);
     const bool undecided = kept.counts(sequence, head).undecided;
     row_tokens tokens{candidates_of(layer, sequence, quota.recent), layer.tokens(sequence)};
@@ -101,7 +96,7 @@ template <class Backend, class Layer>
     if (s == status::ok) s = keep_on_grid(exec, descent, 1, kept);
   } else {
     const top_tokens_body<Layer> body{quotas, layer, scores, kept};
-    s = run_blocks(exec, body.items(), body);
+    s = run_blocks(exec, kv_head_items(layer), body);
   }
   if (s != status::ok) return s;
   return run_blocks(exec, layer.sequences(), keep_undecided_body<Layer>{layer, kept});
@@ -128,10 +123,10 @@ struct mass_limits_body {
   /// item: [sequence, q_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.q_heads();
+    const auto [sequence, q_head] = head_place::of(item, layer.q_heads());
     const index_t tokens = layer.tokens(sequence);
     if (tokens == 0) return;
-    const value_row row{scores.at(sequence, item % layer.q_heads()), scores.stride(2)};
+    const value_row row{scores.at(sequence, q_head), scores.stride(2)};
     const value_limit limit = limit_of(block, s, row, tokens);
     if (block.rank() == 0) limits[item] = limit;
   }
@@ -158,14 +153,10 @@ struct keep_union_body {
   const value_limit* limits;
   kept_positions<memory> kept;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
+    const auto [sequence, head] = head_place::of(item, layer.kv_heads());
     const index_t group = layer.q_heads() / layer.kv_heads(), tokens = layer.tokens(sequence);
     const value_row first{scores.at(sequence, head * group), scores.stride(2)};
     const limit_union all{first, scores.stride(1), limits + item * group, 1, group};
@@ -251,7 +242,7 @@ template <class Backend, class Layer>
   const status s = run_blocks(exec, limits.items(), limits);
   if (s != status::ok) return s;
   const keep_union_body<Layer> keep{layer, scores, scratch.limits, kept};
-  return run_blocks(exec, keep.items(), keep);
+  return run_blocks(exec, kv_head_items(layer), keep);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

@@ -104,7 +104,7 @@ struct faithful {
     if (!stand_ins) return nullptr;
     const index_t most = most_stand_ins(layer.capacity());
     if (const char* why = detail::misshapen_rows(keys, counts, layer.head_dim(), most)) return why;
-    return detail::misshapen_rows(values, counts, layer.values.head_dim(), most);
+    return detail::misshapen_rows(values, counts, layer.values.shape().head_dim, most);
   }
 
   /// The largest number of stand-ins of a KV head with `tokens` tokens: one for each block, or 0 if

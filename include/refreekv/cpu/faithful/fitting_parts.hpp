@@ -46,7 +46,8 @@ struct fitting_parts {
                              const Layer& layer) noexcept {
     using product = plain_product<Layer>;
     const index_t heads = layer.q_heads() / layer.kv_heads(), rows = heads * rule.rows;
-    const index_t dims = layer.head_dim(), value_dims = layer.values.head_dim(), block = rule.block;
+    const index_t dims = layer.head_dim(), value_dims = layer.values.shape().head_dim,
+                  block = rule.block;
     const index_t key_stride = whole_registers(dims), value_stride = whole_registers(value_dims);
     const index_t measured = heads * rule.measured(rule.rows);
     const index_t sizes = rule.error_term ? index_t{rule.sizes} : 1, parts = 2 * sizes + 1;

@@ -39,7 +39,7 @@ class graded_head {
         rows_(scratch.pack_head(rule, layer, sequence, kv_head, work_.packed)),
         stride_(fitting_parts::stride_of(rule)),
         key_stride_(whole_registers(layer.head_dim())),
-        value_stride_(whole_registers(layer.values.head_dim())),
+        value_stride_(whole_registers(layer.values.shape().head_dim)),
         row_stride_(whole_registers(rows_.count())),
         first_measured_((rows_.window.rows - 1) % rule.error_rows),
         measured_(rule.measured(rows_.window.rows)),
@@ -73,7 +73,7 @@ class graded_head {
         read_block();
         fit_block(size, 1);
         std::copy_n(work_.keys, seen_.head_dim(), to.keys.at(sequence_, kv_head_, written));
-        std::copy_n(work_.values, seen_.values.head_dim(),
+        std::copy_n(work_.values, seen_.values.shape().head_dim,
                     to.values.at(sequence_, kv_head_, written));
         ++written;
       }
@@ -125,7 +125,7 @@ class graded_head {
                            stride_);
     for (index_t i = 0; i < listed_; ++i) {
       const auto value = seen_.values.run_at(sequence_, kv_head_, tokens_[i]);
-      widen_row(value.data, value.dim_stride, seen_.values.head_dim(),
+      widen_row(value.data, value.dim_stride, seen_.values.shape().head_dim,
                 work_.value_rows + i * value_stride_);
       if (!rule_.stand_ins) continue;
       const auto key = keys.run_at(sequence_, kv_head_, tokens_[i]);

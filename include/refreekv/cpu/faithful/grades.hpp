@@ -140,7 +140,7 @@ void grade_tokens(const Executor& threads, const importance_rule& rule, const La
 template <class Executor, class Layer>
 void keep_grades(const Executor& threads, const Layer& layer, const view<const grade, 3>& grades,
                  const position_t* sizes, const kept_positions<>& kept) noexcept {
-  for_each_head(threads, layer, 4, [&](int, index_t s, index_t h) {
+  for_each_head(threads, layer.shape(), 4, [&](int, index_t s, index_t h) {
     const index_t tokens = layer.tokens(s);
     const grade* own = grades.at(s, h);
     position_writer writer(kept, s, h);

@@ -106,10 +106,11 @@ void weigh_tokens(const Executor& threads, const importance_rule& rule, const La
                   const importance_scratch& scratch) noexcept {
   const auto& plain = detail::plain(layer);
   for_each_head(
-      threads, plain, attention_work(plain, rule.rows), [&](int worker, index_t s, index_t h) {
+      threads, plain.shape(), attention_work(plain, rule.rows),
+      [&](int worker, index_t s, index_t h) {
         const auto work = scratch.weighing(worker, rule, layer);
         const auto rows = scratch.pack_head(rule, layer, s, h, work.packed);
-        const index_t dims = layer.head_dim(), value_dims = layer.values.head_dim();
+        const index_t dims = layer.head_dim(), value_dims = layer.values.shape().head_dim;
         const query_window& window = rows.window;
         const auto heads = static_cast<double>(rows.queries.heads);
         bool& undecided = counts(s, h).undecided;

@@ -24,7 +24,7 @@ void widen_row(const T* from, index_t dim_stride, index_t dims, float* row) noex
 template <kv_source Source, class F>
 void for_each_row(const Source& source, index_t sequence, index_t kv_head, token_range tokens,
                   float* row, const F& f) noexcept {
-  const index_t dims = source.head_dim();
+  const index_t dims = source.shape().head_dim;
   std::fill(row + dims, row + whole_registers(dims), 0.0f);
   for (index_t t = tokens.begin; t < tokens.end;) {
     const auto run = source.run_at(sequence, kv_head, t);
@@ -128,7 +128,7 @@ struct importance_scratch {
     p.tile.statistics = from.array<chunk_statistics>(heads, rule.rows);
     p.statistics =
         from.array<chunk_statistics>(heads, rule.rows, chunking{layer.capacity(), 0}.count());
-    p.row = from.array<float>(whole_registers((std::max)(dims, layer.values.head_dim())));
+    p.row = from.array<float>(whole_registers((std::max)(dims, layer.values.shape().head_dim)));
     p.anchor = from.array<double>(whole_registers(dims));
     return p;
   }

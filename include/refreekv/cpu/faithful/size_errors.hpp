@@ -78,7 +78,7 @@ class measured_head : public graded_head<Layer> {
         for (index_t e = 0; e < measured; ++e) {
           work_.graded[e * rule_.block + count] = work_.attention[e * stride_ + i];
         }
-        std::copy_n(work_.value_rows + i * value_stride_, seen_.values.head_dim(),
+        std::copy_n(work_.value_rows + i * value_stride_, seen_.values.shape().head_dim,
                     work_.graded_rows + count * value_stride_);
         ++count;
       }
@@ -118,7 +118,7 @@ class measured_head : public graded_head<Layer> {
     const index_t sizes = rule_.sizes, measured = measured_rows();
     const auto output = [&](index_t part, index_t e) {
       return Eigen::Map<Eigen::ArrayXf>(work_.outputs + (part * measured + e) * value_stride_,
-                                        static_cast<Eigen::Index>(seen_.values.head_dim()));
+                                        static_cast<Eigen::Index>(seen_.values.shape().head_dim));
     };
     // Converts the contribution of each grade to the sum over all tokens that a size keeps.
     for (index_t size = 1; size <= sizes; ++size) {
@@ -161,7 +161,7 @@ void find_sizes(const Executor& threads, const importance_rule& rule, const Laye
     return scratch.errors + (s * kv_heads + h) * steps;
   };
   if (rule.error_term) {
-    for_each_head(threads, layer, attention_work(detail::plain(layer), rule.rows),
+    for_each_head(threads, layer.shape(), attention_work(detail::plain(layer), rule.rows),
                   [&](int worker, index_t s, index_t h) {
                     if (!(lost[s * steps] > 0)) return;  // all sizes are equal
                     measured_head<Layer>(rule, layer, s, h, scratch, worker, grades.at(s, h))

@@ -43,7 +43,7 @@ void fit_stand_ins(const Executor& threads, const importance_rule& rule, const L
       to.counts(s, h) = static_cast<position_t>(most);
     }
   }
-  for_each_head(threads, layer, attention_work(detail::plain(layer), rule.rows),
+  for_each_head(threads, layer.shape(), attention_work(detail::plain(layer), rule.rows),
                 [&](int worker, index_t s, index_t h) {
                   if (to.counts(s, h) == 0) return;
                   graded_head(rule, layer, s, h, scratch, worker, grades.at(s, h))
@@ -59,16 +59,17 @@ void write_stand_ins(const Executor& threads, const Source& source,
                      const view<const position_t, 2>& counts, compaction mode) noexcept {
   using element_type = typename Source::element_type;
   static_assert(element<element_type>, "stand-ins are float, half or bfloat16, as the cache is");
-  for_each_head(threads, source, source.head_dim() / 32 + 1, [&](int, index_t s, index_t h) {
-    const index_t first = first_stand_in(kept(s, h), counts(s, h), mode);
-    for (index_t i = 0; i < counts(s, h); ++i) {
-      const auto run = source.run_at(s, h, first + i);
-      const float* row = rows.at(s, h, i);
-      for (index_t d = 0; d < source.head_dim(); ++d) {
-        run.data[d * run.dim_stride] = narrow<element_type>(row[d]);
-      }
-    }
-  });
+  for_each_head(threads, source.shape(), source.shape().head_dim / 32 + 1,
+                [&](int, index_t s, index_t h) {
+                  const index_t first = first_stand_in(kept(s, h), counts(s, h), mode);
+                  for (index_t i = 0; i < counts(s, h); ++i) {
+                    const auto run = source.run_at(s, h, first + i);
+                    const float* row = rows.at(s, h, i);
+                    for (index_t d = 0; d < source.shape().head_dim; ++d) {
+                      run.data[d * run.dim_stride] = narrow<element_type>(row[d]);
+                    }
+                  }
+                });
 }
 
 }  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -6,7 +6,7 @@
 #include <bit>
 #include <type_traits>
 
-#include "refreekv/core/view.hpp"
+#include "refreekv/core/element.hpp"
 #include "refreekv/cpu/simd/lanes.hpp"
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -21,20 +21,13 @@ concept bfloat16_element = std::is_same_v<T, Eigen::bfloat16> || std::is_same_v<
 template <class T>
 concept element = std::is_same_v<T, float> || half_element<T> || bfloat16_element<T>;
 
-/// Returns x as a float. Exact, also for NaN and Inf, unless the engine treats denormals as zero.
-/// Branch-free integer code, because compilers vectorise it; Eigen 3.4 does not vectorise its casts
-/// from half.
+/// Returns x as a float; exact, as half_value is. Eigen 3.4 does not vectorise its casts from half.
 template <element T>
 [[nodiscard]] inline float widen(T x) noexcept {
   if constexpr (bfloat16_element<T>) {
-    return std::bit_cast<float>(std::uint32_t{std::bit_cast<std::uint16_t>(x)} << 16);
+    return detail::bf16_value(std::bit_cast<std::uint16_t>(x));
   } else if constexpr (half_element<T>) {
-    const std::uint32_t bits = std::bit_cast<std::uint16_t>(x);
-    const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
-    // The factor 2^112 replaces half's exponent bias by float's, and makes subnormals normal.
-    const auto finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
-    const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-    return std::bit_cast<float>(finite | special | (bits & 0x8000u) << 16);
+    return detail::half_value(std::bit_cast<std::uint16_t>(x));
   } else {
     return x;
   }

@@ -4,6 +4,7 @@
 
 #include <numbers>
 
+#include "refreekv/attention/chunk_statistics.hpp"
 #include "refreekv/cpu/simd/lanes.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
@@ -12,10 +13,10 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 /// smaller value would be denormal: slow, and of negligible weight.
 inline constexpr float lowest_power = -62;
 
-/// Exponents of `exponential` are whole numbers of magnitude below exponent_limit.
-inline constexpr float exponent_limit = 0x1p21f;
+using detail::exponent_limit;
 
-/// Returns exp(x) / 2^exponent where that is below 2^127; shifted_unit is exponent + integer_shift.
+/// Returns exp(x) / 2^exponent where that is below 2^127. Requires a whole exponent of magnitude
+/// below exponent_limit; shifted_unit is exponent + integer_shift.
 /// NaN stays NaN. Requires x >= (exponent + lowest_power) ln 2, so that no result is denormal. The
 /// error is within 2 units in the last place for |exponent| up to 1000. Method (ours): x = n ln 2 +
 /// r, and on |r| <= ln 2 / 2 the polynomial of degree 6 that starts with 1 + r and has the smallest
@@ -23,9 +24,8 @@ inline constexpr float exponent_limit = 0x1p21f;
 REFREEKV_ALWAYS_INLINE lanes exponential(const lanes& x, const lanes& shifted_unit) noexcept {
   const auto shifted = exactly<lanes>(x * std::numbers::log2e_v<float> + integer_shift);
   const lanes n = shifted - integer_shift;
-  // ln 2 in two parts: the first times a whole number up to 2^14 is exact.
-  auto r = exactly<lanes>(x - n * 0.693359375f);
-  r = r + n * 2.12194440e-4f;
+  auto r = exactly<lanes>(x - n * detail::ln2_first);
+  r = r + n * detail::ln2_rest;
   lanes p = r * 1.381456968e-3f + 8.368730545e-3f;
   p = p * r + 4.166838899e-2f;
   p = p * r + 1.666652113e-1f;

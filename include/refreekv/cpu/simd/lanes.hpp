@@ -8,6 +8,7 @@
 #include <cstring>
 #include <utility>
 
+#include "refreekv/core/config.hpp"
 #include "refreekv/cpu/simd/target.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
@@ -27,7 +28,6 @@ inline constexpr int lane_count = 4, lane_registers = 16;
 // compilers, for processors without vectors, and with REFREEKV_EIGEN_LANES.
 #if defined(__GNUC__) && !defined(REFREEKV_EIGEN_LANES) && !(defined(__i386__) && !defined(__SSE__))
 #define REFREEKV_VECTOR_LANES 1
-#define REFREEKV_ALWAYS_INLINE [[gnu::always_inline]] inline
 
 using lanes = float __attribute__((vector_size(lane_count * 4)));
 using lane_bits = std::uint32_t __attribute__((vector_size(lane_count * 4)));
@@ -64,7 +64,6 @@ REFREEKV_ALWAYS_INLINE lanes shuffle(lanes a, lanes b, Index index) noexcept {
 }
 
 #else
-#define REFREEKV_ALWAYS_INLINE inline
 
 using lanes = Eigen::Array<float, lane_count, 1>;
 using wide_lanes = Eigen::Array<double, lane_count / 2, 1>;

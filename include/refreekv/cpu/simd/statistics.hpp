@@ -24,7 +24,6 @@ inline float exponent_of(float* logits, index_t count) noexcept {
   const float peak = largest_of(largest);
   const float exponent = std::rint(peak * std::numbers::log2e_v<float>);
   if (peak > none && !(std::abs(exponent) < exponent_limit)) {
-    // Logits this large have no fractional digits. Relative to their peak they are exact.
     for (index_t t = 0; t < count; ++t) logits[t] -= peak;
   }
   return exponent;

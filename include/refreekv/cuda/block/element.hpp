@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "refreekv/core/view.hpp"
+#include "refreekv/core/element.hpp"
 #include "refreekv/cuda/block/block.hpp"
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -47,27 +47,15 @@ concept element =
 template <element T>
 inline constexpr int fragment_elements = 16 / int{sizeof(T)};
 
-[[nodiscard]] REFREEKV_DEVICE float as_float(std::uint32_t bits) noexcept {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-[[nodiscard]] REFREEKV_DEVICE std::uint32_t as_bits(float x) noexcept {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
+using detail::as_bits;
+using detail::as_float;
 
-/// Returns the half in the low 16 bits as a float; exact.
+/// As half_value; devices have an instruction for it.
 [[nodiscard]] REFREEKV_DEVICE float widen_half(std::uint32_t bits) noexcept {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 #else
-  const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
-  // 2^112 moves the exponent from half's bias to float's, and makes subnormals normal.
-  const std::uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
-  const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return as_float(finite | special | (bits & 0x8000u) << 16);
+  return detail::half_value(bits);
 #endif
 }
 
@@ -87,7 +75,7 @@ template <element T>
   } else if constexpr (sizeof(T) == 2) {
     std::uint16_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    return std::is_same_v<type, bf16_bits> ? as_float(std::uint32_t{bits} << 16) : widen_half(bits);
+    return std::is_same_v<type, bf16_bits> ? detail::bf16_value(bits) : widen_half(bits);
   } else {
     std::uint8_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -112,7 +100,7 @@ REFREEKV_DEVICE void unpack(const vector16& from,
     if constexpr (std::is_same_v<type, float>) {
       to[i] = as_float(word);
     } else if constexpr (std::is_same_v<type, bf16_bits>) {
-      to[2 * i] = as_float(word << 16);
+      to[2 * i] = detail::bf16_value(word);
       to[2 * i + 1] = as_float(word & 0xffff0000u);
     } else if constexpr (std::is_same_v<type, f16_bits>) {
       to[2 * i] = widen_half(word & 0xffffu);

@@ -38,12 +38,12 @@ struct directions_body {
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
-    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
-    if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
-    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
-      sum(block, s, sequence, kv_head, seen_part(window_of(layer, sequence, rows), tokens),
-          directions + ((sequence * kv_heads + kv_head) * chunks + chunk) * layer.head_dim());
+    const part_place place = part_place::of_interleaved(item, layer.kv_heads(), cut.parts);
+    if (!block.sync_and(!counts(place.sequence, place.head).undecided)) return;
+    for_each_chunk(layer, place, 0, cut.parts, [&](index_t chunk, token_range tokens) {
+      sum(block, s, place.sequence, place.head,
+          seen_part(window_of(layer, place.sequence, rows), tokens),
+          directions + (place.row * chunks + chunk) * layer.head_dim());
     });
   }
 
@@ -87,16 +87,13 @@ struct anchor_body {
   const double* directions;
   double* anchors;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), dims = layer.head_dim();
-    const index_t tokens = layer.tokens(sequence), count = chunking{tokens, 0}.count();
-    if (!block.sync_and(!counts(sequence, item % layer.kv_heads()).undecided)) return;
+    const auto [sequence, kv_head] = head_place::of(item, layer.kv_heads());
+    const index_t dims = layer.head_dim(), tokens = layer.tokens(sequence);
+    const index_t count = chunking{tokens, 0}.count();
+    if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
     double* to = anchors + item * dims;
     double square = 0;
     for (index_t d = block.rank(); d < dims; d += block_threads) {

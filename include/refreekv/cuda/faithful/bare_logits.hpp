@@ -140,7 +140,7 @@ template <class Source, thread_block Block, class Term>
       rows[u] = cache_row<Source>::of(source, sequence, kv_head, first + row);
     }
     REFREEKV_NO_UNROLL
-    for (index_t d = lane; d < source.head_dim(); d += warp_threads) {
+    for (index_t d = lane; d < source.shape().head_dim; d += warp_threads) {
       REFREEKV_UNROLL
       for (int u = 0; u < batch; ++u) sums[u] += term(d, double{rows[u][d]});
     }

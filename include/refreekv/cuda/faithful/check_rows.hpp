@@ -18,15 +18,11 @@ struct check_rows_body {
   double* log_sums;                   ///< [sequence, q_head, rows]
   view<kept_tokens, 2, typename Layer::memory> counts;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), group = layer.q_heads() / layer.kv_heads();
-    const index_t kv_head = item % layer.kv_heads();
+    const auto [sequence, kv_head] = head_place::of(item, layer.kv_heads());
+    const index_t group = layer.q_heads() / layer.kv_heads();
     const query_window window = window_of(layer, sequence, rows);
     bool good = true;
     for (index_t i = block.rank(); i < group * rows; i += block_threads) {

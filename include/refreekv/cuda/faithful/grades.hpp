@@ -27,29 +27,29 @@ struct grade_body {
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = of.layer.kv_heads(), kv_head = item % kv_heads;
-    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
-    const score_limits& own = limits[of.together() ? sequence : sequence * kv_heads + kv_head];
+    const part_place place = part_place::of_interleaved(item, of.layer.kv_heads(), cut.parts);
+    const score_limits& own = limits[of.together() ? place.sequence : place.row];
     const int count = own.count;
     if (block.rank() < count) s.limits.of[block.rank()] = own.of[block.rank()];
     block.sync();
     const bool decides = count > 0;
-    const query_window window = of.window(sequence);
+    const query_window window = of.window(place.sequence);
     const token_range candidates = of.rule.candidates(window);
     const index_t unseen = importance_rule::seen_by(window).begin;
-    for_each_chunk(of.layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+    for_each_chunk(of.layer, place, 0, cut.parts, [&](index_t chunk, token_range tokens) {
       const index_t token = tokens.begin + block.rank();
       const bool is_candidate =
           decides && token < tokens.end && token >= candidates.begin && token < candidates.end;
       grade g = 0;
       if (is_candidate) {
-        g = grade_of(s, count, scores(sequence, kv_head, token));
+        g = grade_of(s, count, scores(place.sequence, place.head, token));
       } else if (decides && token >= of.rule.sinks && token < unseen) {
         g = grade_never;
       }
-      if (token < tokens.end) grades(sequence, kv_head, token) = g;
-      sum(block, s, is_candidate ? g : 0, is_candidate ? scores(sequence, kv_head, token) : 0.0f,
-          sums + ((sequence * kv_heads + kv_head) * chunks + chunk) * of.rule.sizes);
+      if (token < tokens.end) grades(place.sequence, place.head, token) = g;
+      sum(block, s, is_candidate ? g : 0,
+          is_candidate ? scores(place.sequence, place.head, token) : 0.0f,
+          sums + (place.row * chunks + chunk) * of.rule.sizes);
     });
   }
 
@@ -208,7 +208,7 @@ template <class Backend, class Valued>
   const rankings<layer_type> of{rule, layer, counts};
   status s = find_limits(exec, of, scores, scratch);
   if (s != status::ok) return s;
-  const row_parts cut = row_parts::of(layer.sequences() * layer.kv_heads(), scratch.chunks);
+  const row_parts cut = row_parts::of(kv_head_items(layer), scratch.chunks);
   const grade_body<layer_type> grade_all{of,   scores, grades, scratch.limits, scratch.chunks,
                                          sums, cut};
   s = run_blocks(exec, cut.items(), grade_all);
@@ -227,20 +227,17 @@ struct keep_grades_body {
   const position_t* sizes;
   kept_positions<memory> kept;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), head = item % layer.kv_heads();
-    const index_t tokens = layer.tokens(sequence);
-    const position_t size = sizes[sequence];
-    const index_t held = write_where(block, s, kept, sequence, head, {0, tokens}, 0,
-                                     [&](index_t t) { return grades(sequence, head, t) <= size; });
+    const head_place place = head_place::of(item, layer.kv_heads());
+    const index_t tokens = layer.tokens(place.sequence);
+    const position_t size = sizes[place.sequence];
+    const auto stays = [&](index_t t) { return grades(place.sequence, place.head, t) <= size; };
+    const index_t held =
+        write_where(block, s, kept, place.sequence, place.head, {0, tokens}, 0, stays);
     if (block.rank() != 0) return;
-    kept_tokens& count = kept.counts(sequence, head);
+    kept_tokens& count = kept.counts(place.sequence, place.head);
     count = {static_cast<position_t>(held), static_cast<position_t>(tokens), count.undecided};
   }
 };
@@ -253,7 +250,7 @@ template <class Backend, class Valued>
                                  const kept_positions<typename Valued::memory>& kept) noexcept {
   const auto& layer = detail::plain(valued);
   const keep_grades_body<std::remove_cvref_t<decltype(layer)>> body{layer, grades, sizes, kept};
-  return run_blocks(exec, body.items(), body);
+  return run_blocks(exec, kv_head_items(layer), body);
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

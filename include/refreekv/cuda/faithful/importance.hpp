@@ -27,11 +27,10 @@ struct weigh_body {
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
-    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
-    if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
-    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
-      weigh(block, s, sequence, kv_head, chunk, tokens);
+    const part_place place = part_place::of_interleaved(item, layer.kv_heads(), cut.parts);
+    if (!block.sync_and(!counts(place.sequence, place.head).undecided)) return;
+    for_each_chunk(layer, place, 0, cut.parts, [&](index_t chunk, token_range tokens) {
+      weigh(block, s, place.sequence, place.head, chunk, tokens);
     });
   }
 
@@ -160,15 +159,13 @@ struct spread_scores_body {
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t kv_heads = layer.kv_heads(), kv_head = item % kv_heads;
-    const index_t part = item / kv_heads % cut.parts, sequence = item / kv_heads / cut.parts;
-    const index_t head = sequence * kv_heads + kv_head;
-    if (!block.sync_and(!counts(sequence, kv_head).undecided)) return;
-    const query_window window = window_of(layer, sequence, scratch.rows);
+    const part_place place = part_place::of_interleaved(item, layer.kv_heads(), cut.parts);
+    if (!block.sync_and(!counts(place.sequence, place.head).undecided)) return;
+    const query_window window = window_of(layer, place.sequence, scratch.rows);
     if (window.tokens == 0) return;
     double spread = 0;
     for (index_t c = block.rank(); c < chunking{window.tokens, 0}.count(); c += block_threads) {
-      spread += scratch.spreads[head * scratch.chunks + c];
+      spread += scratch.spreads[place.row * scratch.chunks + c];
     }
     spread = block_reduce(block, s, spread, plus{});
     const token_range typical = importance_rule::typical(window);
@@ -176,16 +173,16 @@ struct spread_scores_body {
     const double sigma = window.count() > 1
                              ? std::sqrt(spread / static_cast<double>(typical.end - typical.begin))
                              : 1;
-    for_each_chunk(layer, sequence, 0, part, cut.parts, [&](index_t chunk, token_range tokens) {
+    for_each_chunk(layer, place, 0, cut.parts, [&](index_t chunk, token_range tokens) {
       const index_t token = seen_part(window, tokens).begin + block.rank();
       bool finite = true;
       if (token < tokens.end) {
-        float& score = scores(sequence, kv_head, token);
+        float& score = scores(place.sequence, place.head, token);
         score = static_cast<float>(double{score} * sigma);
         finite = std::fabs(score) < infinity;
       }
       finite = block.sync_and(finite);
-      if (block.rank() == 0) scratch.bad[head * scratch.chunks + chunk] = finite ? 0 : 1;
+      if (block.rank() == 0) scratch.bad[place.row * scratch.chunks + chunk] = finite ? 0 : 1;
     });
   }
 };
@@ -198,15 +195,12 @@ struct join_bad_body {
   view<kept_tokens, 2, typename Layer::memory> counts;
   importance_scratch scratch;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), tokens = layer.tokens(sequence);
-    bool& undecided = counts(sequence, item % layer.kv_heads()).undecided;
+    const auto [sequence, kv_head] = head_place::of(item, layer.kv_heads());
+    const index_t tokens = layer.tokens(sequence);
+    bool& undecided = counts(sequence, kv_head).undecided;
     if (tokens == 0 || !block.sync_and(!undecided)) return;
     bool good = true;
     for (index_t c = block.rank(); c < chunking{tokens, 0}.count(); c += block_threads) {
@@ -232,19 +226,19 @@ template <class Backend, class Valued>
   const attention_scratch normalising =
       importance_scratch::carve_normalising(normalising_memory, rule, layer);
   double* directions = scratch.carve_directions(directions_memory, layer);
-  const row_parts cut = row_parts::of_chunks(layer.sequences() * layer.kv_heads(), scratch.chunks);
+  const row_parts cut = row_parts::of_chunks(kv_head_items(layer), scratch.chunks);
 
   status s = normalise_rows(exec, rows, bad_rows::stay, layer, normalising);
   if (s != status::ok) return s;
   const check_rows_body<layer_type> check{layer, rows, normalising.normalisers, scratch.log_sums,
                                           counts};
-  s = run_blocks(exec, check.items(), check);
+  s = run_blocks(exec, kv_head_items(layer), check);
   if (s != status::ok) return s;
   const directions_body<layer_type> sums{layer, rows, scratch.chunks, counts, directions, cut};
   s = run_blocks(exec, cut.items(), sums);
   if (s != status::ok) return s;
   const anchor_body<layer_type> anchor{layer, scratch.chunks, counts, directions, scratch.anchors};
-  s = run_blocks(exec, anchor.items(), anchor);
+  s = run_blocks(exec, kv_head_items(layer), anchor);
   if (s != status::ok) return s;
   s = with_tile<few_rows<layer_type>>(rows, [&](auto tile) {
     const weigh_body<layer_type, values_type, tile()> weigh{
@@ -256,7 +250,7 @@ template <class Backend, class Valued>
   s = run_blocks(exec, cut.items(), spread);
   if (s != status::ok) return s;
   const join_bad_body<layer_type> join{layer, counts, scratch};
-  s = run_blocks(exec, join.items(), join);
+  s = run_blocks(exec, kv_head_items(layer), join);
   if (s != status::ok || !rule.stand_ins) return s;
   return fit_maps(exec, rule, layer, scratch);
 }

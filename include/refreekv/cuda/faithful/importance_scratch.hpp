@@ -115,7 +115,7 @@ struct importance_scratch {
   template <class Layer>
   [[nodiscard]] double* carve_outputs(arena& from, const Layer& layer) const noexcept {
     return from.array<double>(layer.sequences(), outputs.count, layer.q_heads(), measured,
-                              layer.values.head_dim() + 1);
+                              layer.values.shape().head_dim + 1);
   }
 
   template <class Layer>
@@ -148,8 +148,8 @@ struct importance_scratch {
       (void)s.carve_normal(normal, layer);
     }
     if (rule.error_term) {
-      s.whole =
-          from.array<double>(sequences, layer.q_heads(), s.measured, layer.values.head_dim() + 1);
+      s.whole = from.array<double>(sequences, layer.q_heads(), s.measured,
+                                   layer.values.shape().head_dim + 1);
       s.row_errors = from.array<double>(sequences, layer.q_heads(), s.measured);
       (void)s.carve_outputs(of_rows, layer);
     }

@@ -105,7 +105,7 @@ struct outputs_body {
     listed_place<stepped_span> at{
         narrow(sequence), narrow(kv_head), span, narrow(tile * Rows), 0, s.list};
     if (at.first >= span.count()) return;
-    const index_t width = values.head_dim() + 1;
+    const index_t width = values.shape().head_dim + 1;
     double* const to = outputs + (((sequence * layer.kv_heads() + kv_head) * splits.count + split) *
                                       group() * measured +
                                   at.first) *
@@ -126,7 +126,7 @@ struct outputs_body {
   /// Zeroes a tile's outputs. The thread that adds to an element also zeroes it: no sync needed.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void clear(const Block& block, const Place& at, double* to) const noexcept {
-    const index_t dims = values.head_dim();
+    const index_t dims = values.shape().head_dim;
     const int i = warp_of(block);
     if (i >= Rows || at.first + i >= at.span.count()) return;
     for (index_t d = lane_of(block); d < dims; d += warp_threads) to[i * (dims + 1) + d] = 0;
@@ -148,7 +148,7 @@ struct outputs_body {
   /// Fills the tile with the attention of its rows to the listed tokens.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void look(Block& block, shared& s, const Place& at) const noexcept {
-    multiply<any_lanes>(block, s.tile, rows_type{layer.queries, keys, layer.info}, rule.rows, at);
+    multiply<any_lanes>(block, s.tile, rows_type{{keys, layer.info}, layer.queries}, rule.rows, at);
     block.sync();
     const auto& params = layer.info.attention;
     const logit_cap cap = logit_cap::of(params.soft_cap);
@@ -181,7 +181,7 @@ struct outputs_body {
   /// Adds the tile's attention * values, and its attention, to outputs.
   template <thread_block Block, class Place>
   REFREEKV_DEVICE void add(Block& block, shared& s, const Place& at, double* to) const noexcept {
-    const index_t dims = values.head_dim();
+    const index_t dims = values.shape().head_dim;
     const int own = warp_of(block), lane = lane_of(block);
     const bool is_there = own < Rows && at.first + own < at.span.count();
     if (own < Rows) {

@@ -27,7 +27,7 @@ struct regression {
     return is_dual() ? rows_of_head() : layer.head_dim();
   }
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t heads() const noexcept {
-    return layer.sequences() * layer.kv_heads();
+    return kv_head_items(layer);
   }
   /// head: [sequence, kv_head]
   [[nodiscard]] REFREEKV_DEVICE double* matrix(index_t head) const noexcept {

@@ -48,9 +48,7 @@ struct join_outputs_body {
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
     return (rows_of_head() + block_warps - 1) / block_warps;
   }
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads() * parts();
-  }
+  [[nodiscard]] constexpr index_t items() const noexcept { return kv_head_items(layer) * parts(); }
 
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
@@ -175,7 +173,7 @@ struct size_measure {
   template <class Backend>
   [[nodiscard]] status join(const Backend& exec, bool first) const noexcept {
     const join_outputs_body<layer_type> body{
-        rule, detail::plain(valued), valued.values.head_dim(), outputs, first, scratch};
+        rule, detail::plain(valued), valued.values.shape().head_dim, outputs, first, scratch};
     return run_blocks(exec, body.items(), body);
   }
 };

@@ -59,14 +59,10 @@ struct slots_body {
   position_t* standing;  ///< [sequence, kv_head]
   view<position_t, 2, memory> counts;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), kv_head = item % layer.kv_heads();
+    const auto [sequence, kv_head] = head_place::of(item, layer.kv_heads());
     if (!graded.is_open(sequence)) return;
     const dropped_of_blocks<Layer> of{
         graded, sequence, kv_head, layer.tokens(sequence), block_tokens, graded.sizes[sequence]};
@@ -106,14 +102,10 @@ struct even_slots_body {
   const position_t* standing;
   view<position_t, 2, memory> counts;
 
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads();
-  }
-
   /// item: [sequence, kv_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const index_t sequence = item / layer.kv_heads(), kv_head = item % layer.kv_heads();
+    const auto [sequence, kv_head] = head_place::of(item, layer.kv_heads());
     position_t most = 0;
     for (index_t h = 0; h < layer.kv_heads(); ++h) {
       most = larger{}(most, standing[sequence * layer.kv_heads() + h]);

@@ -48,9 +48,7 @@ struct fit_body {
   [[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t parts() const noexcept {
     return (scratch.blocks + together() - 1) / together();
   }
-  [[nodiscard]] constexpr index_t items() const noexcept {
-    return layer.sequences() * layer.kv_heads() * parts();
-  }
+  [[nodiscard]] constexpr index_t items() const noexcept { return kv_head_items(layer) * parts(); }
 
   /// item: [sequence, part, kv_head]
   template <thread_block Block>
@@ -163,7 +161,7 @@ struct fit_body {
   REFREEKV_DEVICE void add_rows(const Block& block, const shared& s, const fitted& own,
                                 const Source& source,
                                 const view<float, 4, memory>& rows) const noexcept {
-    for_each_place(block, own, source.head_dim(), [&](int n, index_t d) {
+    for_each_place(block, own, source.shape().head_dim, [&](int n, index_t d) {
       float sum = 0;
       for_each_element(
           source, own.sequence, own.kv_head, d, own.begins[n], own.begins[n + 1], 1,
@@ -240,11 +238,11 @@ template <class Backend, class Valued>
   using values_type = std::remove_cvref_t<decltype(valued.values)>;
   const slots_body<layer_type> slots{layer,         rule.block,       graded,   scratch.blocks,
                                      scratch.slots, scratch.standing, to.counts};
-  status s = run_blocks(exec, slots.items(), slots);
+  status s = run_blocks(exec, kv_head_items(layer), slots);
   if (s == status::ok && evenly) {
     const even_slots_body<layer_type> even{
         layer, rule.block, graded, scratch.blocks, scratch.slots, scratch.standing, to.counts};
-    s = run_blocks(exec, even.items(), even);
+    s = run_blocks(exec, kv_head_items(layer), even);
   }
   if (s != status::ok) return s;
   return with_tile<most_rows<layer_type>>(

@@ -4,6 +4,7 @@
 
 #include "refreekv/cache/source.hpp"
 #include "refreekv/cuda/block/element.hpp"
+#include "refreekv/cuda/block/places.hpp"
 #include "refreekv/cuda/block/row_parts.hpp"
 #include "refreekv/decision/stand_ins.hpp"
 
@@ -53,9 +54,9 @@ struct write_stand_ins_body {
   /// item: [sequence, kv_head, part]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
-    const index_t head = item / cut.parts, part = item % cut.parts;
-    const index_t sequence = head / source.kv_heads(), kv_head = head % source.kv_heads();
-    const index_t count = counts(sequence, kv_head), dims = source.head_dim();
+    const auto [sequence, kv_head, part, head] =
+        part_place::of(item, source.shape().kv_heads, cut.parts);
+    const index_t count = counts(sequence, kv_head), dims = source.shape().head_dim;
     const index_t first = first_stand_in(kept(sequence, kv_head), count, mode);
     for (index_t i = part * block_threads + block.rank(); i < count * dims;
          i += cut.parts * block_threads) {
@@ -83,8 +84,8 @@ template <class Backend, kv_source Source>
     const view<const kept_tokens, 2, typename Source::memory>& kept,
     const view<const float, 4, typename Source::memory>& rows,
     const view<const position_t, 2, typename Source::memory>& counts, compaction mode) noexcept {
-  const row_parts cut = row_parts::of(source.sequences() * source.kv_heads(),
-                                      blocks_for(rows.extent(2) * source.head_dim()));
+  const row_parts cut =
+      row_parts::of(kv_head_items(source), blocks_for(rows.extent(2) * source.shape().head_dim));
   const write_stand_ins_body<Source> body{source, kept, rows, counts, mode, cut};
   return run_blocks(exec, cut.items(), body);
 }

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// The element types that C++ has no name for, and how all backends read their bits.
+#pragma once
+
+#include <cstring>
+
+#include "refreekv/core/config.hpp"
+
+namespace refreekv::inline v0 {
+
+/// A 16-bit float as raw bits, for engines that have no type for it.
+/// `reinterpret_cast<bf16_bits*>(p)` of a uint16_t* states what the bits mean.
+struct bf16_bits {
+  std::uint16_t bits;
+};
+struct f16_bits {
+  std::uint16_t bits;
+};
+/// An 8-bit float: 4 bits of exponent, 3 bits of mantissa, no infinity. (OCP fp8)
+struct fp8_e4m3_bits {
+  std::uint8_t bits;
+};
+
+namespace detail {
+
+/// Returns the float of these bits.
+[[nodiscard]] REFREEKV_SHARED float as_float(std::uint32_t bits) noexcept {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+/// Returns the bits of a float.
+[[nodiscard]] REFREEKV_SHARED std::uint32_t as_bits(float x) noexcept {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+/// Returns the bfloat16 of these 16 bits as a float; exact, also for NaN and Inf.
+[[nodiscard]] REFREEKV_SHARED float bf16_value(std::uint32_t bits) noexcept {
+  return as_float(bits << 16);
+}
+
+/// Returns the half of these 16 bits as a float. Exact, also for NaN and Inf, unless the processor
+/// treats denormals as zero. Integer code without branches, because compilers vectorise it.
+[[nodiscard]] REFREEKV_SHARED float half_value(std::uint32_t bits) noexcept {
+  const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
+  // The factor 2^112 replaces half's exponent bias by float's, and makes subnormals normal.
+  const std::uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
+  const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return as_float(finite | special | (bits & 0x8000u) << 16);
+}
+
+/// Returns a component of a 4-bit key, without the centre: see int4_keys. code: a whole number in
+/// [0, 15].
+[[nodiscard]] REFREEKV_SHARED float int4_value(float code, float low, float step) noexcept {
+  return code * step + low;
+}
+
+}  // namespace detail
+
+}  // namespace refreekv::inline v0
