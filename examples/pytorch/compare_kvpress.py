@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from generate import chat, load_gguf
 from kvpress import ExpectedAttentionPress, SnapKVPress, StreamingLLMPress, TOVAPress
-from refreekv_press import ReFreeKVPress
+from refreekv_press import PolicyPress, ReFreeKVPress
 from transformers import DynamicCache
 
 OURS = {
@@ -54,8 +54,8 @@ class Prefill:
         """The part of `compress` before anything is moved."""
         attention, kwargs, _ = self.calls[layer]
         hidden, (keys, values) = kwargs["hidden_states"], self.rows[layer]
-        if isinstance(press, ReFreeKVPress):
-            return press.decide(attention, hidden, keys, kwargs)
+        if isinstance(press, PolicyPress):
+            return press.decide(attention, hidden, keys, values, kwargs)
         scores = press.score(attention, hidden, keys, values, None, kwargs)
         return scores.topk(int(keys.shape[2] * (1 - press.compression_ratio)), dim=-1).indices
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers a prompt with a full and with a pruned cache: cuts, bytes, tokens/s and both texts."""
 import argparse
+import ast
 import statistics
 import time
 from pathlib import Path
@@ -62,6 +63,15 @@ def answer(model, ids, tokens):
     return result, timer.tokens_per_second()
 
 
+def option(text):
+    """(name, value) of NAME=VALUE. A whole number is an int, what is no number a text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", required=True, help="librefreekv_torch.so of this torch")
@@ -69,9 +79,9 @@ def main():
     parser.add_argument("--prompt-file", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=24, help="tokens to generate")
     parser.add_argument("--runs", type=int, default=3, help="of which the medians are reported")
-    parser.add_argument("--threshold", type=float, default=0.01)
-    parser.add_argument("--window", type=int, default=1)
-    parser.add_argument("--average", default="mean", choices=["mean", "frobenius"])
+    parser.add_argument("--policy", default="refreekv", help="any that `pruning` takes")
+    parser.add_argument("--option", type=option, action="append", default=[], metavar="NAME=VALUE",
+                        help="of the policy: threshold=0.05, window=16; may be repeated")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     options = parser.parse_args()
     if options.tokens < 2:
@@ -79,13 +89,12 @@ def main():
     torch.ops.load_library(options.library)
     model, tokenizer = load_gguf(options.model, options.attention)
     ids = chat(tokenizer, options.prompt_file.read_text())
-    rule = {name: getattr(options, name) for name in ("threshold", "window", "average")}
 
     speeds = {"full": [], "pruned": []}
     for _ in range(options.runs):
         full, speed = answer(model, ids, options.tokens)
         speeds["full"].append(speed)
-        with pruning(model, **rule) as kept:
+        with pruning(model, policy=options.policy, **dict(options.option)) as kept:
             pruned, speed = answer(model, ids, options.tokens)
         speeds["pruned"].append(speed)
 

@@ -5,6 +5,10 @@
     with pruning(model, threshold=0.01) as kept:
         model.generate(**inputs)
     print(kept)
+
+Any policy of refreekv by its name, with its options: pruning(model, policy="snapkv", budget=0.5).
+Not those whose KV heads keep different numbers of tokens (twilight, snapkv with a head_floor): a
+layer's cache is one tensor. Not cake, which decides on all layers together.
 """
 import contextlib
 import sys
@@ -28,14 +32,11 @@ class PrunedLayer(DynamicLayer):
         self.keys, self.values = layer.keys, layer.values
         self.sinks = self.dropped = 0
 
-    def drop(self, sinks: int, cut: int) -> None:
-        """Drops the slots [sinks, cut). Copies what stays: a view would keep all of the memory."""
-        self.keys, self.values = (
-            torch.cat([rows[:, :, :sinks], rows[:, :, cut:]], dim=2)
-            for rows in (self.keys, self.values)
-        )
+    def replace(self, keys, values, sinks: int) -> None:
+        """Makes these the layer's rows. Requires copies: a view would keep all of the memory."""
         self.sinks = sinks
-        self.dropped += cut - sinks
+        self.dropped += self.keys.shape[2] - keys.shape[2]
+        self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() + self.dropped
@@ -61,16 +62,55 @@ def last_queries(attention, hidden_states, position_embeddings, window: int) -> 
     return rotate(queries, queries[:, :1], cos, sin)[0]
 
 
-def select(attention, hidden_states, position_embeddings, keys, window=1, **rule):
-    """(sinks, cut, tokens): the slots [0, sinks) and [cut, tokens) of the layer's keys stay."""
-    kept = torch.ops.refreekv.select(
+def decide(
+    attention, hidden_states, position_embeddings, keys, values, policy="refreekv", **options
+):
+    """What torch.ops.refreekv.select_<policy> returns for a layer. A policy's scope is the layer
+    unless it is given: KV heads then keep equally many tokens."""
+    try:
+        op = getattr(torch.ops.refreekv, f"select_{policy}").default
+    except AttributeError:
+        raise ValueError(f"refreekv: no policy is named {policy}") from None
+    defaults = {each.name: each.default_value for each in op._schema.arguments}
+    if op._schema.is_mutable:
+        raise ValueError(f"refreekv: {policy} decides on all layers together, not on each in turn")
+    own = {"layers": attention.config.num_hidden_layers, "scope": "layer"}
+    options = {name: value for name, value in own.items() if name in defaults} | options
+    window = options.get("window", defaults.get("window", 1))
+    return op(
         last_queries(attention, hidden_states, position_embeddings, window),
         keys,
+        *([values] if "values" in defaults else []),
         layer=attention.layer_idx,
         scale=attention.scaling,
-        **rule,
+        **options,
     )
-    return kept[0, 0].tolist()
+
+
+def lengths_of(decision, tokens):
+    """(sinks, slots that stay) of a decision about a layer of one sequence."""
+    if isinstance(decision, torch.Tensor):
+        sinks, cut, _ = decision[0, 0].tolist()
+        return sinks, sinks + tokens - cut
+    _, counts, *stand_ins = decision
+    slots = counts + stand_ins[2] if stand_ins else counts
+    if (slots != slots[0, 0]).any():
+        raise ValueError("refreekv: a layer's cache is one tensor, so its heads keep one number")
+    return 0, slots[0, 0].item()
+
+
+def rows_that_stay(decision, keys, values):
+    """Copies of the rows of keys and values that a decision keeps, and its stand-ins."""
+    sinks, slots = lengths_of(decision, keys.shape[2])
+    if isinstance(decision, torch.Tensor):
+        recent = keys.shape[2] - (slots - sinks)
+        return tuple(
+            torch.cat([rows[:, :, :sinks], rows[:, :, recent:]], dim=2) for rows in (keys, values)
+        )
+    keys, values = keys.clone(), values.clone()
+    caches = (keys, values) if len(decision) > 2 else ([keys, values],)
+    torch.ops.refreekv.compact_(*caches, *decision)
+    return tuple(rows[:, :, :slots].clone() for rows in (keys, values))
 
 
 def visible_columns(attention, args, kwargs):
@@ -98,7 +138,7 @@ def check_model(model, scope="layer", **_):
         raise ValueError("refreekv: a layer's cache is one tensor, so its heads share one cut")
 
 
-def check_prompt(hidden_states, mask, layer, sinks):
+def check_prompt(hidden_states, mask, layer):
     batch = hidden_states.shape[0]
     if batch != 1:
         raise ValueError(f"refreekv: one sequence at a time, not {batch}: lengths would differ")
@@ -108,18 +148,17 @@ def check_prompt(hidden_states, mask, layer, sinks):
         last = mask[0, 0, -1]
         if not (last if last.dtype == torch.bool else last == 0).all():
             raise ValueError("refreekv: a prompt must not be padded")
-    if isinstance(layer, PrunedLayer) and layer.sinks != sinks:
-        raise ValueError(f"refreekv: this cache was pruned with {layer.sinks} sinks, not {sinks}")
 
 
 @contextlib.contextmanager
-def pruning(model, *, window=1, **rule):
+def pruning(model, *, policy="refreekv", **options):
     """Inside, a layer is pruned right after each prompt's prefill, also the second one's, which
     goes over what the first one left; steps of one token prune nothing. A prompt is one forward
-    call. rule: options of torch.ops.refreekv.select.
+    call. options: those of torch.ops.refreekv.select_<policy>.
     Yields {layer: (sinks, cut, tokens)} of the last prompt, in logical positions: [0, sinks) and
-    [cut, tokens) stayed."""
-    check_model(model, **rule)
+    [cut, tokens) stayed. For a policy that keeps positions sinks is 0 and cut the number of tokens
+    that are gone."""
+    check_model(model, **options)
     kept = {}
 
     def prune(attention, _, kwargs, __):
@@ -127,16 +166,20 @@ def pruning(model, *, window=1, **rule):
         if cache is None or hidden.shape[1] == 1:
             return
         layer = cache.layers[attention.layer_idx]
-        check_prompt(hidden, kwargs.get("attention_mask"), layer, rule.get("sinks", 4))
-        sinks, cut, tokens = select(
-            attention, hidden, kwargs["position_embeddings"], layer.keys, window, **rule
-        )
-        before = getattr(layer, "dropped", 0)
-        kept[attention.layer_idx] = (sinks, before + cut, before + tokens)
-        if cut > sinks:
+        check_prompt(hidden, kwargs.get("attention_mask"), layer)
+        angles = kwargs["position_embeddings"]
+        decision = decide(attention, hidden, angles, layer.keys, layer.values, policy, **options)
+        tokens, before = layer.keys.shape[2], getattr(layer, "dropped", 0)
+        sinks, slots = lengths_of(decision, tokens)
+        if isinstance(layer, PrunedLayer) and layer.sinks != sinks:
+            raise ValueError(
+                f"refreekv: this cache was pruned with {layer.sinks} sinks, not {sinks}"
+            )
+        kept[attention.layer_idx] = (sinks, before + tokens - slots + sinks, before + tokens)
+        if slots < tokens:
             if not isinstance(layer, PrunedLayer):
                 layer = cache.layers[attention.layer_idx] = PrunedLayer(layer)
-            layer.drop(sinks, cut)
+            layer.replace(*rows_that_stay(decision, layer.keys, layer.values), sinks)
 
     with contextlib.ExitStack() as hooks:
         for module in model.modules():

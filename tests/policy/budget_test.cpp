@@ -20,6 +20,11 @@ TEST_CASE("a budget is a number of tokens, or a share of them", "[budget]") {
   CHECK(token_budget::share(0.2).of(0) == 0);
 }
 
+TEST_CASE("a budget shows what it was made of", "[budget]") {
+  static_assert(token_budget(2048).amount() == 2048 && !token_budget(2048).is_share());
+  static_assert(token_budget::share(0.25).amount() == 0.25 && token_budget::share(0.25).is_share());
+}
+
 TEST_CASE("budgets outside their range are invalid", "[budget]") {
   CHECK(token_budget(refreekv::max_count).valid());
   CHECK_FALSE(token_budget(static_cast<count_t>(-1)).valid());

@@ -21,6 +21,7 @@ if not LIBRARY:
 sys.path.insert(0, EXAMPLE)
 torch.ops.load_library(LIBRARY)
 torch.set_num_threads(1)  # the model is too small for more
+import refreekv_torch  # noqa: E402
 from refreekv_torch import PrunedLayer, pruning  # noqa: E402
 
 SMALL = dict(
@@ -67,6 +68,61 @@ def hiding(model, dropped):
     yield
     for hook in hooks:
         hook.remove()
+
+
+@contextlib.contextmanager
+def decisions():
+    """{layer: decision} of each layer that is pruned inside."""
+    found, decide = {}, refreekv_torch.decide
+
+    def record(attention, *args, **options):
+        found[attention.layer_idx] = decide(attention, *args, **options)
+        return found[attention.layer_idx]
+
+    refreekv_torch.decide = record
+    try:
+        yield found
+    finally:
+        refreekv_torch.decide = decide
+
+
+@contextlib.contextmanager
+def showing(model, visible):
+    """Full caches whose layer i shows later queries only the prompt's keys visible[i], [q_head,
+    token] of booleans."""
+
+    def show(attention, args, kwargs):
+        hidden, cache = kwargs["hidden_states"], kwargs["past_key_values"]
+        past = cache.get_seq_length(attention.layer_idx)
+        own = visible[attention.layer_idx]
+        later = torch.arange(past + hidden.shape[1] - own.shape[1])
+        rows = torch.arange(past, past + hidden.shape[1])[:, None] - own.shape[1]
+        seen = torch.cat(
+            [own[:, None].expand(-1, len(rows), -1), (later <= rows).expand(len(own), -1, -1)], -1
+        )
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return args, kwargs | {"attention_mask": mask[None]}
+
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(show, with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def shown_by(decision, tokens, heads, group):
+    """Which of a prompt's keys each query head still sees."""
+    visible = torch.zeros(heads, tokens, dtype=torch.bool)
+    for h in range(heads):
+        if isinstance(decision, torch.Tensor):
+            sinks, cut, _ = decision[0, 0].tolist()
+            visible[h, :sinks] = visible[h, cut:] = True
+        else:
+            positions, counts = decision[0][0, h], decision[1][0, h]
+            visible[h, positions[:counts].long()] = True
+    return visible.repeat_interleave(group, 0)
 
 
 def dropped_by(kept):
@@ -124,6 +180,54 @@ class PrunedCache(unittest.TestCase):
                         self.assertEqual(layer.keys.shape[2], length)
                         for rows in (layer.keys, layer.values):  # the memory is gone
                             self.assertEqual(rows.untyped_storage().nbytes(), length * 2 * 8 * 4)
+
+    def test_any_policy_by_name(self):
+        ids, more, model = tokens(150), tokens(6, 2), small_model()
+
+        def follow(cache):
+            steps = [*more[:, :3].split(1, dim=1), more[:, 3:]]  # decoded tokens, then a prompt
+            return torch.cat([model(s, past_key_values=cache).logits for s in steps], dim=1)
+
+        budget = dict(budget=0.3, window=4)
+        for policy, options in {
+            "streaming_llm": dict(budget=40),
+            "h2o": dict(budget=40),
+            "snapkv": budget,
+            "pyramidkv": budget,
+            "tova": dict(budget=40),
+            "attention_ranked": dict(threshold=0.2, full_layers=1),
+            "faithful": dict(tolerance=0.4, stand_ins=False),
+        }.items():
+            with self.subTest(policy=policy):
+                cache, full = DynamicCache(), DynamicCache()
+                with decisions() as found, pruning(model, policy=policy, **options) as kept:
+                    model(ids, past_key_values=cache)
+                    visible = [shown_by(found[layer], 150, 2, 4) for layer in range(5)]
+                    numbers = dict(kept)
+                    lengths = [layer.keys.shape[2] for layer in cache.layers]
+                    pruned = follow(cache)
+                model(ids, past_key_values=full)
+                with showing(model, visible):
+                    masked = follow(full)
+                torch.testing.assert_close(pruned, masked, atol=1e-4, rtol=0)
+                for layer, (sinks, cut, end) in numbers.items():
+                    self.assertEqual(end, 150)
+                    self.assertEqual(sinks + end - cut, visible[layer][0].sum())
+                    self.assertEqual(sinks + end - cut, lengths[layer])
+                self.assertTrue(any(cut > sinks for sinks, cut, _ in numbers.values()))
+
+    def test_stand_ins(self):
+        model, cache = small_model(), DynamicCache()
+        with decisions() as found, pruning(model, policy="faithful", tolerance=0.4) as kept:
+            model(tokens(150), past_key_values=cache)
+        for layer, (_, counts, keys, values, rows) in found.items():
+            count, extra = counts[0, 0], rows[0, 0]
+            self.assertEqual(150 - kept[layer][1], count + extra)
+            if extra > 0:
+                own = cache.layers[layer]
+                self.assertTrue(torch.equal(own.keys[:, :, count:], keys[:, :, :extra]))
+                self.assertTrue(torch.equal(own.values[:, :, count:], values[:, :, :extra]))
+        self.assertTrue(any(found[layer][4][0, 0] > 0 for layer in range(5)))
 
     def test_generate(self):
         model = small_model()
@@ -203,6 +307,10 @@ class PrunedCache(unittest.TestCase):
                                disable_compile=True)
         self.refuses("share one cut", model, scope="kv_head")
         self.refuses("threshold must be in", model, threshold=2.0)
+        self.refuses("no policy is named snap", model, policy="snap")
+        self.refuses("cake decides on all layers", model, policy="cake")
+        self.refuses("heads keep one number", model, policy="snapkv", budget=10, window=4,
+                     head_floor=0.1)
         windowed = small_model(transformers.MistralConfig, transformers.MistralForCausalLM,
                                sliding_window=32)
         self.refuses("sliding window", windowed)

@@ -38,6 +38,10 @@ class token_budget {
   }
 
   [[nodiscard]] constexpr bool is_share() const noexcept { return is_share_; }
+  /// Returns the share, or the number of tokens: a budget as bindings show it.
+  [[nodiscard]] constexpr double amount() const noexcept {
+    return is_share_ ? share_ : static_cast<double>(tokens_);
+  }
   [[nodiscard]] constexpr bool valid() const noexcept {
     return is_share_ ? share_ >= 0 && share_ <= 1 : tokens_ >= 0 && tokens_ <= max_count;
   }
