@@ -126,7 +126,7 @@ Layer at_layer(Layer layer, index_t l) {
   return layer;
 }
 
-/// What a rule wants to see of a layer.
+/// What a policy wants to see of a layer.
 template <class Policy>
 auto layer_for(const Policy&, const synthetic_layer<element>& one) {
   if constexpr (std::same_as<Policy, policy::faithful>) {

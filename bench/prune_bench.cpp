@@ -53,7 +53,7 @@ std::array<double, sizeof...(Works)> alternate(benchmark::State& state, const Be
   return medians;
 }
 
-/// The rule with the memory it works in.
+/// The policy with the memory it works in.
 template <class Layer>
 class decision {
  public:

@@ -34,10 +34,10 @@ class comparison {
 
   comparison(const Device& device, const World& world, const options& what)
       : device_(device), world_(world), what_(what) {
-    rule_.window = static_cast<refreekv::count_t>(what.window);
-    rule_.average = what.average;
+    policy_.window = static_cast<refreekv::count_t>(what.window);
+    policy_.average = what.average;
     for (index_t l = 0; l < what.layers; ++l) {
-      layers_.emplace_back(what.shape, index_t{rule_.full_layers} + l, what.tokens);
+      layers_.emplace_back(what.shape, index_t{policy_.full_layers} + l, what.tokens);
     }
   }
 
@@ -89,9 +89,9 @@ class comparison {
       refreekv::kept_range kept;
       if (world_.rank() == 0) {
         const deployment alone = deployment::of(layout::heads, 1);
-        rank_layer<Device> whole(device_, layer, part_of(alone, 0, s, what_.tokens, rule_.sinks),
+        rank_layer<Device> whole(device_, layer, part_of(alone, 0, s, what_.tokens, policy_.sinks),
                                  what_.window);
-        kept = whole.select_heads(rule_, refreekv::single_rank{});
+        kept = whole.select_heads(policy_, refreekv::single_rank{});
       }
       expected_.push_back(world_.gather(kept)[0]);
     }
@@ -166,18 +166,18 @@ class comparison {
 
   outcome decide(const deployment& grid, const group& same_heads, const group& same_tokens,
                  std::size_t l) {
-    const rank_part part = part_of(grid, world_.rank(), what_.shape, what_.tokens, rule_.sinks);
+    const rank_part part = part_of(grid, world_.rank(), what_.shape, what_.tokens, policy_.sinks);
     rank_layer<Device> own(device_, layers_[l], part, what_.window);
     traffic<group> log;
     const head_link<group> to_heads{&same_tokens, &log};
     const token_link<group> to_tokens{&same_heads, &log};
     const auto select = [&] {
       log.clear();
-      if (grid.how == layout::heads) return own.select_heads(rule_, to_heads);
+      if (grid.how == layout::heads) return own.select_heads(policy_, to_heads);
       if (grid.how == layout::grid) {
-        return own.select_tokens(rule_, grid_link<group>{to_heads, to_tokens});
+        return own.select_tokens(policy_, grid_link<group>{to_heads, to_tokens});
       }
-      return own.select_tokens(rule_, to_tokens);
+      return own.select_tokens(policy_, to_tokens);
     };
     outcome out{.all = select()};
     out.exchanged_kb = static_cast<double>(bytes_of(log)) / 1e3;
@@ -226,7 +226,7 @@ class comparison {
   const Device& device_;
   const World& world_;
   options what_;
-  refreekv::policy::refreekv rule_;
+  refreekv::policy::refreekv policy_;
   std::vector<synthetic_layer> layers_;
   std::vector<refreekv::kept_range> expected_;
   bool all_equal_ = true;

@@ -41,19 +41,19 @@ class rank_layer {
 
   // A decision about heads, whose link sums; on one rank refreekv::single_rank.
   template <class Link>
-  refreekv::kept_range select_heads(const refreekv::policy::refreekv& rule, const Link& link) {
-    return select_from(rule, source(keys_), link, [&] { return refreekv::status::ok; });
+  refreekv::kept_range select_heads(const refreekv::policy::refreekv& policy, const Link& link) {
+    return select_from(policy, source(keys_), link, [&] { return refreekv::status::ok; });
   }
   // One about tokens, whose link exchanges. Keys are counted along the whole sequence, and what is
   // kept of it is then translated to what is kept here.
   template <class Link>
-  refreekv::kept_range select_tokens(const refreekv::policy::refreekv& rule, const Link& link) {
+  refreekv::kept_range select_tokens(const refreekv::policy::refreekv& policy, const Link& link) {
     const auto parts = static_cast<index_t>(part_.tokens.size());
     const refreekv::shard keys(
         source(keys_),
         refreekv::view<const refreekv::token_range, 2, memory>(parts_.data(), {1, parts}),
         refreekv::lengths_view<memory>(total_.data(), {1}), layer_.tokens());
-    return select_from(rule, keys, link, [&] {
+    return select_from(policy, keys, link, [&] {
       return refreekv::local_ranges(device_.backend, keys, cut(), {kept_.data(), {1, 1}});
     });
   }
@@ -145,18 +145,18 @@ class rank_layer {
   }
 
   template <class Keys, class Link, class Localise>
-  refreekv::kept_range select_from(const refreekv::policy::refreekv& rule, const Keys& keys,
+  refreekv::kept_range select_from(const refreekv::policy::refreekv& policy, const Keys& keys,
                                    const Link& link, const Localise& localise) {
     const refreekv::view<const element, 4, memory> queries(
         queries_.data(), {1, window_, part_.q_heads, layer_.shape().head_dim});
     const auto seen = refreekv::observe(queries, keys, {.index = layer_.number()});
     const refreekv::kept_ranges<memory> kept(kept_.data(), {1, 1});
-    if (const char* why = refreekv::why_invalid(rule, seen, kept)) throw std::runtime_error(why);
+    if (const char* why = refreekv::why_invalid(policy, seen, kept)) throw std::runtime_error(why);
     array<std::byte> scratch{
-        std::vector<std::byte>(refreekv::workspace_size(rule, device_.backend, seen))};
+        std::vector<std::byte>(refreekv::workspace_size(policy, device_.backend, seen))};
     const refreekv::workspace<memory> room(scratch.data(),
-                                           refreekv::workspace_size(rule, device_.backend, seen));
-    check(refreekv::select(rule, device_.backend, seen, kept, room, link));
+                                           refreekv::workspace_size(policy, device_.backend, seen));
+    check(refreekv::select(policy, device_.backend, seen, kept, room, link));
     device_.wait();
     const refreekv::kept_range all = kept_.download()[0];
     check(localise());

@@ -45,7 +45,7 @@ std::vector<planned_row> plan(const options& opts) {
 std::size_t window_of(const std::vector<planned_row>& rows, std::size_t tokens) {
   std::size_t window = 1;
   for (const planned_row& row : rows) {
-    window = std::max(window, smollm2::window_of(row.what->rule({tokens, 1})));
+    window = std::max(window, smollm2::window_of(row.what->policy({tokens, 1})));
   }
   return window;
 }

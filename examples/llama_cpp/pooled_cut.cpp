@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "rule_runner.hpp"
+#include "policy_runner.hpp"
 
 namespace llama_cpp {
 
@@ -29,13 +29,13 @@ struct sum_over_layers {
   }
 };
 
-template <class Rule, class Layer>
-refreekv::kept_range decide(const Rule& rule, const Layer& seen, int threads) {
+template <class Policy, class Layer>
+refreekv::kept_range decide(const Policy& policy, const Layer& seen, int threads) {
   const refreekv::cpu_backend backend{threads};
   const index_t layers = seen.sequences();
   std::vector<refreekv::kept_range> kept(static_cast<std::size_t>(layers));
-  std::vector<std::byte> scratch(refreekv::workspace_size(rule, backend, seen));
-  smollm2::require_ok(refreekv::select(rule, backend, seen, {kept.data(), {layers, 1}}, scratch,
+  std::vector<std::byte> scratch(refreekv::workspace_size(policy, backend, seen));
+  smollm2::require_ok(refreekv::select(policy, backend, seen, {kept.data(), {layers, 1}}, scratch,
                                        sum_over_layers{layers}));
   refreekv::kept_range all = kept.front();
   for (const auto& layer : kept) all = refreekv::unite(all, layer);  // for the largest dropped mass
@@ -58,8 +58,8 @@ std::vector<float> copy_of_keys(const ggml_tensor& cache, std::size_t tokens) {
 }
 
 // first(layer): the first key of a layer, of all heads' [token, kv_head, head_dim].
-template <class T, class Rule, class First>
-refreekv::kept_range decide_on_keys(const Rule& rule, const attention_tap& seen, int threads,
+template <class T, class Policy, class First>
+refreekv::kept_range decide_on_keys(const Policy& policy, const attention_tap& seen, int threads,
                                     const First& first) {
   const index_t tokens = signed_size(seen.tokens()), heads = signed_size(seen.kv_heads());
   const index_t dim = signed_size(seen.head_dim()), layers = signed_size(seen.layers());
@@ -73,22 +73,23 @@ refreekv::kept_range decide_on_keys(const Rule& rule, const attention_tap& seen,
   const refreekv::layer_info<> info{signed_size(seen.first_layer()),
                                     {.scale = seen.scale(), .soft_cap = seen.soft_cap()}};
   const refreekv::view<const refreekv::dense<const T>, 1> table(keys.data(), {layers});
-  return decide(rule, refreekv::observe(queries, refreekv::layered(table, keys.front()), info),
+  return decide(policy, refreekv::observe(queries, refreekv::layered(table, keys.front()), info),
                 threads);
 }
 
-template <class Rule>
-refreekv::kept_range decide_on_queries(const Rule& rule, const attention_tap& seen, int threads) {
+template <class Policy>
+refreekv::kept_range decide_on_queries(const Policy& policy, const attention_tap& seen,
+                                       int threads) {
   const ggml_tensor& any = *seen.keys().front();
   const bool here = ggml_backend_buffer_is_host(any.buffer);
   if (here && any.type == GGML_TYPE_F16) {
     using refreekv::f16_bits;
-    return decide_on_keys<f16_bits>(rule, seen, threads, [&](std::size_t layer) {
+    return decide_on_keys<f16_bits>(policy, seen, threads, [&](std::size_t layer) {
       return static_cast<const f16_bits*>(seen.keys()[layer]->data);
     });
   }
   if (here && any.type == GGML_TYPE_F32) {
-    return decide_on_keys<float>(rule, seen, threads, [&](std::size_t layer) {
+    return decide_on_keys<float>(policy, seen, threads, [&](std::size_t layer) {
       return static_cast<const float*>(seen.keys()[layer]->data);
     });
   }
@@ -96,53 +97,54 @@ refreekv::kept_range decide_on_queries(const Rule& rule, const attention_tap& se
   for (const ggml_tensor* cache : seen.keys()) {
     copies.push_back(copy_of_keys(*cache, seen.tokens()));
   }
-  return decide_on_keys<float>(rule, seen, threads,
+  return decide_on_keys<float>(policy, seen, threads,
                                [&](std::size_t layer) { return copies[layer].data(); });
 }
 
-template <class Rule>
-refreekv::kept_range decide_on_rows(const Rule& rule, const attention_tap& seen, int threads) {
+template <class Policy>
+refreekv::kept_range decide_on_rows(const Policy& policy, const attention_tap& seen, int threads) {
   const index_t q_heads = signed_size(seen.q_heads());
   const refreekv::view rows(
       seen.attention().data(),
       {signed_size(seen.layers()), signed_size(seen.rows()), q_heads, signed_size(seen.tokens())});
   // One cut needs no KV heads.
-  return decide(rule, refreekv::observe_rows(rows, q_heads, {}, {signed_size(seen.first_layer())}),
+  return decide(policy,
+                refreekv::observe_rows(rows, q_heads, {}, {signed_size(seen.first_layer())}),
                 threads);
 }
 
 }  // namespace
 
-const char* why_unpoolable(const smollm2::pruning_rule& rule) {
+const char* why_unpoolable(const smollm2::pruning_policy& policy) {
   return std::visit(
       [](const auto& r) -> const char* {
-        using Rule = std::remove_cvref_t<decltype(r)>;
-        if constexpr (std::same_as<Rule, refreekv::policy::refreekv>) {
+        using Policy = std::remove_cvref_t<decltype(r)>;
+        if constexpr (std::same_as<Policy, refreekv::policy::refreekv>) {
           if (r.scope == refreekv::cut_scope::kv_head) {
             return "in llama.cpp all layers and heads share their cells: no cut for each KV head";
           }
-        } else if constexpr (!std::same_as<Rule, smollm2::keep_everything> &&
-                             !smollm2::range_rule<Rule>) {
+        } else if constexpr (!std::same_as<Policy, smollm2::keep_everything> &&
+                             !smollm2::range_policy<Policy>) {
           return "in llama.cpp all layers and heads share their cells: a policy that scores "
                  "tokens, for each layer and KV head, has nothing to remove there";
         }
         return nullptr;
       },
-      rule);
+      policy);
 }
 
-std::size_t first_layer_of(const smollm2::pruning_rule& rule) {
-  const auto* cut = std::get_if<refreekv::policy::refreekv>(&rule);
+std::size_t first_layer_of(const smollm2::pruning_policy& policy) {
+  const auto* cut = std::get_if<refreekv::policy::refreekv>(&policy);
   return cut == nullptr ? 0 : cut->full_layers;
 }
 
-refreekv::kept_range pooled_cut(const smollm2::pruning_rule& rule, const attention_tap& seen,
+refreekv::kept_range pooled_cut(const smollm2::pruning_policy& policy, const attention_tap& seen,
                                 int threads) {
-  if (const char* why = why_unpoolable(rule)) throw std::runtime_error(why);
+  if (const char* why = why_unpoolable(policy)) throw std::runtime_error(why);
   return std::visit(
       [&](const auto& r) -> refreekv::kept_range {
-        using Rule = std::remove_cvref_t<decltype(r)>;
-        if constexpr (smollm2::range_rule<Rule>) {
+        using Policy = std::remove_cvref_t<decltype(r)>;
+        if constexpr (smollm2::range_policy<Policy>) {
           if (seen.layers() > 0) {
             return seen.keys().empty() ? decide_on_rows(r, seen, threads)
                                        : decide_on_queries(r, seen, threads);
@@ -150,7 +152,7 @@ refreekv::kept_range pooled_cut(const smollm2::pruning_rule& rule, const attenti
         }
         return {.tokens = static_cast<refreekv::position_t>(seen.tokens())};
       },
-      rule);
+      policy);
 }
 
 }  // namespace llama_cpp

@@ -19,7 +19,7 @@ decoding_speed measure_speed(const smollm2::llama& model, const serving_plan& pl
   paged_cache full = admit(), half = admit(), pruned = admit();
 
   decoding_speed result{};
-  const auto hooks = pruning_hooks(plan.rule, config.q_heads, result.releases);
+  const auto hooks = pruning_hooks(plan.policy, config.q_heads, result.releases);
   model.prefill(prompt, pruned,
                 {.window = hooks.window,
                  .on_layer =

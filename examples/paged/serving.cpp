@@ -69,9 +69,9 @@ std::vector<block_id> pages_of(const paged_cache& cache) {
 }
 
 // The same tokens in a pool of their own, where the prefix is computed first, too, and the prompt
-// is pruned by the same rule, if any: how far the logits are from those that were served.
+// is pruned by the same policy, if any: how far the logits are from those that were served.
 double difference_alone(const llama& model, const page_shape& page, tokens_view prompt,
-                        std::size_t shared, const page_rule* rule, const running& together,
+                        std::size_t shared, const page_policy* policy, const running& together,
                         const report_progress& on_progress) {
   const std::size_t layers = model.config().layers;
   const std::size_t tokens = prompt.size() + together.tokens.size();
@@ -81,7 +81,7 @@ double difference_alone(const llama& model, const page_shape& page, tokens_view 
   running alone = admit(pool, layers, tokens, &prefix.cache);
   std::vector<page_release> releases;
   smollm2::prefill_hooks_for<paged_cache> hooks;
-  if (rule != nullptr) hooks = pruning_hooks(*rule, model.config().q_heads, releases);
+  if (policy != nullptr) hooks = pruning_hooks(*policy, model.config().q_heads, releases);
   hooks.on_progress = on_progress;
   alone.logits.push_back(model.prefill(prompt.subspan(shared), alone.cache, hooks));
   for (const int token : together.tokens) alone.logits.push_back(model.decode(token, alone.cache));
@@ -160,7 +160,7 @@ serving_result serve(const llama& model, const serving_plan& plan, const progres
 
   run_b.logits.push_back(model.prefill(b.subspan(result.shared_tokens), run_b.cache,
                                        {.on_progress = show("prefill of B")}));
-  auto pruning = pruning_hooks(plan.rule, model.config().q_heads, result.releases);
+  auto pruning = pruning_hooks(plan.policy, model.config().q_heads, result.releases);
   pruning.on_progress = show("prefill of A");
   run_a.logits.push_back(model.prefill(a.subspan(result.shared_tokens), run_a.cache, pruning));
   result.free_after = free_pages();
@@ -185,11 +185,11 @@ serving_result serve(const llama& model, const serving_plan& plan, const progres
   for (const block_id page : pages_of(run_c->cache)) result.returned_to_c += returned.count(page);
 
   const auto summary = [&](const running& run, tokens_view prompt, std::size_t shared,
-                           const page_rule* rule, const char* what) {
+                           const page_policy* policy, const char* what) {
     return served{prompt.size(), run.cache.pages(), run.tokens,
-                  difference_alone(model, result.page, prompt, shared, rule, run, show(what))};
+                  difference_alone(model, result.page, prompt, shared, policy, run, show(what))};
   };
-  result.a = summary(run_a, a, result.shared_tokens, &plan.rule, "A alone");
+  result.a = summary(run_a, a, result.shared_tokens, &plan.policy, "A alone");
   result.b = summary(run_b, b, result.shared_tokens, nullptr, "B alone");
   result.c = summary(*run_c, c, 0, nullptr, "C alone");
   return result;

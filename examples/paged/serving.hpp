@@ -17,7 +17,7 @@ struct serving_plan {
   std::vector<int> a, b, c;  // prompts
   std::size_t steps;         // tokens that A and B decode; C comes in after half of them
   std::size_t page_tokens;
-  page_rule rule;
+  page_policy policy;
 };
 
 struct served {

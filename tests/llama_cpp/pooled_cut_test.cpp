@@ -85,7 +85,7 @@ const std::map<std::string, context_options>& ways() {
   return all;
 }
 
-// A prefill for each way; rules may use fewer of the rows.
+// A prefill for each way; policies may use fewer of the rows.
 const attention_tap& seen_in(const std::string& way) {
   static std::map<std::string, prefilled> done;
   if (!done.contains(way)) {
@@ -97,7 +97,7 @@ const attention_tap& seen_in(const std::string& way) {
   return done.at(way).tap;
 }
 
-const std::map<std::string, refreekv::policy::refreekv>& rules() {
+const std::map<std::string, refreekv::policy::refreekv>& policies() {
   static const std::map<std::string, refreekv::policy::refreekv> all{
       {"the paper's, 16 sinks", {.sinks = 16}},
       {"15 %", {.threshold = 0.15, .sinks = 16}},
@@ -119,26 +119,26 @@ TEST_CASE("one cut for all layers is the oracle's, on rows and on keys of any ty
     REQUIRE(seen.layers() == loaded_model().layers() - 2);
     REQUIRE(seen.keys().empty() != options.flash_attention);
     const auto rows = options.flash_attention ? computed_rows(seen) : softmax;
-    for (const auto& [name, rule] : rules()) {
+    for (const auto& [name, policy] : policies()) {
       CAPTURE(way, name);
-      const auto kept = pooled_cut(rule, seen, 1);
-      CHECK(reference::disagreement(kept, reference::decide(rows, 0, rows.q_heads, rule),
-                                    rule.threshold) == "");
+      const auto kept = pooled_cut(policy, seen, 1);
+      CHECK(reference::disagreement(kept, reference::decide(rows, 0, rows.q_heads, policy),
+                                    policy.threshold) == "");
       CHECK(kept.dropped() > 0);
-      CHECK(pooled_cut(rule, seen, 2) == kept);
+      CHECK(pooled_cut(policy, seen, 2) == kept);
 
       // Each way computes attention with its own rounding: by llama.cpp's own rows its cut loses
-      // what the rule allows, give or take that.
-      const auto by_rows = reference::decide(softmax, 0, softmax.q_heads, rule);
+      // what the policy allows, give or take that.
+      const auto by_rows = reference::decide(softmax, 0, softmax.q_heads, policy);
       const double loss = by_rows.losses[static_cast<std::size_t>(kept.cut)];
       const double next = by_rows.losses[static_cast<std::size_t>(kept.cut) + 1];
-      CHECK(loss <= rule.threshold * 1.05);
-      CHECK(next >= rule.threshold * 0.95);
+      CHECK(loss <= policy.threshold * 1.05);
+      CHECK(next >= policy.threshold * 0.95);
     }
   }
 }
 
-TEST_CASE("rules that score tokens, and cuts for each KV head, are refused", "[pooled_cut]") {
+TEST_CASE("policies that score tokens, and cuts for each KV head, are refused", "[pooled_cut]") {
   using refreekv::policy::refreekv;
   const attention_tap& seen = seen_in("softmax");
   CHECK(why_unpoolable(refreekv{}) == nullptr);

@@ -154,24 +154,24 @@ TEST_CASE("what is released comes back, and attention sees what is kept") {
 
 TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   using refreekv::policy::faithful;
-  const faithful rule = GENERATE(values<faithful>({{.window = 8},
-                                                   {.sinks = 100, .stand_ins = false},
-                                                   {.tolerance = 0.05, .error_term = false}}));
+  const faithful policy = GENERATE(values<faithful>({{.window = 8},
+                                                     {.sinks = 100, .stand_ins = false},
+                                                     {.tolerance = 0.05, .error_term = false}}));
   const std::size_t page_tokens = GENERATE(1u, 16u, 64u), shared = GENERATE(0u, 64u);
   const std::size_t prompt = GENERATE(67u, 192u, 250u), more = 40;
-  CAPTURE(rule.window, rule.stand_ins, page_tokens, shared, prompt);
+  CAPTURE(policy.window, policy.stand_ins, page_tokens, shared, prompt);
   const tiny_model model;
   const std::vector<int> tokens = random_tokens(prompt + more, 3);
   const auto prefix = std::span(tokens).first(shared);
   const auto rest = std::span(tokens).subspan(shared, prompt - shared);
 
-  faithful own_rule = rule;  // with what pages ask for
-  own_rule.scope = refreekv::cut_scope::layer;
-  own_rule.sinks = std::max(rule.sinks, static_cast<refreekv::count_t>(shared));
-  smollm2::pruner engine(own_rule, smollm2_test::small_llama::q_heads, 1);
+  faithful engine_policy = policy;  // with what pages ask for
+  engine_policy.scope = refreekv::cut_scope::layer;
+  engine_policy.sinks = std::max(policy.sinks, static_cast<refreekv::count_t>(shared));
+  smollm2::pruner engine(engine_policy, smollm2_test::small_llama::q_heads, 1);
   smollm2::kv_cache own = model.network.new_cache();
   if (shared > 0) model.network.prefill(prefix, own);
-  smollm2::prefill_hooks to_engine{.window = rule.window};
+  smollm2::prefill_hooks to_engine{.window = policy.window};
   to_engine.on_layer = [&](std::size_t layer, std::span<const float> queries,
                            smollm2::kv_cache& cache) { engine.prune(layer, queries, cache); };
   model.network.prefill(rest, own, to_engine);
@@ -188,7 +188,7 @@ TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   const std::size_t free = pool.manager.free_blocks();
   std::vector<page_release> releases;
   model.network.prefill(rest, *cache,
-                        pruning_hooks(rule, smollm2_test::small_llama::q_heads, releases));
+                        pruning_hooks(policy, smollm2_test::small_llama::q_heads, releases));
 
   std::size_t returned = 0, dropped = 0, stand_ins = 0;
   for (std::size_t l = 0; l < layers; ++l) {
@@ -203,7 +203,7 @@ TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   }
   CHECK(pool.manager.free_blocks() == free + returned);
   CHECK((prompt < 100 || dropped > 0));
-  CHECK((stand_ins > 0) == (rule.stand_ins && dropped > 0));
+  CHECK((stand_ins > 0) == (policy.stand_ins && dropped > 0));
   for (std::size_t next = prompt; next < tokens.size(); ++next) {
     CHECK(cache->next_position() == next);
     CHECK(largest_difference(model.network.decode(tokens[next], *cache),
@@ -223,13 +223,13 @@ TEST_CASE("behind a shared prefix there may be fewer queries than the window has
   const tiny_model model;
   const std::vector<int> tokens = random_tokens(64 + tail, 5);
   const auto prefix = std::span(tokens).first(64), rest = std::span(tokens).subspan(64);
-  const refreekv::policy::refreekv rule{.threshold = 0.3, .window = 4, .full_layers = 0};
+  const refreekv::policy::refreekv policy{.threshold = 0.3, .window = 4, .full_layers = 0};
 
   std::vector<kept_range> expected, kept;  // [layer]
-  smollm2::pruner engine(rule, smollm2_test::small_llama::q_heads, 1);
+  smollm2::pruner engine(policy, smollm2_test::small_llama::q_heads, 1);
   smollm2::kv_cache own = model.network.new_cache();
   model.network.prefill(prefix, own);
-  smollm2::prefill_hooks to_engine{.window = rule.window};
+  smollm2::prefill_hooks to_engine{.window = policy.window};
   to_engine.on_layer = [&](std::size_t layer, std::span<const float> queries,
                            smollm2::kv_cache& cache) {
     expected.push_back(engine.prune(layer, queries, cache).kept.at(0));
@@ -242,9 +242,9 @@ TEST_CASE("behind a shared prefix there may be fewer queries than the window has
   model.network.prefill(prefix, *cache);
   const auto to_pages = [&](std::size_t layer, std::span<const float> queries, paged_cache& paged) {
     kept.push_back(
-        decide(rule, layer, queries, smollm2_test::small_llama::q_heads, paged.layer(layer)));
+        decide(policy, layer, queries, smollm2_test::small_llama::q_heads, paged.layer(layer)));
   };
-  model.network.prefill(rest, *cache, {.window = rule.window, .on_layer = to_pages});
+  model.network.prefill(rest, *cache, {.window = policy.window, .on_layer = to_pages});
   REQUIRE((kept.size() == layers && expected.size() == layers));
   for (std::size_t layer = 0; layer < layers; ++layer) {
     CHECK(expected[layer].cut > expected[layer].sinks);

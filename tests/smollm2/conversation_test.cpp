@@ -78,18 +78,18 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
   const auto scope = GENERATE(cut_scope::layer, cut_scope::kv_head);
   const count_t window = GENERATE(1u, 16u);
   CAPTURE(keep.size(), scope, window);
-  const policy::refreekv rule{.threshold = 0.25,
-                              .window = window,
-                              .average = row_average::frobenius,
-                              .scope = scope,
-                              .full_layers = 0};
+  const policy::refreekv policy{.threshold = 0.25,
+                                .window = window,
+                                .average = row_average::frobenius,
+                                .scope = scope,
+                                .full_layers = 0};
   const small_llama small;
   const temporary_file file(small.file().bytes());
   const llama model(gguf_file(file.path()), 2);
   std::mt19937 random(5);
   std::vector<int> text;
   kv_cache cache = model.new_cache();
-  pruner prune(rule, q_heads, 2, keep);
+  pruner prune(policy, q_heads, 2, keep);
   mask sees;
   std::size_t dropped = 0;
 
@@ -121,8 +121,8 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
         const std::size_t heads = q_heads / result.kept.size();  // that share the cut
         const auto attention =
             rows_of(expected, layer, head * group / heads * heads, heads, text.size(), rows, left);
-        const auto decision = reference::decide(attention, 0, static_cast<index_t>(heads), rule);
-        CHECK(reference::disagreement(kept, decision, rule.threshold) == "");
+        const auto decision = reference::decide(attention, 0, static_cast<index_t>(heads), policy);
+        CHECK(reference::disagreement(kept, decision, policy.threshold) == "");
       }
     };
     const std::vector<float> logits = model.prefill(std::span(text).last(prompt), cache,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a rule on what an engine shows of a layer, whatever its cache is made of.
+// Runs a policy on what an engine shows of a layer, whatever its cache is made of.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "layer_pruning.hpp"
-#include "pruning_rule.hpp"
+#include "pruning_policy.hpp"
 
 namespace smollm2 {
 
@@ -25,45 +25,45 @@ struct slot_range {
 };
 
 // Owns the threads and the memory that decisions take; both are used again for every layer.
-class rule_runner {
+class policy_runner {
  public:
-  explicit rule_runner(int threads) : pool_(threads) {}
+  explicit policy_runner(int threads) : pool_(threads) {}
 
   // Fills in what stays of the layer: result.kept or result.counts. Throws std::runtime_error where
   // refreekv refuses.
-  template <class Rule, class Layer>
-  void decide(const Rule& rule, const Layer& seen, layer_pruning& result) {
+  template <class Policy, class Layer>
+  void decide(const Policy& policy, const Layer& seen, layer_pruning& result) {
     const refreekv::cpu_backend backend{pool_};
-    const refreekv::index_t groups = refreekv::groups_of(rule, seen);
-    scratch_.resize(std::max(scratch_.size(), refreekv::workspace_size(rule, backend, seen)));
-    if constexpr (range_rule<Rule>) {
+    const refreekv::index_t groups = refreekv::groups_of(policy, seen);
+    scratch_.resize(std::max(scratch_.size(), refreekv::workspace_size(policy, backend, seen)));
+    if constexpr (range_policy<Policy>) {
       result.kept.resize(static_cast<std::size_t>(groups));
       require_ok(
-          refreekv::select(rule, backend, seen, {result.kept.data(), {1, groups}}, scratch_));
+          refreekv::select(policy, backend, seen, {result.kept.data(), {1, groups}}, scratch_));
     } else {
       result.counts.resize(static_cast<std::size_t>(groups));
       positions_.resize(
           std::max(positions_.size(), static_cast<std::size_t>(groups * seen.capacity())));
-      if constexpr (valued_rule<Rule>) make_room(rule, seen, result);
-      require_ok(refreekv::select(rule, backend, seen, positions_of(result), scratch_));
+      if constexpr (valued_policy<Policy>) make_room(policy, seen, result);
+      require_ok(refreekv::select(policy, backend, seen, positions_of(result), scratch_));
     }
   }
 
-  // Any rule that needs to see no other layer. With keep_everything nothing is decided.
+  // Any policy that needs to see no other layer. With keep_everything nothing is decided.
   template <class Layer, class Values>
-  void decide(const pruning_rule& rule, const Layer& seen, const Values& values,
+  void decide(const pruning_policy& policy, const Layer& seen, const Values& values,
               layer_pruning& result) {
     std::visit(
-        [&]<class Rule>(const Rule& each) {
-          if constexpr (std::same_as<Rule, refreekv::policy::cake>) {
+        [&]<class Policy>(const Policy& each) {
+          if constexpr (std::same_as<Policy, refreekv::policy::cake>) {
             throw std::runtime_error("cake shares its budget among layers: it needs all of them");
-          } else if constexpr (valued_rule<Rule>) {
+          } else if constexpr (valued_policy<Policy>) {
             decide(each, refreekv::with_values(seen, values), result);
-          } else if constexpr (!std::same_as<Rule, keep_everything>) {
+          } else if constexpr (!std::same_as<Policy, keep_everything>) {
             decide(each, seen, result);
           }
         },
-        rule);
+        policy);
   }
 
   // After decide: moves what stays together in every source of `rows`, keys and values of all KV
@@ -98,11 +98,12 @@ class rule_runner {
     return slots;
   }
 
-  // Room for as many stand-ins as the rule may leave.
+  // Room for as many stand-ins as the policy may leave.
   template <class Layer>
-  void make_room(const refreekv::policy::faithful& rule, const Layer& seen, layer_pruning& result) {
+  void make_room(const refreekv::policy::faithful& policy, const Layer& seen,
+                 layer_pruning& result) {
     const refreekv::index_t heads = seen.kv_heads();
-    const refreekv::index_t most = rule.most_stand_ins(seen.capacity());
+    const refreekv::index_t most = policy.most_stand_ins(seen.capacity());
     if (most == 0) return;
     result.stand_ins.resize(static_cast<std::size_t>(heads));
     const auto fit = [&](std::vector<float>& memory, refreekv::index_t dim) {

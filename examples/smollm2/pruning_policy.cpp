@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pruning_rule.hpp"
+#include "pruning_policy.hpp"
 
 namespace smollm2 {
 
-const char* why_invalid(const pruning_rule& rule) {
+const char* why_invalid(const pruning_policy& policy) {
   return std::visit(
       [](const auto& r) -> const char* {
         if constexpr (std::same_as<decltype(r), const keep_everything&>) {
@@ -12,18 +12,18 @@ const char* why_invalid(const pruning_rule& rule) {
           return refreekv::why_invalid(r);
         }
       },
-      rule);
+      policy);
 }
 
-bool keeps_ranges(const pruning_rule& rule) {
+bool keeps_ranges(const pruning_policy& policy) {
   return std::visit(
-      []<class Rule>(const Rule&) {
-        return range_rule<Rule> || std::same_as<Rule, keep_everything>;
+      []<class Policy>(const Policy&) {
+        return range_policy<Policy> || std::same_as<Policy, keep_everything>;
       },
-      rule);
+      policy);
 }
 
-std::size_t window_of(const pruning_rule& rule) {
+std::size_t window_of(const pruning_policy& policy) {
   return std::visit(
       [](const auto& r) -> std::size_t {
         if constexpr (requires { r.window; }) {
@@ -32,15 +32,15 @@ std::size_t window_of(const pruning_rule& rule) {
           return 1;
         }
       },
-      rule);
+      policy);
 }
 
-void set_layers(pruning_rule& rule, std::size_t layers) {
+void set_layers(pruning_policy& policy, std::size_t layers) {
   std::visit(
       [&](auto& r) {
         if constexpr (requires { r.layers; }) r.layers = static_cast<refreekv::count_t>(layers);
       },
-      rule);
+      policy);
 }
 
 }  // namespace smollm2
