@@ -50,9 +50,10 @@ smollm2::layer_pruning pruner::prune(std::size_t layer, std::span<const float> q
   const auto values = source_of(cache.values(), cache.length(), config_.kv_heads);
   const auto q_heads = static_cast<index_t>(config_.q_heads), dim = keys.head_dim();
   const index_t rows = static_cast<index_t>(queries.size()) / (q_heads * dim);
-  const auto seen = refreekv::observe(refreekv::view(queries.data(), {1, rows, q_heads, dim}), keys,
-                                      {.index = static_cast<index_t>(layer)});
-  runner_.decide(policy_, seen, values, result);
+  const auto model_layer =
+      refreekv::observe(refreekv::view(queries.data(), {1, rows, q_heads, dim}), keys,
+                        {.index = static_cast<index_t>(layer)});
+  runner_.decide(policy_, model_layer, values, result);
   const auto slots = runner_.compact(result, keys, values);
   result.library_seconds = watch.seconds();
 

@@ -17,7 +17,7 @@ std::size_t first_layer_of(const smollm2::pruning_policy& policy);
 // whose norm curve is the sum of theirs, as the library sums those of several ranks. Keys in f16
 // and f32 are read where they are; others, and those on a device, are copied as floats first.
 // Throws std::runtime_error where refreekv refuses, or where the policy is unpoolable.
-refreekv::kept_range pooled_cut(const smollm2::pruning_policy& policy, const attention_tap& seen,
+refreekv::kept_range pooled_cut(const smollm2::pruning_policy& policy, const attention_tap& tap,
                                 int threads);
 
 }  // namespace llama_cpp

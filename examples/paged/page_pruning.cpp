@@ -58,10 +58,10 @@ page_release prune_layer(refreekv::policy::faithful policy, std::size_t layer,
 
 }  // namespace
 
-double share_of(std::size_t page_release::*what, const std::vector<page_release>& releases) {
+double share_of(std::size_t page_release::*count, const std::vector<page_release>& releases) {
   double sum = 0, tokens = 0;
   for (const page_release& each : releases) {
-    sum += static_cast<double>(each.*what);
+    sum += static_cast<double>(each.*count);
     tokens += static_cast<double>(each.tokens);
   }
   return sum / tokens;

@@ -25,7 +25,7 @@ struct page_release {
 };
 
 // What is kept of all layers' tokens, or how much of that stands in for others: in [0, 1].
-double share_of(std::size_t page_release::*what, const std::vector<page_release>& releases);
+double share_of(std::size_t page_release::*count, const std::vector<page_release>& releases);
 
 // A layer whose cache holds the whole prompt gives up whole pages, and keeps the room for tokens to
 // come that it had. Pages that others own, too, are neither written nor freed.

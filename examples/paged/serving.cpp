@@ -124,9 +124,9 @@ const char* serving_result::wrong() const {
 }
 
 serving_result serve(const llama& model, const serving_plan& plan, const progress& on_progress) {
-  const auto show = [&](const char* what) {
-    return [&on_progress, what](double done) {
-      if (on_progress) on_progress(what, done);
+  const auto show = [&](const char* phase) {
+    return [&on_progress, phase](double done) {
+      if (on_progress) on_progress(phase, done);
     };
   };
   const std::size_t layers = model.config().layers;
@@ -185,9 +185,9 @@ serving_result serve(const llama& model, const serving_plan& plan, const progres
   for (const block_id page : pages_of(run_c->cache)) result.returned_to_c += returned.count(page);
 
   const auto summary = [&](const running& run, tokens_view prompt, std::size_t shared,
-                           const page_policy* policy, const char* what) {
+                           const page_policy* policy, const char* phase) {
     return served{prompt.size(), run.cache.pages(), run.tokens,
-                  difference_alone(model, result.page, prompt, shared, policy, run, show(what))};
+                  difference_alone(model, result.page, prompt, shared, policy, run, show(phase))};
   };
   result.a = summary(run_a, a, result.shared_tokens, &plan.policy, "A alone");
   result.b = summary(run_b, b, result.shared_tokens, nullptr, "B alone");

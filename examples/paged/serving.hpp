@@ -11,7 +11,7 @@
 
 namespace paged {
 
-using progress = std::function<void(const std::string& what, double done)>;
+using progress = std::function<void(const std::string& phase, double done)>;
 
 struct serving_plan {
   std::vector<int> a, b, c;  // prompts

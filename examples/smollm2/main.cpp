@@ -138,16 +138,16 @@ void run(options opts) {
 
   conversation talk(model, opts);
   std::vector<report> turns;
-  const auto take = [&](const std::vector<int>& message, bool last) {
+  const auto send = [&](const std::vector<int>& message, bool last) {
     report& turn = turns.emplace_back(talk.answer(message, tokens.end_token(), last));
     turn.text = tokens.decode(turn.tokens);
     if (last && opts.speed) turn.speed = talk.speed();
     print(turn, std::cout);
   };
-  take(tokens.encode_chat(opts.prompt), opts.replies.empty());
+  send(tokens.encode_chat(opts.prompt), opts.replies.empty());
   for (const std::string& reply : opts.replies) {
     std::cout << "\n> " << reply << "\n\n";
-    take(tokens.encode_reply(reply), &reply == &opts.replies.back());
+    send(tokens.encode_reply(reply), &reply == &opts.replies.back());
   }
 
   if (!opts.json.empty() && turns.size() == 1) write_json(turns.front(), opts.json);

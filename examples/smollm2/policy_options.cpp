@@ -102,10 +102,10 @@ void policy_options::add_to(CLI::App& app) {
       ->check(CLI::IsMember(names));
 }
 
-pruning_policy policy_options::policy() const {
-  pruning_policy chosen;
+pruning_policy policy_options::chosen() const {
+  pruning_policy result;
   for_each_policy([&](const char* name, const auto& policy) {
-    if (name == name_) chosen = policy;
+    if (name == name_) result = policy;
   });
   auto unused = texts_;
   std::visit(
@@ -116,12 +116,12 @@ pruning_policy policy_options::policy() const {
                          unused.erase(option);
                        });
       },
-      chosen);
+      result);
   for (const auto& [option, text] : unused) {
     if (text) throw usage_error(option + " is no option of " + name_);
   }
-  if (const char* why = why_invalid(chosen)) throw usage_error(why);
-  return chosen;
+  if (const char* why = why_invalid(result)) throw usage_error(why);
+  return result;
 }
 
 }  // namespace smollm2

@@ -17,7 +17,7 @@ class policy_options {
   void add_to(CLI::App& app);
 
   // Throws usage_error where a value makes no sense, or is for another policy.
-  pruning_policy policy() const;
+  pruning_policy chosen() const;
 
  private:
   std::string name_ = "refreekv";

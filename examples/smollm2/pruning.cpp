@@ -168,19 +168,19 @@ layer_pruning pruner::cascade(const refreekv::policy::cake& policy, std::size_t 
   cake_.preferences.push_back(0);
   const auto finished = static_cast<index_t>(cake_.preferences.size());
 
-  const auto evict = [&](std::size_t which, const auto& seen) {
-    float* scores = cake_.scores[which].data();
+  const auto evict = [&](std::size_t index, const auto& model_layer) {
+    float* scores = cake_.scores[index].data();
     const refreekv::cake_layers<> layers{refreekv::view(scores, {1, heads, tokens}),
                                          refreekv::view(cake_.preferences.data(), {1, finished}),
                                          static_cast<refreekv::count_t>(finished),
                                          refreekv::lengths_view<>(&cake_.tokens, {1})};
     // They move with their tokens.
     const refreekv::dense scores_of_tokens(
-        refreekv::view(scores, {1, heads, seen.tokens(0), 1}, {0, tokens, 1, 1}));
-    layer_cache& shrinking = cache.layer(which);
-    return shrink(shrinking, [&](const head_range& all, layer_pruning& part) {
-      runner_.decide(policy, refreekv::with_layers(seen, layers), part);
-      return runner_.compact(part, keys_of(shrinking, all), values_of(shrinking, all),
+        refreekv::view(scores, {1, heads, model_layer.tokens(0), 1}, {0, tokens, 1, 1}));
+    layer_cache& shrinking = cache.layer(index);
+    return shrink(shrinking, [&](const head_range& range, layer_pruning& part) {
+      runner_.decide(policy, refreekv::with_layers(model_layer, layers), part);
+      return runner_.compact(part, keys_of(shrinking, range), values_of(shrinking, range),
                              scores_of_tokens);
     });
   };
@@ -188,10 +188,11 @@ layer_pruning pruner::cascade(const refreekv::policy::cake& policy, std::size_t 
       evict(layer, observe_layer(layer, queries, q_heads_, newest, all_heads(newest)));
   for (std::size_t earlier = 0; earlier < layer; ++earlier) {
     layer_cache& older = cache.layer(earlier);
-    const auto again = evict(earlier, refreekv::observe(keys_of(older, all_heads(older)),
-                                                        {.index = static_cast<index_t>(earlier)}));
-    result.seconds += again.seconds;
-    result.library_seconds += again.library_seconds;
+    const auto eviction =
+        evict(earlier, refreekv::observe(keys_of(older, all_heads(older)),
+                                         {.index = static_cast<index_t>(earlier)}));
+    result.seconds += eviction.seconds;
+    result.library_seconds += eviction.library_seconds;
   }
   return result;
 }
@@ -203,12 +204,12 @@ std::vector<curve_point> pruner::loss_curve(std::size_t layer, std::span<const f
   refreekv::policy::refreekv probe = *policy;
   probe.scope = refreekv::cut_scope::layer;
   probe.full_layers = 0;
-  const auto seen = observe_layer(layer, queries, q_heads_, cache, all_heads(cache));
+  const auto model_layer = observe_layer(layer, queries, q_heads_, cache, all_heads(cache));
   std::vector<curve_point> curve;
   for (double exponent = -4; exponent <= 0; exponent += 0.02) {
     probe.threshold = std::min(1.0, std::pow(10, exponent));
     layer_pruning result{};
-    runner_.decide(probe, seen, result);
+    runner_.decide(probe, model_layer, result);
     curve.push_back({result.kept.front().cut, result.kept.front().loss});
   }
   return curve;

@@ -5,11 +5,11 @@ namespace smollm2 {
 
 const char* why_invalid(const pruning_policy& policy) {
   return std::visit(
-      [](const auto& r) -> const char* {
-        if constexpr (std::same_as<decltype(r), const keep_everything&>) {
+      [](const auto& alternative) -> const char* {
+        if constexpr (std::same_as<decltype(alternative), const keep_everything&>) {
           return nullptr;
         } else {
-          return refreekv::why_invalid(r);
+          return refreekv::why_invalid(alternative);
         }
       },
       policy);
@@ -25,9 +25,9 @@ bool keeps_ranges(const pruning_policy& policy) {
 
 std::size_t window_of(const pruning_policy& policy) {
   return std::visit(
-      [](const auto& r) -> std::size_t {
-        if constexpr (requires { r.window; }) {
-          return r.window;
+      [](const auto& alternative) -> std::size_t {
+        if constexpr (requires { alternative.window; }) {
+          return alternative.window;
         } else {
           return 1;
         }
@@ -37,8 +37,10 @@ std::size_t window_of(const pruning_policy& policy) {
 
 void set_layers(pruning_policy& policy, std::size_t layers) {
   std::visit(
-      [&](auto& r) {
-        if constexpr (requires { r.layers; }) r.layers = static_cast<refreekv::count_t>(layers);
+      [&](auto& alternative) {
+        if constexpr (requires { alternative.layers; }) {
+          alternative.layers = static_cast<refreekv::count_t>(layers);
+        }
       },
       policy);
 }

@@ -101,15 +101,15 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
     const small_llama::result expected = small.run(text, sees);
     const std::size_t rows = std::min<std::size_t>(window, prompt);
     mask then = sees;
-    const auto on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& own) {
+    const auto on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
       CAPTURE(layer);
-      const layer_pruning result = prune.prune(layer, queries, own);
+      const layer_pruning result = prune.prune(layer, queries, filled);
       REQUIRE(result.kept.size() == (scope == cut_scope::layer ? 1 : kv_heads));
       for (std::size_t head = 0; head < kv_heads; ++head) {
         const kept_range& kept = result.kept[scope == cut_scope::layer ? 0 : head];
         const std::vector<std::size_t> left = sees.left(layer, head, text.size());
         then.drop(layer, head, text.size(), kept);
-        CHECK(own.layer(layer).length(head) == static_cast<std::size_t>(kept.length()));
+        CHECK(filled.layer(layer).length(head) == static_cast<std::size_t>(kept.length()));
         dropped += static_cast<std::size_t>(kept.dropped());
         for (const token_range& range : keep) {
           for (auto t = static_cast<std::size_t>(range.begin);
