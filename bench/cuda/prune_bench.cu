@@ -232,7 +232,7 @@ class model {
   index_t key_bytes() const { return shape_.rows(shape_.tokens) * Cache::row_bytes(shape_.of); }
   const uint4* keys() const { return static_cast<const uint4*>(keys_.data()); }
 
-  /// Calls f(observation, values, kept) for all layers in one batch.
+  /// Calls f(layer, values, kept) for all layers in one batch.
   template <class F>
   void batched(const F& f) const {
     // All are measured, those that would stay whole as well.

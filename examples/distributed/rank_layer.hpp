@@ -151,7 +151,9 @@ class rank_layer {
         queries_.data(), {1, window_, part_.q_heads, layer_.shape().head_dim});
     const auto layer = refreekv::observe(queries, keys, {.index = layer_.number()});
     const refreekv::kept_ranges<memory> kept(kept_.data(), {1, 1});
-    if (const char* why = refreekv::why_invalid(policy, layer, kept)) throw std::runtime_error(why);
+    if (const char* reason = refreekv::why_invalid(policy, layer, kept)) {
+      throw std::runtime_error(reason);
+    }
     array<std::byte> scratch{
         std::vector<std::byte>(refreekv::workspace_size(policy, device_.backend, layer))};
     const refreekv::workspace<memory> room(

@@ -91,10 +91,10 @@ results evaluate_all(const options& opts) {
   }
   const std::string of_prompts = " of " + std::to_string(prompts.size()) + ", ";
   for (const tokenized_prompt& prompt : prompts) {
-    const std::string which = "prompt " + std::to_string(all.prompts.size() + 1) + of_prompts;
+    const std::string label = "prompt " + std::to_string(all.prompts.size() + 1) + of_prompts;
     const auto tokens = static_cast<double>(prompt.tokens());
     const auto show = [&](const std::string& phase, double fraction) {
-      progress.show(which + phase, (done_tokens + fraction * tokens) / all_tokens);
+      progress.show(label + phase, (done_tokens + fraction * tokens) / all_tokens);
     };
     evaluate_on(prompt, rows, model.network, opts, show, all);
     done_tokens += tokens;

@@ -128,14 +128,14 @@ void write_json(const results& all, const std::filesystem::path& path) {
                                {"recalls_key", prompt.recalls_key}});
   }
   for (const result_row& row : all.rows) {
-    nlohmann::ordered_json one{{"method", row.method},
-                               {"options", row.options},
-                               {"budget", row.budget},
-                               {"mean", to_json(all.mean(row))},
-                               {"median_kl_nats", all.median_kl(row)}};
-    if (row.reference) one["farther"] = all.farther(row);
-    for (const measurement& each : row.of_prompts) one["of_prompts"].push_back(to_json(each));
-    json["rows"].push_back(one);
+    nlohmann::ordered_json entry{{"method", row.method},
+                                 {"options", row.options},
+                                 {"budget", row.budget},
+                                 {"mean", to_json(all.mean(row))},
+                                 {"median_kl_nats", all.median_kl(row)}};
+    if (row.reference) entry["farther"] = all.farther(row);
+    for (const measurement& each : row.of_prompts) entry["of_prompts"].push_back(to_json(each));
+    json["rows"].push_back(entry);
   }
   smollm2::write_file(path,
                       json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + '\n');

@@ -92,7 +92,7 @@ int main(int argc, char** argv) {
     options.add_to(app);
     if (!parse(app, argc, argv)) return;
     const run_settings opts = options.settings();
-    if (const char* why = why_unsuitable(opts.policy)) throw usage_error(why);
+    if (const char* reason = why_unsuitable(opts.policy)) throw usage_error(reason);
     run(opts);
   });
 }

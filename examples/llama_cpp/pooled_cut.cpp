@@ -139,7 +139,7 @@ std::size_t first_layer_of(const smollm2::pruning_policy& policy) {
 
 refreekv::kept_range pooled_cut(const smollm2::pruning_policy& policy, const attention_tap& tap,
                                 int threads) {
-  if (const char* why = why_unpoolable(policy)) throw std::runtime_error(why);
+  if (const char* reason = why_unpoolable(policy)) throw std::runtime_error(reason);
   return std::visit(
       [&](const auto& alternative) -> refreekv::kept_range {
         using Policy = std::remove_cvref_t<decltype(alternative)>;

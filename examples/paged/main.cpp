@@ -18,7 +18,7 @@ void run(const paged::options& opts) {
   const paged::serving_plan plan{encode(opts.a), encode(opts.b),   encode(opts.c),
                                  opts.tokens,    opts.page_tokens, opts.policy};
   std::optional<smollm2::progress_bar> bar(std::in_place);
-  const auto show = [&](const std::string& phase, double done) { bar->show(phase, done); };
+  const auto show = [&](const std::string& phase, double fraction) { bar->show(phase, fraction); };
   if (opts.speed) {
     const auto speed = paged::measure_speed(model.network, plan, opts.threads, show);
     bar.reset();  // ends its line

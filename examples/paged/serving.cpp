@@ -71,10 +71,10 @@ std::vector<block_id> pages_of(const paged_cache& cache) {
 // The same tokens in a pool of their own, where the prefix is computed first, too, and the prompt
 // is pruned by the same policy, if any: how far the logits are from those that were served.
 double difference_alone(const llama& model, const page_shape& page, tokens_view prompt,
-                        std::size_t shared, const page_policy* policy, const running& together,
+                        std::size_t shared, const page_policy* policy, const running& served_run,
                         const report_progress& on_progress) {
   const std::size_t layers = model.config().layers;
-  const std::size_t tokens = prompt.size() + together.tokens.size();
+  const std::size_t tokens = prompt.size() + served_run.tokens.size();
   page_pool pool(page, layers * page.pages_for(tokens));
   running prefix = admit(pool, layers, shared);
   if (shared > 0) model.prefill(prompt.first(shared), prefix.cache);
@@ -84,12 +84,14 @@ double difference_alone(const llama& model, const page_shape& page, tokens_view 
   if (policy != nullptr) hooks = pruning_hooks(*policy, model.config().q_heads, releases);
   hooks.on_progress = on_progress;
   alone.logits.push_back(model.prefill(prompt.subspan(shared), alone.cache, hooks));
-  for (const int token : together.tokens) alone.logits.push_back(model.decode(token, alone.cache));
+  for (const int token : served_run.tokens) {
+    alone.logits.push_back(model.decode(token, alone.cache));
+  }
 
   double largest = 0;
   for (std::size_t step = 0; step < alone.logits.size(); ++step) {
     for (std::size_t i = 0; i < alone.logits[step].size(); ++i) {
-      const double difference = std::abs(alone.logits[step][i] - together.logits[step][i]);
+      const double difference = std::abs(alone.logits[step][i] - served_run.logits[step][i]);
       if (!(difference <= largest)) largest = difference;  // NaN, too
     }
   }
@@ -125,8 +127,8 @@ const char* serving_result::wrong() const {
 
 serving_result serve(const llama& model, const serving_plan& plan, const progress& on_progress) {
   const auto show = [&](const char* phase) {
-    return [&on_progress, phase](double done) {
-      if (on_progress) on_progress(phase, done);
+    return [&on_progress, phase](double fraction) {
+      if (on_progress) on_progress(phase, fraction);
     };
   };
   const std::size_t layers = model.config().layers;

@@ -11,7 +11,7 @@
 
 namespace paged {
 
-using progress = std::function<void(const std::string& phase, double done)>;
+using progress = std::function<void(const std::string& phase, double fraction)>;
 
 struct serving_plan {
   std::vector<int> a, b, c;  // prompts

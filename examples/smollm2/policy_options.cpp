@@ -120,7 +120,7 @@ pruning_policy policy_options::chosen() const {
   for (const auto& [option, text] : unused) {
     if (text) throw usage_error(option + " is no option of " + name_);
   }
-  if (const char* why = why_invalid(result)) throw usage_error(why);
+  if (const char* reason = why_invalid(result)) throw usage_error(reason);
   return result;
 }
 

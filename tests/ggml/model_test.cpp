@@ -89,23 +89,23 @@ std::vector<smollm2::layer_pruning> prune_all(const pruning_policy& policy, cons
 }  // namespace
 
 TEST_CASE("ggml computes what the example's own engine computes, but for its rounding") {
-  const smollm2::llama other(model_file(), 2);
+  const smollm2::llama engine(model_file(), 2);
   const std::vector<int> prompt = prompt_named("definitions", 250);
   for (const pruning_policy& policy : {pruning_policy(smollm2::keep_everything{}), window_policy}) {
-    smollm2::kv_cache theirs = other.new_cache();
-    smollm2::pruner their_pruner(policy, other.config().q_heads, 2);
+    smollm2::kv_cache engine_cache = engine.new_cache();
+    smollm2::pruner engine_pruner(policy, engine.config().q_heads, 2);
     smollm2::prefill_hooks hooks;
     hooks.window = smollm2::window_of(policy);
     hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, auto&) {
-      their_pruner.prune(layer, queries, theirs.layer(layer));
+      engine_pruner.prune(layer, queries, engine_cache.layer(layer));
     };
-    const auto answer =
-        smollm2::generate(other, other.prefill(prompt, theirs, hooks), theirs, 16, -1);
+    const auto answer = smollm2::generate(engine, engine.prefill(prompt, engine_cache, hooks),
+                                          engine_cache, 16, -1);
 
     ggml_engine::kv_cache ours = model().new_cache();
-    ggml_engine::pruner our_pruner(policy, model().config(), 2);
+    ggml_engine::pruner ggml_pruner(policy, model().config(), 2);
     const auto prune = [&](std::size_t layer, std::span<const float> queries, layer_cache& cache) {
-      our_pruner.prune(layer, queries, cache);
+      ggml_pruner.prune(layer, queries, cache);
     };
     all_logits logits{model().prefill(prompt, ours, {hooks.window, prune, {}})};
     const auto more = decode_all(std::span(answer.tokens).first(15), ours);

@@ -87,14 +87,14 @@ const std::map<std::string, context_options>& ways() {
 
 // A prefill for each way; policies may use fewer of the rows.
 const attention_tap& tap_of(const std::string& way) {
-  static std::map<std::string, prefilled> done;
-  if (!done.contains(way)) {
+  static std::map<std::string, prefilled> prefills;
+  if (!prefills.contains(way)) {
     context_options options = ways().at(way);
     options.threads = 2;
-    done.try_emplace(way, loaded_model(), options, cells, first_tokens("definitions", 320),
-                     std::size_t{8});
+    prefills.try_emplace(way, loaded_model(), options, cells, first_tokens("definitions", 320),
+                         std::size_t{8});
   }
-  return done.at(way).tap;
+  return prefills.at(way).tap;
 }
 
 const std::map<std::string, refreekv::policy::refreekv>& policies() {

@@ -163,7 +163,7 @@ TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   const tiny_model model;
   const std::vector<int> tokens = random_tokens(prompt + more, 3);
   const auto prefix = std::span(tokens).first(shared);
-  const auto rest = std::span(tokens).subspan(shared, prompt - shared);
+  const auto suffix = std::span(tokens).subspan(shared, prompt - shared);
 
   faithful engine_policy = policy;  // with what pages ask for
   engine_policy.scope = refreekv::cut_scope::layer;
@@ -174,7 +174,7 @@ TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   smollm2::prefill_hooks to_engine{.window = policy.window};
   to_engine.on_layer = [&](std::size_t layer, std::span<const float> queries,
                            smollm2::kv_cache& cache) { engine.prune(layer, queries, cache); };
-  model.network.prefill(rest, engine_cache, to_engine);
+  model.network.prefill(suffix, engine_cache, to_engine);
 
   page_pool pool(shape_of(page_tokens), layers * (400 / page_tokens));
   auto first = paged_cache::admit(pool, layers, shared);
@@ -187,7 +187,7 @@ TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   }
   const std::size_t free = pool.manager.free_blocks();
   std::vector<page_release> releases;
-  model.network.prefill(rest, *cache,
+  model.network.prefill(suffix, *cache,
                         pruning_hooks(policy, smollm2_test::small_llama::q_heads, releases));
 
   std::size_t returned = 0, dropped = 0, stand_ins = 0;
@@ -222,7 +222,7 @@ TEST_CASE("behind a shared prefix there may be fewer queries than the window has
   CAPTURE(tail);
   const tiny_model model;
   const std::vector<int> tokens = random_tokens(64 + tail, 5);
-  const auto prefix = std::span(tokens).first(64), rest = std::span(tokens).subspan(64);
+  const auto prefix = std::span(tokens).first(64), suffix = std::span(tokens).subspan(64);
   const refreekv::policy::refreekv policy{.threshold = 0.3, .window = 4, .full_layers = 0};
 
   std::vector<kept_range> expected, kept;  // [layer]
@@ -234,7 +234,7 @@ TEST_CASE("behind a shared prefix there may be fewer queries than the window has
                            smollm2::kv_cache& cache) {
     expected.push_back(engine.prune(layer, queries, cache).kept.at(0));
   };
-  model.network.prefill(rest, engine_cache, to_engine);
+  model.network.prefill(suffix, engine_cache, to_engine);
 
   page_pool pool(shape_of(16), layers * 5);
   auto cache = paged_cache::admit(pool, layers, tokens.size());
@@ -244,7 +244,7 @@ TEST_CASE("behind a shared prefix there may be fewer queries than the window has
     kept.push_back(
         decide(policy, layer, queries, smollm2_test::small_llama::q_heads, paged.layer(layer)));
   };
-  model.network.prefill(rest, *cache, {.window = policy.window, .on_layer = to_pages});
+  model.network.prefill(suffix, *cache, {.window = policy.window, .on_layer = to_pages});
   REQUIRE((kept.size() == layers && expected.size() == layers));
   for (std::size_t layer = 0; layer < layers; ++layer) {
     CHECK(expected[layer].cut > expected[layer].sinks);

@@ -100,7 +100,7 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
     }
     const small_llama::result expected = small.run(text, sees);
     const std::size_t rows = std::min<std::size_t>(window, prompt);
-    mask then = sees;
+    mask pruned_mask = sees;
     const auto on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
       CAPTURE(layer);
       const layer_pruning result = prune.prune(layer, queries, filled);
@@ -108,13 +108,13 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
       for (std::size_t head = 0; head < kv_heads; ++head) {
         const kept_range& kept = result.kept[scope == cut_scope::layer ? 0 : head];
         const std::vector<std::size_t> left = sees.left(layer, head, text.size());
-        then.drop(layer, head, text.size(), kept);
+        pruned_mask.drop(layer, head, text.size(), kept);
         CHECK(filled.layer(layer).length(head) == static_cast<std::size_t>(kept.length()));
         dropped += static_cast<std::size_t>(kept.dropped());
         for (const token_range& range : keep) {
           for (auto t = static_cast<std::size_t>(range.begin);
                t < std::min(text.size(), static_cast<std::size_t>(range.end)); ++t) {
-            REQUIRE(then(layer, head, text.size(), t));
+            REQUIRE(pruned_mask(layer, head, text.size(), t));
           }
         }
         if (!keep.empty()) continue;
@@ -128,7 +128,7 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
     const std::vector<float> logits = model.prefill(std::span(text).last(prompt), cache,
                                                     {.window = window, .on_layer = on_layer});
     check_close(logits, expected.logits);
-    sees = then;
+    sees = pruned_mask;
     for (int step = 0; step < 2; ++step) {
       text.push_back(static_cast<int>(random() % small_llama::vocabulary));
       check_close(model.decode(text.back(), cache), small.run(text, sees).logits);

@@ -80,13 +80,13 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
     const auto tolerance = std::max(2.0, 0.005 * static_cast<double>(prompt.size()));
     for (std::size_t i = 0; i < policies.size(); ++i) {
       INFO(policies[i].name);
-      const auto& golden = expected.at("rules").at(policies[i].name);
+      const auto& numbers = expected.at("rules").at(policies[i].name);
       double kept = 0;
       for (std::size_t layer = 0; layer < results[i].size(); ++layer) {
         INFO("layer " << layer);
-        const auto cuts = golden.at("cuts").at(layer).is_array()
-                              ? golden.at("cuts").at(layer).get<std::vector<int>>()
-                              : std::vector<int>{golden.at("cuts").at(layer).get<int>()};
+        const auto cuts = numbers.at("cuts").at(layer).is_array()
+                              ? numbers.at("cuts").at(layer).get<std::vector<int>>()
+                              : std::vector<int>{numbers.at("cuts").at(layer).get<int>()};
         REQUIRE(results[i][layer].kept.size() == cuts.size());
         for (std::size_t g = 0; g < cuts.size(); ++g) {
           CHECK(std::abs(results[i][layer].kept[g].cut - cuts[g]) <= tolerance);
@@ -94,16 +94,16 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
         kept += results[i][layer].kept_fraction() / static_cast<double>(results[i].size());
         CHECK(results[i][layer].bytes_after <= results[i][layer].bytes_before);
       }
-      CHECK(std::abs(kept - golden.at("kept_fraction").get<double>()) <= 0.003);
+      CHECK(std::abs(kept - numbers.at("kept_fraction").get<double>()) <= 0.003);
 
       pruned[i].advance(prompt.size());
       const comparison against = compare(model, reference, logits, pruned[i]);
-      const auto kl = golden.at("kl_mean_nats").get<double>();
+      const auto kl = numbers.at("kl_mean_nats").get<double>();
       CHECK(std::abs(against.mean_kl - kl) <= std::max(0.2 * kl, 0.002));
       WARN(name << ", " << policies[i].name << ": kept " << kept << " (golden "
-                << golden.at("kept_fraction") << "), KL " << against.mean_kl << " (golden " << kl
+                << numbers.at("kept_fraction") << "), KL " << against.mean_kl << " (golden " << kl
                 << "), same top token " << against.same_top_token << " (golden "
-                << golden.at("same_top_token") << ")");
+                << numbers.at("same_top_token") << ")");
     }
   }
 }
