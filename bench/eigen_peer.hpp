@@ -12,16 +12,16 @@ namespace bench {
 
 /// The cut of a layer for a loss of 1 % with 4 sinks.
 template <class T>
-index_t eigen_cut(const synthetic_layer<T>& one) {
+index_t eigen_cut(const synthetic_layer<T>& layer) {
   using Eigen::Dynamic, Eigen::Map, Eigen::RowMajor;
   using elements = Eigen::Matrix<T, Dynamic, Dynamic, RowMajor>;
-  const index_t q_heads = one.shape().q_heads, kv_heads = one.shape().kv_heads;
-  const index_t head_dim = one.shape().head_dim;
-  const index_t tokens = one.tokens(), group = q_heads / kv_heads, sinks = 4;
+  const index_t q_heads = layer.shape().q_heads, kv_heads = layer.shape().kv_heads;
+  const index_t head_dim = layer.shape().head_dim;
+  const index_t tokens = layer.tokens(), group = q_heads / kv_heads, sinks = 4;
   Eigen::ArrayXd norms = Eigen::ArrayXd::Zero(tokens);
   for (index_t h = 0; h < kv_heads; ++h) {
-    const Map<const elements> keys(one.key_data() + h * tokens * head_dim, tokens, head_dim);
-    const Map<const elements> queries(one.query() + h * group * head_dim, group, head_dim);
+    const Map<const elements> keys(layer.key_data() + h * tokens * head_dim, tokens, head_dim);
+    const Map<const elements> queries(layer.query() + h * group * head_dim, group, head_dim);
     const Eigen::MatrixXf logits = keys.template cast<float>() *
                                    queries.template cast<float>().transpose() /
                                    std::sqrt(static_cast<float>(head_dim));

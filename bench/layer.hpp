@@ -80,7 +80,7 @@ class synthetic_layer {
   }
 
   template <class Keys>
-  auto observed(const Keys& keys) const {
+  auto model_layer(const Keys& keys) const {
     return refreekv::observe(
         refreekv::view(query_.begin(), {1, window_, geometry_.q_heads, geometry_.head_dim}), keys,
         {.index = 2});

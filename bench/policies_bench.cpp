@@ -126,25 +126,25 @@ Layer at_layer(Layer layer, index_t l) {
   return layer;
 }
 
-/// What a rule wants to see of a layer.
+/// What a policy wants to see of a layer.
 template <class Policy>
-auto layer_for(const Policy&, const synthetic_layer<element>& one) {
+auto layer_for(const Policy&, const synthetic_layer<element>& layer) {
   if constexpr (std::same_as<Policy, policy::faithful>) {
-    return with_values(one.observed(one.keys()), one.values());
+    return with_values(layer.model_layer(layer.keys()), layer.values());
   } else {
-    return one.observed(one.keys());
+    return layer.model_layer(layer.keys());
   }
 }
 
 template <class Policy>
-auto decision_of_layer(const Policy& policy, const synthetic_layer<element>& one) {
-  const index_t kv_heads = one.shape().kv_heads;
+auto decision_of_layer(const Policy& policy, const synthetic_layer<element>& layer) {
+  const index_t kv_heads = layer.shape().kv_heads;
   using memory = decision_memory<decision_of<Policy, host_memory>>;
-  if constexpr (requires { policy.most_stand_ins(one.tokens()); }) {
-    return memory(kv_heads, one.tokens(), policy.most_stand_ins(one.tokens()),
-                  one.shape().head_dim);
+  if constexpr (requires { policy.most_stand_ins(layer.tokens()); }) {
+    return memory(kv_heads, layer.tokens(), policy.most_stand_ins(layer.tokens()),
+                  layer.shape().head_dim);
   } else {
-    return memory(kv_heads, one.tokens());
+    return memory(kv_heads, layer.tokens());
   }
 }
 
@@ -167,14 +167,14 @@ class one_by_one {
   cost run() {
     cost total;
     for (index_t l = 0; l < model_.layers; ++l) {
-      const synthetic_layer<element>& one = model_.at(l);
+      const synthetic_layer<element>& layer = model_.at(l);
       timed(total.select, [&] {
-        return select(policy_, model_.cpu, at_layer(layer_for(policy_, one), l), decision_.kept(),
+        return select(policy_, model_.cpu, at_layer(layer_for(policy_, layer), l), decision_.kept(),
                       scratch_);
       });
       timed(total.compact, [&] {
-        return compact(model_.cpu, decision_.decided(), compaction::sinks_up, one.keys(),
-                       one.values());
+        return compact(model_.cpu, decision_.decided(), compaction::sinks_up, layer.keys(),
+                       layer.values());
       });
       total.fraction += decision_.fraction() / static_cast<double>(model_.layers);
     }
@@ -210,7 +210,7 @@ class cascade {
     std::fill(lengths_.begin(), lengths_.end(), prompt_);
     for (index_t l = 0; l < model_.layers; ++l) {
       const synthetic_layer<element>& fresh = model_.at(l);
-      decide(total, l, with_layers(at_layer(fresh.observed(fresh.keys()), l), state(l, l + 1)));
+      decide(total, l, with_layers(at_layer(fresh.model_layer(fresh.keys()), l), state(l, l + 1)));
       for (index_t earlier = 0; earlier < l; ++earlier) {
         const auto keys = source<element>(model_.at(earlier).keys().run_at(0, 0, 0).data, earlier,
                                           model_.at(earlier).shape().head_dim);
@@ -243,12 +243,12 @@ class cascade {
       scratch_.resize(std::max(scratch_.size(), workspace_size(policy_, model_.cpu, layer)));
       return select(policy_, model_.cpu, layer, decision_.kept(), scratch_);
     });
-    const synthetic_layer<element>& one = model_.at(l);
-    const index_t dim = one.shape().head_dim;
+    const synthetic_layer<element>& tensors = model_.at(l);
+    const index_t dim = tensors.shape().head_dim;
     timed(total.compact, [&] {
       return compact(model_.cpu, decision_.kept(), compaction::suffix_down,
-                     source(one.keys().run_at(0, 0, 0).data, l, dim),
-                     source(one.values().run_at(0, 0, 0).data, l, dim),
+                     source(tensors.keys().run_at(0, 0, 0).data, l, dim),
+                     source(tensors.values().run_at(0, 0, 0).data, l, dim),
                      source(scores_[static_cast<std::size_t>(l)].data(), l, 1));
     });
     lengths_[static_cast<std::size_t>(l)] = decision_.kept().counts(0, 0).count;

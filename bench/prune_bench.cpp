@@ -53,17 +53,17 @@ std::array<double, sizeof...(Works)> alternate(benchmark::State& state, const Be
   return medians;
 }
 
-/// The rule with the memory it works in.
+/// The policy with the memory it works in.
 template <class Layer>
 class decision {
  public:
   decision(const refreekv::thread_pool& pool, const Layer& layer)
-      : cpu_{pool}, seen_(layer), scratch_(refreekv::workspace_size(policy_, cpu_, layer)) {}
+      : cpu_{pool}, layer_(layer), scratch_(refreekv::workspace_size(policy_, cpu_, layer)) {}
 
-  void select() { check(refreekv::select(policy_, cpu_, seen_, cuts(), scratch_)); }
+  void select() { check(refreekv::select(policy_, cpu_, layer_, cuts(), scratch_)); }
   template <class Values>
   void prune(const Values& values) {
-    check(refreekv::prune(policy_, cpu_, seen_, cuts(), scratch_, refreekv::compaction::sinks_up,
+    check(refreekv::prune(policy_, cpu_, layer_, cuts(), scratch_, refreekv::compaction::sinks_up,
                           values));
   }
   const refreekv::kept_range& kept() const { return kept_; }
@@ -77,7 +77,7 @@ class decision {
 
   refreekv::policy::refreekv policy_;
   refreekv::cpu_backend<const refreekv::thread_pool&> cpu_;
-  Layer seen_;
+  Layer layer_;
   std::vector<std::byte> scratch_;
   refreekv::kept_range kept_{};
 };
@@ -87,18 +87,18 @@ enum class cache { hot, cold };
 /// The decision alone.
 template <class T>
 void select_layer(benchmark::State& state, const geometry& g, cache keys) {
-  const synthetic_layer<T> one(g, state.range(0));
+  const synthetic_layer<T> layer(g, state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision policy(pool, one.observed(one.keys()));
+  decision policy(pool, layer.model_layer(layer.keys()));
   const auto [time, read, fma] = alternate(
       state,
       [&] {
-        if (keys == cache::cold) flush(one.key_bytes(), one.bytes());
+        if (keys == cache::cold) flush(layer.key_bytes(), layer.bytes());
       },
       [&] { policy.select(); },
-      [&] { benchmark::DoNotOptimize(read_keys(pool, one.key_bytes(), one.bytes())); },
-      [&] { benchmark::DoNotOptimize(fma_peak(pool, g.q_heads * one.tokens() * g.head_dim)); });
-  const double gigabytes = static_cast<double>(one.bytes()) * 1e-9;
+      [&] { benchmark::DoNotOptimize(read_keys(pool, layer.key_bytes(), layer.bytes())); },
+      [&] { benchmark::DoNotOptimize(fma_peak(pool, g.q_heads * layer.tokens() * g.head_dim)); });
+  const double gigabytes = static_cast<double>(layer.bytes()) * 1e-9;
   state.counters["GB/s"] = gigabytes / time;
   state.counters["read_GB/s"] = gigabytes / read;
   state.counters["roofline_us"] = std::max(read, fma) * 1e6;
@@ -107,26 +107,27 @@ void select_layer(benchmark::State& state, const geometry& g, cache keys) {
   state.counters["read"] = time / read;
   state.counters["kept"] = policy.kept().kept_fraction();
   state.counters["workspace"] =
-      static_cast<double>(policy.workspace()) / static_cast<double>(2 * one.bytes());
+      static_cast<double>(policy.workspace()) / static_cast<double>(2 * layer.bytes());
 }
 
 /// Deciding and compacting keys and values, against deciding.
 template <class T>
 void prune_layer(benchmark::State& state, const geometry& g) {
-  const synthetic_layer<T> one(g, state.range(0), state.range(0));
+  const synthetic_layer<T> layer(g, state.range(0), state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision policy(pool, one.observed(one.keys()));
+  decision policy(pool, layer.model_layer(layer.keys()));
   const auto [prune, select] =
-      alternate(state, [] {}, [&] { policy.prune(one.values()); }, [&] { policy.select(); });
+      alternate(state, [] {}, [&] { policy.prune(layer.values()); }, [&] { policy.select(); });
   state.counters["prune/select"] = prune / select;
 }
 
 /// Pages of 16 tokens, against the same number of tokens in a row.
 template <class T>
 void select_pages(benchmark::State& state, const geometry& g) {
-  synthetic_layer<T> one(g, state.range(0));
+  synthetic_layer<T> layer(g, state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision paged(pool, one.observed(one.pages())), dense(pool, one.observed(one.keys()));
+  decision paged(pool, layer.model_layer(layer.pages())),
+      dense(pool, layer.model_layer(layer.keys()));
   const auto [paged_time, dense_time] =
       alternate(state, [] {}, [&] { paged.select(); }, [&] { dense.select(); });
   state.counters["paged/dense"] = paged_time / dense_time;
@@ -135,20 +136,20 @@ void select_pages(benchmark::State& state, const geometry& g) {
 /// Eigen alone, on one thread, against the decision.
 template <class T>
 void eigen_peer(benchmark::State& state, const geometry& g) {
-  const synthetic_layer<T> one(g, state.range(0));
+  const synthetic_layer<T> layer(g, state.range(0));
   const refreekv::thread_pool pool(1);
-  decision policy(pool, one.observed(one.keys()));
+  decision policy(pool, layer.model_layer(layer.keys()));
   index_t cut = 0;
   const auto [eigen, select] =
-      alternate(state, [] {}, [&] { cut = eigen_cut(one); }, [&] { policy.select(); });
+      alternate(state, [] {}, [&] { cut = eigen_cut(layer); }, [&] { policy.select(); });
   if (cut != policy.kept().cut) state.SkipWithError("the peer decides differently");
   state.counters["eigen/select"] = eigen / select;
 }
 
 template <class T>
 void add(const char* type) {
-  const auto row = [&](const char* what, const geometry& g, const char* cache, auto f) {
-    const std::string name = std::string(what) + "/" + g.name + "/" + type + cache;
+  const auto row = [&](const char* work, const geometry& g, const char* cache, auto f) {
+    const std::string name = std::string(work) + "/" + g.name + "/" + type + cache;
     return benchmark::RegisterBenchmark(name.c_str(), f)
         ->ArgNames({"tokens", "threads"})
         ->UseManualTime()

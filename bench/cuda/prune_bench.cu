@@ -232,7 +232,7 @@ class model {
   index_t key_bytes() const { return shape_.rows(shape_.tokens) * Cache::row_bytes(shape_.of); }
   const uint4* keys() const { return static_cast<const uint4*>(keys_.data()); }
 
-  /// Calls f(observation, values, kept) for all layers in one batch.
+  /// Calls f(layer, values, kept) for all layers in one batch.
   template <class F>
   void batched(const F& f) const {
     // All are measured, those that would stay whole as well.
@@ -346,10 +346,10 @@ struct way {
 
 /// One of the verbs on all layers, against reading all keys.
 template <class Cache>
-void measure(benchmark::State& state, const geometry& g, work what, const way& how) {
+void measure(benchmark::State& state, const geometry& g, work verb, const way& setup) {
   const index_t tokens = state.range(0), batch = state.range(1);
-  const batch_shape shape{g, tokens, std::max(how.capacity, tokens), batch};
-  const bool with_values = what != work::select;
+  const batch_shape shape{g, tokens, std::max(setup.capacity, tokens), batch};
+  const bool with_values = verb != work::select;
   std::size_t available = 0, total = 0;
   check(cudaMemGetInfo(&available, &total));
   const std::size_t needed = model<Cache>::bytes(shape, with_values);
@@ -357,12 +357,12 @@ void measure(benchmark::State& state, const geometry& g, work what, const way& h
     state.SkipWithError("the caches do not fit into the device's memory");
     return;
   }
-  const model<Cache> caches(shape, how.window, with_values);
+  const model<Cache> caches(shape, setup.window, with_values);
   timer clock;
   const cuda_backend exec{clock.stream()};
-  const policy::refreekv policy{.window = how.window, .average = how.average};
+  const policy::refreekv policy{.window = setup.window, .average = setup.average};
   const auto for_all = [&](const auto& f) {
-    if (how.in_batch) {
+    if (setup.in_batch) {
       caches.batched(f);
     } else {
       caches.one_by_one(f);
@@ -374,21 +374,21 @@ void measure(benchmark::State& state, const geometry& g, work what, const way& h
   });
   const device_array<std::byte> memory(static_cast<index_t>(scratch_bytes));
   const workspace<device> scratch{memory.data(), scratch_bytes};
-  const auto run = [&](work verb) {
+  const auto run = [&](work step) {
     for_all([&](const auto& layer, const auto& values, const auto& kept) {
-      if (verb == work::select) check(select(policy, exec, layer, kept, scratch));
+      if (step == work::select) check(select(policy, exec, layer, kept, scratch));
       if constexpr (kv_source<std::remove_cvref_t<decltype(values)>>) {
         constexpr auto up = compaction::sinks_up;
-        if (verb == work::compact) check(compact(exec, kept, up, layer.keys, values));
-        if (verb == work::prune) check(prune(policy, exec, layer, kept, scratch, up, values));
+        if (step == work::compact) check(compact(exec, kept, up, layer.keys, values));
+        if (step == work::prune) check(prune(policy, exec, layer, kept, scratch, up, values));
       }
     });
   };
   run(work::select);  // compact needs cuts
-  run(what);          // and a graph code that is loaded
-  std::function<void()> launch = [&] { run(what); };
+  run(verb);          // and a graph code that is loaded
+  std::function<void()> launch = [&] { run(verb); };
   std::unique_ptr<graph> captured;
-  if (how.in_graph) {
+  if (setup.in_graph) {
     captured = std::make_unique<graph>(clock.stream(), launch);
     launch = [&] { (*captured)(); };
   }
@@ -410,29 +410,29 @@ void measure(benchmark::State& state, const geometry& g, work what, const way& h
   state.counters["limit_ms"] = limit * 1e3;
   state.counters["limit_GB/s"] = gigabytes / limit;
   state.counters["of_limit"] = limit / time;
-  if (what != work::compact) state.counters["GB/s"] = gigabytes / time;
+  if (verb != work::compact) state.counters["GB/s"] = gigabytes / time;
   state.counters["workspace"] =
       static_cast<double>(scratch_bytes) / static_cast<double>(2 * caches.key_bytes());
 }
 
-void measure(benchmark::State& state, const geometry& g, work what, const way& how) {
-  switch (how.keys) {
-    case layout::dense: return measure<dense_layers<element>>(state, g, what, how);
-    case layout::fp8: return measure<fp8_layers>(state, g, what, how);
-    case layout::paged: return measure<paged_layers>(state, g, what, how);
+void measure(benchmark::State& state, const geometry& g, work verb, const way& setup) {
+  switch (setup.keys) {
+    case layout::dense: return measure<dense_layers<element>>(state, g, verb, setup);
+    case layout::fp8: return measure<fp8_layers>(state, g, verb, setup);
+    case layout::paged: return measure<paged_layers>(state, g, verb, setup);
   }
 }
 
-void add(geometry g, work what, const way& how, const std::vector<std::int64_t>& tokens,
+void add(geometry g, work verb, const way& setup, const std::vector<std::int64_t>& tokens,
          const std::vector<std::int64_t>& batches) {
   const char* const names[] = {"select", "compact", "prune"};
-  const std::string row = std::string("cuda/") + names[static_cast<int>(what)] + "/" + g.name +
-                          "/" + how.name + (how.in_graph ? "_graph" : "");
-  if (how.one_layer) g.layers = 1;
+  const std::string row = std::string("cuda/") + names[static_cast<int>(verb)] + "/" + g.name +
+                          "/" + setup.name + (setup.in_graph ? "_graph" : "");
+  if (setup.one_layer) g.layers = 1;
   benchmark::RegisterBenchmark(row.c_str(),
                                [=](benchmark::State& state) {
                                  try {
-                                   measure(state, g, what, how);
+                                   measure(state, g, verb, setup);
                                  } catch (const std::exception& e) {
                                    state.SkipWithError(e.what());
                                  }
@@ -447,8 +447,8 @@ void add_rows() {
   for (const geometry& g : {geometries[0], geometries[1]}) {
     for (const bool in_batch : {true, false}) {
       for (const bool in_graph : {false, true}) {
-        for (const work what : {work::select, work::compact, work::prune}) {
-          add(g, what, {in_batch ? "batched" : "one_by_one", in_batch, in_graph},
+        for (const work verb : {work::select, work::compact, work::prune}) {
+          add(g, verb, {in_batch ? "batched" : "one_by_one", in_batch, in_graph},
               {1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072}, {1, 16, 64});
         }
       }
@@ -466,8 +466,8 @@ void add_rows() {
       {.name = "batched_window16_frobenius", .window = 16, .average = row_average::frobenius},
       {8192}, {1});
   add(g, work::select, {.name = "batched_fp8", .keys = layout::fp8}, {8192, 131072}, {1});
-  for (const work what : {work::select, work::prune}) {
-    add(g, what, {.name = "batched_paged16", .keys = layout::paged}, {8192, 131072}, {1});
+  for (const work verb : {work::select, work::prune}) {
+    add(g, verb, {.name = "batched_paged16", .keys = layout::paged}, {8192, 131072}, {1});
   }
   for (const bool in_batch : {true, false}) {
     add(g, work::select,

@@ -32,12 +32,12 @@ class comparison {
  public:
   using group = decltype(std::declval<const World&>().split(0));
 
-  comparison(const Device& device, const World& world, const options& what)
-      : device_(device), world_(world), what_(what) {
-    rule_.window = static_cast<refreekv::count_t>(what.window);
-    rule_.average = what.average;
-    for (index_t l = 0; l < what.layers; ++l) {
-      layers_.emplace_back(what.shape, index_t{rule_.full_layers} + l, what.tokens);
+  comparison(const Device& device, const World& world, const options& opts)
+      : device_(device), world_(world), options_(opts) {
+    policy_.window = static_cast<refreekv::count_t>(opts.window);
+    policy_.average = opts.average;
+    for (index_t l = 0; l < opts.layers; ++l) {
+      layers_.emplace_back(opts.shape, index_t{policy_.full_layers} + l, opts.tokens);
     }
   }
 
@@ -45,12 +45,12 @@ class comparison {
   bool run() {
     decide_alone();
     int compared = 0;
-    for (index_t ranks = what_.fewest > 0 ? what_.fewest : world_.size(); ranks <= world_.size();
-         ++ranks) {
-      for (const layout how : what_.layouts) {
-        const deployment grid = deployment::of(how, ranks);
-        if (grid.head_parts > what_.shape.q_heads) {
-          say("%5td  %-7s no: every rank needs a query head\n", ranks, name_of(how));
+    for (index_t ranks = options_.fewest > 0 ? options_.fewest : world_.size();
+         ranks <= world_.size(); ++ranks) {
+      for (const layout kind : options_.layouts) {
+        const deployment grid = deployment::of(kind, ranks);
+        if (grid.head_parts > options_.shape.q_heads) {
+          say("%5td  %-7s no: every rank needs a query head\n", ranks, name_of(kind));
         } else {
           compare(grid);
           ++compared;
@@ -82,16 +82,17 @@ class comparison {
 
   // Rank 0 does it, with all heads and tokens.
   void decide_alone() {
-    const auto& s = what_.shape;
+    const auto& s = options_.shape;
     say("%s: %td query heads, %td KV heads, head_dim %td; %td tokens, %td of them ask\n",
-        std::string(s.name).c_str(), s.q_heads, s.kv_heads, s.head_dim, what_.tokens, what_.window);
+        std::string(s.name).c_str(), s.q_heads, s.kv_heads, s.head_dim, options_.tokens,
+        options_.window);
     for (const synthetic_layer& layer : layers_) {
       refreekv::kept_range kept;
       if (world_.rank() == 0) {
         const deployment alone = deployment::of(layout::heads, 1);
-        rank_layer<Device> whole(device_, layer, part_of(alone, 0, s, what_.tokens, rule_.sinks),
-                                 what_.window);
-        kept = whole.select_heads(rule_, refreekv::single_rank{});
+        rank_layer<Device> whole(
+            device_, layer, part_of(alone, 0, s, options_.tokens, policy_.sinks), options_.window);
+        kept = whole.select_heads(policy_, refreekv::single_rank{});
       }
       expected_.push_back(world_.gather(kept)[0]);
     }
@@ -99,7 +100,7 @@ class comparison {
         layers_.back().number(), cuts(expected_).c_str());
     say("                        MB of a rank's keys and values  KB exchanged\n"
         "ranks  layout    equal    before  after: least    most       a layer%s  cuts\n",
-        what_.timed ? "  select ms  exchange us" : "");
+        options_.timed ? "  select ms  exchange us" : "");
   }
 
   static std::string cuts(const std::vector<refreekv::kept_range>& layers) {
@@ -119,18 +120,18 @@ class comparison {
     const group same_heads = world_.split(row), same_tokens = world_.split(column);
 
     std::vector<outcome> sums(static_cast<std::size_t>(grid.ranks()));  // over layers
-    std::vector<refreekv::kept_range> found;
+    std::vector<refreekv::kept_range> decisions;
     bool equal = true, to_the_bit = true;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
-      const outcome own = takes_part ? decide(grid, same_heads, same_tokens, l) : outcome{};
-      const std::vector<outcome> all = world_.gather(own);
+      const outcome local = takes_part ? decide(grid, same_heads, same_tokens, l) : outcome{};
+      const std::vector<outcome> outcomes = world_.gather(local);
       const refreekv::kept_range& alone = expected_[l];
       float mass = 0;
       for (std::size_t r = 0; r < sums.size(); ++r) {
-        const outcome& o = all[r];
-        equal = equal && o.holds && o.all.cut == all[0].all.cut && o.all.sinks == alone.sinks &&
-                o.all.cut == alone.cut && o.all.tokens == alone.tokens &&
-                near(o.all.loss, alone.loss);
+        const outcome& o = outcomes[r];
+        equal = equal && o.holds && o.all.cut == outcomes[0].all.cut &&
+                o.all.sinks == alone.sinks && o.all.cut == alone.cut &&
+                o.all.tokens == alone.tokens && near(o.all.loss, alone.loss);
         to_the_bit = to_the_bit && o.all == alone;
         mass = std::max(mass, o.all.dropped_mass);
         sums[r].mb += o.mb;
@@ -140,67 +141,71 @@ class comparison {
         sums[r].exchange_us += o.exchange_us;
       }
       equal = equal && near(mass, alone.dropped_mass);
-      found.push_back(all[0].all);
+      decisions.push_back(outcomes[0].all);
     }
     // Of the same heads every number is the same; all heads' sums are added up in another order.
     equal = equal && (to_the_bit || grid.head_parts > 1);
     all_equal_ = all_equal_ && equal;
     const auto extremes = [&](double outcome::*of) {
-      const auto [least, most] =
+      const auto [smallest, largest] =
           std::minmax_element(sums.begin(), sums.end(),
                               [&](const outcome& a, const outcome& b) { return a.*of < b.*of; });
-      return std::pair((*least).*of, (*most).*of);
+      return std::pair((*smallest).*of, (*largest).*of);
     };
     const auto mean = [&](double outcome::*of) {  // of the layers, on the slowest or fullest rank
       return extremes(of).second / static_cast<double>(layers_.size());
     };
-    const auto [least, most] = extremes(&outcome::mb_kept);
-    say("%5td  %-7s  %-10s %7.2f        %7.2f %7.2f  %12.1f", grid.ranks(), name_of(grid.how),
+    const auto [smallest, largest] = extremes(&outcome::mb_kept);
+    say("%5td  %-7s  %-10s %7.2f        %7.2f %7.2f  %12.1f", grid.ranks(), name_of(grid.kind),
         !equal       ? "NO"
         : to_the_bit ? "to the bit"
                      : "cuts",
-        extremes(&outcome::mb).second, least, most, mean(&outcome::exchanged_kb));
-    if (what_.timed) say("  %9.3f  %11.1f", mean(&outcome::select_ms), mean(&outcome::exchange_us));
-    say(" %s\n", cuts(found).c_str());
+        extremes(&outcome::mb).second, smallest, largest, mean(&outcome::exchanged_kb));
+    if (options_.timed) {
+      say("  %9.3f  %11.1f", mean(&outcome::select_ms), mean(&outcome::exchange_us));
+    }
+    say(" %s\n", cuts(decisions).c_str());
   }
 
   outcome decide(const deployment& grid, const group& same_heads, const group& same_tokens,
                  std::size_t l) {
-    const rank_part part = part_of(grid, world_.rank(), what_.shape, what_.tokens, rule_.sinks);
-    rank_layer<Device> own(device_, layers_[l], part, what_.window);
+    const rank_part part =
+        part_of(grid, world_.rank(), options_.shape, options_.tokens, policy_.sinks);
+    rank_layer<Device> local(device_, layers_[l], part, options_.window);
     traffic<group> log;
     const head_link<group> to_heads{&same_tokens, &log};
     const token_link<group> to_tokens{&same_heads, &log};
     const auto select = [&] {
       log.clear();
-      if (grid.how == layout::heads) return own.select_heads(rule_, to_heads);
-      if (grid.how == layout::grid) {
-        return own.select_tokens(rule_, grid_link<group>{to_heads, to_tokens});
+      if (grid.kind == layout::heads) return local.select_heads(policy_, to_heads);
+      if (grid.kind == layout::grid) {
+        return local.select_tokens(policy_, grid_link<group>{to_heads, to_tokens});
       }
-      return own.select_tokens(rule_, to_tokens);
+      return local.select_tokens(policy_, to_tokens);
     };
     outcome out{.all = select()};
     out.exchanged_kb = static_cast<double>(bytes_of(log)) / 1e3;
-    if (what_.timed) {
-      out.select_ms = least_ms([&] { (void)select(); });
+    if (options_.timed) {
+      out.select_ms = shortest_ms([&] { (void)select(); });
       out.exchange_us = 1e3 * exchange_ms(log);
     }
-    out.mb = static_cast<double>(own.bytes_of(part.token_count())) / 1e6;
-    out.mb_kept = static_cast<double>(own.bytes_of(own.compact())) / 1e6;
-    out.holds = own.holds(expected_[l]);
+    out.mb = static_cast<double>(local.bytes_of(part.token_count())) / 1e6;
+    out.mb_kept = static_cast<double>(local.bytes_of(local.compact())) / 1e6;
+    out.holds = local.holds(expected_[l]);
     return out;
   }
 
   // The all-reduces of a layer, alone.
   double exchange_ms(const traffic<group>& log) const {
-    index_t most = 0;
-    for (const message<group>& m : log) most = std::max(most, m.count);
+    index_t largest = 0;
+    for (const message<group>& m : log) largest = std::max(largest, m.count);
     const auto zeros = [&]<class T>(T zero) {
-      return typename Device::template array<T>(std::vector(static_cast<std::size_t>(most), zero));
+      return
+          typename Device::template array<T>(std::vector(static_cast<std::size_t>(largest), zero));
     };
     auto sums = zeros(0.0);
     auto words = zeros(std::uint32_t{0});
-    return least_ms([&] {
+    return shortest_ms([&] {
       for (const auto& [to, count, bytes] : log) {
         (void)(bytes == sizeof(double) ? to->sum(sums.data(), count)
                                        : to->sum(words.data(), count));
@@ -211,22 +216,22 @@ class comparison {
 
   // Of 50 times: whoever shares cores waits for others most of the time.
   template <class F>
-  static double least_ms(const F& f) {
-    double least = std::numeric_limits<double>::infinity();
+  static double shortest_ms(const F& f) {
+    double shortest = std::numeric_limits<double>::infinity();
     for (int i = 0; i < 50; ++i) {
       const auto start = std::chrono::steady_clock::now();
       f();
-      least = std::min(least, milliseconds(std::chrono::steady_clock::now() - start).count());
+      shortest = std::min(shortest, milliseconds(std::chrono::steady_clock::now() - start).count());
     }
-    return least;
+    return shortest;
   }
 
   static bool near(float a, float b) { return std::abs(a - b) <= 1e-6f; }
 
   const Device& device_;
   const World& world_;
-  options what_;
-  refreekv::policy::refreekv rule_;
+  options options_;
+  refreekv::policy::refreekv policy_;
   std::vector<synthetic_layer> layers_;
   std::vector<refreekv::kept_range> expected_;
   bool all_equal_ = true;

@@ -19,17 +19,17 @@ enum class layout {
 
 // Ranks as a grid: rank r has part r / token_parts of the heads and r % token_parts of the tokens.
 struct deployment {
-  layout how;
+  layout kind;
   index_t head_parts, token_parts;
 
   index_t ranks() const { return head_parts * token_parts; }
 
-  static deployment of(layout how, index_t ranks) {
-    if (how == layout::heads) return {how, ranks, 1};
-    if (how != layout::grid) return {how, 1, ranks};
+  static deployment of(layout kind, index_t ranks) {
+    if (kind == layout::heads) return {kind, ranks, 1};
+    if (kind != layout::grid) return {kind, 1, ranks};
     index_t rows = 1;
     for (index_t r = 2; r * r <= ranks; ++r) rows = ranks % r == 0 ? r : rows;
-    return {how, rows, ranks / rows};
+    return {kind, rows, ranks / rows};
   }
 };
 
@@ -71,7 +71,7 @@ inline rank_part part_of(const deployment& ranks, index_t rank, const geometry& 
   }
   const index_t column = rank % ranks.token_parts, columns = ranks.token_parts;
   const refreekv::chunking chunks{tokens, sinks};
-  if (ranks.how == layout::zigzag) {
+  if (ranks.kind == layout::zigzag) {
     part.tokens = {refreekv::even_part(chunks, column, 2 * columns),
                    refreekv::even_part(chunks, 2 * columns - 1 - column, 2 * columns)};
   } else {

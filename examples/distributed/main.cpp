@@ -10,11 +10,11 @@ int main(int argc, char** argv) {
   const mpi_session session(argc, argv);
   const mpi_group world;
   int exit_code = 0;
-  const auto what = parse(argc, argv, world.size(), world.rank() == 0, exit_code);
-  if (!what) return exit_code;
+  const auto opts = parse(argc, argv, world.size(), world.rank() == 0, exit_code);
+  if (!opts) return exit_code;
   try {
     const host_device device;
-    return comparison(device, world, *what).run() ? 0 : 1;
+    return comparison(device, world, *opts).run() ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "distributed: rank %td: %s\n", world.rank(), error.what());
     MPI_Abort(MPI_COMM_WORLD, 1);

@@ -60,10 +60,10 @@ class mpi_group {
 
   // Everybody's, by rank.
   template <class T>
-  std::vector<T> gather(const T& own) const {
+  std::vector<T> gather(const T& local) const {
     static_assert(std::is_trivially_copyable_v<T>);
     std::vector<T> all(static_cast<std::size_t>(size()));
-    MPI_Allgather(&own, sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, all_);
+    MPI_Allgather(&local, sizeof local, MPI_BYTE, all.data(), sizeof local, MPI_BYTE, all_);
     return all;
   }
 

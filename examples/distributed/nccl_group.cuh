@@ -77,9 +77,9 @@ class blackboard {
 
   // Everybody's, by rank.
   template <class T>
-  std::vector<T> gather(index_t rank, const T& own) {
+  std::vector<T> gather(index_t rank, const T& local) {
     static_assert(std::is_trivially_copyable_v<T>);
-    written_[static_cast<std::size_t>(rank)] = &own;
+    written_[static_cast<std::size_t>(rank)] = &local;
     barrier_.arrive_and_wait();
     std::vector<T> all;
     for (const void* other : written_) all.push_back(*static_cast<const T*>(other));
@@ -99,8 +99,8 @@ class nccl_world : public nccl_group {
       : nccl_group(all, stream), board_(board) {}
 
   template <class T>
-  std::vector<T> gather(const T& own) const {
-    return board_.gather(rank(), own);
+  std::vector<T> gather(const T& local) const {
+    return board_.gather(rank(), local);
   }
 
  private:

@@ -13,11 +13,11 @@ using namespace distributed;
 
 namespace {
 
-bool run_rank(ncclComm_t all, int number, blackboard& board, const options& what) {
+bool run_rank(ncclComm_t all, int number, blackboard& board, const options& opts) {
   try {
     const cuda_device device(number);
     const nccl_world world(all, device.backend.stream, board);
-    return comparison(device, world, what).run();
+    return comparison(device, world, opts).run();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "distributed_nccl: rank %d: %s\n", number, error.what());
     std::exit(1);  // others would wait for it
@@ -29,8 +29,8 @@ bool run_rank(ncclComm_t all, int number, blackboard& board, const options& what
 int main(int argc, char** argv) {
   int devices = 0, exit_code = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
-  const auto what = parse(argc, argv, std::max(devices, 1), true, exit_code);
-  if (!what) return exit_code;
+  const auto opts = parse(argc, argv, std::max(devices, 1), true, exit_code);
+  if (!opts) return exit_code;
   if (devices == 0) {
     std::puts("no CUDA device: nothing was compared");
     return 77;
@@ -45,9 +45,9 @@ int main(int argc, char** argv) {
   std::vector<std::thread> others;
   for (int number = 1; number < devices; ++number) {
     others.emplace_back(
-        [&, number] { run_rank(all[static_cast<std::size_t>(number)], number, board, *what); });
+        [&, number] { run_rank(all[static_cast<std::size_t>(number)], number, board, *opts); });
   }
-  const bool equal = run_rank(all[0], 0, board, *what);
+  const bool equal = run_rank(all[0], 0, board, *opts);
   for (std::thread& other : others) other.join();
   return equal ? 0 : 1;
 }

@@ -24,9 +24,9 @@ std::map<std::string, geometry> shapes() {
 
 }  // namespace
 
-const char* name_of(layout how) {
+const char* name_of(layout kind) {
   for (const auto& [name, value] : layouts) {
-    if (value == how) return name.c_str();
+    if (value == kind) return name.c_str();
   }
   return "";
 }

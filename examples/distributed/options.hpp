@@ -21,7 +21,7 @@ struct options {
   bool timed = false;
 };
 
-const char* name_of(layout how);
+const char* name_of(layout kind);
 
 // ranks: all there are. Nothing where the program is to end with that exit code: help was asked
 // for, or an option cannot be, and `talks` says whether this rank prints it.

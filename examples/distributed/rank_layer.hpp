@@ -41,19 +41,19 @@ class rank_layer {
 
   // A decision about heads, whose link sums; on one rank refreekv::single_rank.
   template <class Link>
-  refreekv::kept_range select_heads(const refreekv::policy::refreekv& rule, const Link& link) {
-    return select_from(rule, source(keys_), link, [&] { return refreekv::status::ok; });
+  refreekv::kept_range select_heads(const refreekv::policy::refreekv& policy, const Link& link) {
+    return select_from(policy, source(keys_), link, [&] { return refreekv::status::ok; });
   }
   // One about tokens, whose link exchanges. Keys are counted along the whole sequence, and what is
   // kept of it is then translated to what is kept here.
   template <class Link>
-  refreekv::kept_range select_tokens(const refreekv::policy::refreekv& rule, const Link& link) {
+  refreekv::kept_range select_tokens(const refreekv::policy::refreekv& policy, const Link& link) {
     const auto parts = static_cast<index_t>(part_.tokens.size());
     const refreekv::shard keys(
         source(keys_),
         refreekv::view<const refreekv::token_range, 2, memory>(parts_.data(), {1, parts}),
         refreekv::lengths_view<memory>(total_.data(), {1}), layer_.tokens());
-    return select_from(rule, keys, link, [&] {
+    return select_from(policy, keys, link, [&] {
       return refreekv::local_ranges(device_.backend, keys, cut(), {kept_.data(), {1, 1}});
     });
   }
@@ -63,8 +63,8 @@ class rank_layer {
     check(refreekv::compact(device_.backend, cut(), refreekv::compaction::sinks_up, source(keys_),
                             source(values_)));
     device_.wait();
-    own_ = kept_.download()[0];
-    return own_.length();
+    local_kept_ = kept_.download()[0];
+    return local_kept_.length();
   }
 
   // After compact: whether the slots hold the rows of exactly those tokens that `all`, a decision
@@ -106,13 +106,13 @@ class rank_layer {
   }
   bool holds(const array<element>& rows, const refreekv::kept_range& all, row_of make) const {
     const auto dim = static_cast<std::size_t>(layer_.shape().head_dim);
-    const std::vector<element> found = rows.download();
+    const std::vector<element> stored = rows.download();
     std::vector<element> expected(dim);
-    const element* end = found.data();  // of the head's slots, the last of which are in use
+    const element* end = stored.data();  // of the head's slots, the last of which are in use
     bool equal = true;
     for (index_t h = part_.kv_head; h < part_.kv_head + part_.kv_heads; ++h) {
       end += part_.token_count() * layer_.shape().head_dim;
-      const element* row = end - own_.length() * layer_.shape().head_dim;
+      const element* row = end - local_kept_.length() * layer_.shape().head_dim;
       for_each_token([&](index_t t) {
         if (!all.keeps(t)) return;
         (layer_.*make)(h, t, expected.data());
@@ -145,18 +145,20 @@ class rank_layer {
   }
 
   template <class Keys, class Link, class Localise>
-  refreekv::kept_range select_from(const refreekv::policy::refreekv& rule, const Keys& keys,
+  refreekv::kept_range select_from(const refreekv::policy::refreekv& policy, const Keys& keys,
                                    const Link& link, const Localise& localise) {
     const refreekv::view<const element, 4, memory> queries(
         queries_.data(), {1, window_, part_.q_heads, layer_.shape().head_dim});
-    const auto seen = refreekv::observe(queries, keys, {.index = layer_.number()});
+    const auto layer = refreekv::observe(queries, keys, {.index = layer_.number()});
     const refreekv::kept_ranges<memory> kept(kept_.data(), {1, 1});
-    if (const char* why = refreekv::why_invalid(rule, seen, kept)) throw std::runtime_error(why);
+    if (const char* reason = refreekv::why_invalid(policy, layer, kept)) {
+      throw std::runtime_error(reason);
+    }
     array<std::byte> scratch{
-        std::vector<std::byte>(refreekv::workspace_size(rule, device_.backend, seen))};
-    const refreekv::workspace<memory> room(scratch.data(),
-                                           refreekv::workspace_size(rule, device_.backend, seen));
-    check(refreekv::select(rule, device_.backend, seen, kept, room, link));
+        std::vector<std::byte>(refreekv::workspace_size(policy, device_.backend, layer))};
+    const refreekv::workspace<memory> room(
+        scratch.data(), refreekv::workspace_size(policy, device_.backend, layer));
+    check(refreekv::select(policy, device_.backend, layer, kept, room, link));
     device_.wait();
     const refreekv::kept_range all = kept_.download()[0];
     check(localise());
@@ -171,7 +173,7 @@ class rank_layer {
   array<refreekv::token_range> parts_;
   array<refreekv::position_t> total_;
   array<refreekv::kept_range> kept_;
-  refreekv::kept_range own_;
+  refreekv::kept_range local_kept_;
 };
 
 }  // namespace distributed

@@ -48,9 +48,9 @@ class synthetic_layer {
 
   // Seeds of what is random about a place.
   std::uint64_t direction(index_t kv_head) const { return noise_of(6, kv_head, 0); }
-  std::uint64_t noise_of(index_t what, index_t head, index_t token) const {
+  std::uint64_t noise_of(index_t purpose, index_t head, index_t token) const {
     std::uint64_t seed = 0;
-    for (const index_t part : {number_, what, head, token}) {
+    for (const index_t part : {number_, purpose, head, token}) {
       seed = mixed(seed + static_cast<std::uint64_t>(part));
     }
     return seed;

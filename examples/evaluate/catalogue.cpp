@@ -74,10 +74,10 @@ std::vector<variant> of_adaptive_methods() {
 
 std::vector<variant> of_faithful() {
   std::vector<variant> variants;
-  const auto add = [&](const std::string& options, const policy::faithful& rule,
+  const auto add = [&](const std::string& options, const policy::faithful& policy,
                        const std::string& line) {
     variants.push_back(
-        {"faithful", options, false, [rule](const circumstances&) { return rule; }, line});
+        {"faithful", options, false, [policy](const circumstances&) { return policy; }, line});
   };
   add("the default: tolerance 0.1", {}, "faithful");
   for (const auto& [name, tolerance] :
@@ -96,9 +96,9 @@ std::vector<variant> of_faithful() {
 }
 
 // ReFreeKV with one set of options at a fixed threshold.
-variant refreekv_variant(const std::string& options, const policy::refreekv& rule,
+variant refreekv_variant(const std::string& options, const policy::refreekv& policy,
                          const std::string& line) {
-  return {"refreekv", options, false, [rule](const circumstances&) { return rule; }, line};
+  return {"refreekv", options, false, [policy](const circumstances&) { return policy; }, line};
 }
 
 // One option at a time, then a window of 16 rows with each of the others.

@@ -10,7 +10,7 @@
 
 namespace evaluate {
 
-// What a rule may depend on.
+// What a policy may depend on.
 struct circumstances {
   std::size_t tokens;  // of the prompt
   double share;        // of the prompt that a method with a budget may keep
@@ -20,7 +20,7 @@ struct variant {
   std::string method;   // the policy's name
   std::string options;  // that are not the policy's defaults, or "the default" and what it is
   bool has_budget;
-  std::function<smollm2::pruning_rule(const circumstances&)> rule;
+  std::function<smollm2::pruning_policy(const circumstances&)> policy;
   std::string line;  // in the picture: variants of one line differ in how much they keep
 };
 

@@ -37,15 +37,15 @@ prompt_run::prompt_run(const llama& model, const tokenized_prompt& prompt, std::
                  std::make_move_iterator(answer.logits.end()));
 }
 
-prompt_run::pruned_cache prompt_run::prune(pruning_rule rule, int threads) const {
-  set_layers(rule, full_.layers());
+prompt_run::pruned_cache prompt_run::prune(pruning_policy policy, int threads) const {
+  set_layers(policy, full_.layers());
   pruned_cache result{full_, 0, 0};
   const llama_config& config = model_.config();
-  pruner prune(rule, config.q_heads, threads);
+  pruner prune(policy, config.q_heads, threads);
   const std::size_t row = config.q_heads * config.head_dim;
   for (std::size_t layer = full_layers_; layer < full_.layers(); ++layer) {
     const std::span<const float> queries = queries_[layer];
-    const std::size_t rows = std::min(window_of(rule), queries.size() / row);
+    const std::size_t rows = std::min(window_of(policy), queries.size() / row);
     result.select_seconds +=
         prune.prune(layer, queries.last(rows * row), result.cache).library_seconds;
   }
@@ -69,8 +69,8 @@ bool prompt_run::recalls_key(logits_view logits) const {
   return recalls;
 }
 
-measurement prompt_run::measure(const pruning_rule& rule, int threads) const {
-  pruned_cache pruned = prune(rule, threads);
+measurement prompt_run::measure(const pruning_policy& policy, int threads) const {
+  pruned_cache pruned = prune(policy, threads);
   const auto bytes = static_cast<double>(pruned.cache.bytes());
   if (!question_.empty()) model_.prefill(question_, pruned.cache);
   const std::vector<std::vector<float>> logits = model_.score(answer_, pruned.cache);

@@ -11,7 +11,7 @@
 
 namespace evaluate {
 
-// What a rule did to one prompt, or to all of them: means, the largest KL, the sum of keys.
+// What a policy did to one prompt, or to all of them: means, the largest KL, the sum of keys.
 struct measurement {
   double kept_fraction;  // mean over layers and KV heads
   smollm2::divergence against_full;
@@ -23,7 +23,7 @@ struct measurement {
 class prompt_run {
  public:
   // Records each layer's last `window` queries of what is pruned. Where the answer is not known,
-  // greedily generates `tokens` tokens. Rules see the layers from `full_layers` on.
+  // greedily generates `tokens` tokens. Policies see the layers from `full_layers` on.
   prompt_run(const smollm2::llama& model, const tokenized_prompt& prompt, std::size_t window,
              std::size_t tokens, std::size_t full_layers,
              const std::function<void(double)>& on_progress);
@@ -37,8 +37,8 @@ class prompt_run {
   bool recalls_key() const { return recalls_key(logits_); }
 
   // Feeds the question and the answer to a pruned copy of the cache and compares what it predicts
-  // after each token of the answer. The rule must look at no more than `window` queries.
-  measurement measure(const smollm2::pruning_rule& rule, int threads) const;
+  // after each token of the answer. The policy must look at no more than `window` queries.
+  measurement measure(const smollm2::pruning_policy& policy, int threads) const;
 
  private:
   struct pruned_cache {
@@ -47,7 +47,7 @@ class prompt_run {
     double select_seconds;
   };
 
-  pruned_cache prune(smollm2::pruning_rule rule, int threads) const;
+  pruned_cache prune(smollm2::pruning_policy policy, int threads) const;
   bool recalls_key(smollm2::logits_view logits) const;
 
   const smollm2::llama& model_;

@@ -46,7 +46,7 @@ std::vector<tokenized_prompt> prompts_of(const options& opts, const smollm2::loa
   return prompts;
 }
 
-using progress_hook = std::function<void(const std::string& what, double fraction)>;
+using progress_hook = std::function<void(const std::string& phase, double fraction)>;
 
 // Adds a prompt and what each row makes of it.
 void evaluate_on(const tokenized_prompt& prompt, const std::vector<planned_row>& rows,
@@ -62,7 +62,7 @@ void evaluate_on(const tokenized_prompt& prompt, const std::vector<planned_row>&
     const double part = static_cast<double>(done++) / static_cast<double>(rows.size());
     show("row " + std::to_string(done) + " of " + std::to_string(rows.size()),
          prefill_part + (1 - prefill_part) * part);
-    measured[r] = full.measure(rows[r].what->rule({tokens, share}), opts.threads);
+    measured[r] = full.measure(rows[r].entry->policy({tokens, share}), opts.threads);
   };
   for (std::size_t r = 0; r < rows.size(); ++r) {
     if (!rows[r].reference) measure(r, rows[r].share);
@@ -81,7 +81,7 @@ results evaluate_all(const options& opts) {
   results all;
   for (const planned_row& row : rows) {
     all.rows.push_back(
-        {row.what->method, row.what->options, row.budget, row.reference, row.what->line, {}});
+        {row.entry->method, row.entry->options, row.budget, row.reference, row.entry->line, {}});
   }
 
   smollm2::progress_bar progress;
@@ -91,10 +91,10 @@ results evaluate_all(const options& opts) {
   }
   const std::string of_prompts = " of " + std::to_string(prompts.size()) + ", ";
   for (const tokenized_prompt& prompt : prompts) {
-    const std::string which = "prompt " + std::to_string(all.prompts.size() + 1) + of_prompts;
+    const std::string label = "prompt " + std::to_string(all.prompts.size() + 1) + of_prompts;
     const auto tokens = static_cast<double>(prompt.tokens());
-    const auto show = [&](const std::string& what, double fraction) {
-      progress.show(which + what, (done_tokens + fraction * tokens) / all_tokens);
+    const auto show = [&](const std::string& phase, double fraction) {
+      progress.show(label + phase, (done_tokens + fraction * tokens) / all_tokens);
     };
     evaluate_on(prompt, rows, model.network, opts, show, all);
     done_tokens += tokens;

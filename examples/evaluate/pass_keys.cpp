@@ -27,25 +27,25 @@ class random_source {
 
 // Sentences enough that few come twice: a repeated one would be no evidence of what is looked at.
 std::string filler_sentence(random_source& random) {
-  static constexpr const char* who[] = {
+  static constexpr const char* subjects[] = {
       "The old baker", "A young teacher",   "The harbour master", "My neighbour",   "The gardener",
       "A tired nurse", "The watchmaker",    "The choir",          "A grey cat",     "The ferryman",
       "The librarian", "A travelling cook", "The mayor",          "Her grandmother"};
-  static constexpr const char* does[] = {
+  static constexpr const char* verbs[] = {
       "walked slowly past",    "often talked about", "painted",         "looked after",
       "could not find",        "remembered",         "took a photo of", "wrote a letter about",
       "waited patiently near", "swept around",       "laughed at",      "dreamed of"};
-  static constexpr const char* what[] = {
+  static constexpr const char* objects[] = {
       "the wooden bridge",     "the empty market",   "a basket of apples", "the broken clock",
       "the narrow lighthouse", "an unusual garden",  "the quiet station",  "a pair of boots",
       "the blue piano",        "the village school", "a bowl of soup",     "the long river",
       "the last train",        "a stack of chairs"};
-  static constexpr const char* when[] = {
+  static constexpr const char* adverbials[] = {
       "in the early morning", "after the rain", "on a warm evening",    "before the winter came",
       "during the festival",  "at noon",        "when the wind turned", "for most of the week",
       "on the way home",      "without a word"};
-  return random.one_of(who) + ' ' + random.one_of(does) + ' ' + random.one_of(what) + ' ' +
-         random.one_of(when) + ".";
+  return random.one_of(subjects) + ' ' + random.one_of(verbs) + ' ' + random.one_of(objects) + ' ' +
+         random.one_of(adverbials) + ".";
 }
 
 }  // namespace

@@ -28,14 +28,14 @@ std::vector<line> lines_of(const results& all) {
   std::vector<line> lines;
   for (const result_row& row : all.rows) {
     if (row.line.empty()) continue;
-    auto found = std::find_if(lines.begin(), lines.end(),
+    auto drawn = std::find_if(lines.begin(), lines.end(),
                               [&](const line& each) { return each.name == row.line; });
-    if (found == lines.end()) {
+    if (drawn == lines.end()) {
       const bool joined = !row.line.ends_with("other options");
-      found = lines.insert(lines.end(), {row.line, joined, {}});
+      drawn = lines.insert(lines.end(), {row.line, joined, {}});
     }
     const measurement mean = all.mean(row);
-    found->points.push_back(
+    drawn->points.push_back(
         {100 * mean.kept_fraction, std::max(smallest_kl, mean.against_full.mean_kl)});
   }
   for (line& each : lines) {

@@ -35,9 +35,9 @@ std::vector<planned_row> plan(const options& opts) {
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (sized_by[i] == nullptr) continue;
-    const auto is_reference = [&](const planned_row& row) { return row.what == sized_by[i]; };
-    const auto found = std::find_if(rows.begin(), rows.end(), is_reference);
-    rows[i].reference = static_cast<std::size_t>(found - rows.begin());
+    const auto is_reference = [&](const planned_row& row) { return row.entry == sized_by[i]; };
+    const auto reference = std::find_if(rows.begin(), rows.end(), is_reference);
+    rows[i].reference = static_cast<std::size_t>(reference - rows.begin());
   }
   return rows;
 }
@@ -45,7 +45,7 @@ std::vector<planned_row> plan(const options& opts) {
 std::size_t window_of(const std::vector<planned_row>& rows, std::size_t tokens) {
   std::size_t window = 1;
   for (const planned_row& row : rows) {
-    window = std::max(window, smollm2::window_of(row.what->rule({tokens, 1})));
+    window = std::max(window, smollm2::window_of(row.entry->policy({tokens, 1})));
   }
   return window;
 }

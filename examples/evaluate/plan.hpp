@@ -10,7 +10,7 @@ namespace evaluate {
 
 // A row before it has results.
 struct planned_row {
-  const variant* what;
+  const variant* entry;
   std::string budget;                    // empty for methods that have none
   double share;                          // of a prompt that may stay, where there is no reference
   std::optional<std::size_t> reference;  // the row that says what share, for each prompt

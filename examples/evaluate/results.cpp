@@ -44,8 +44,8 @@ std::size_t results::farther(const result_row& row) const {
   const result_row& reference = rows[*row.reference];
   std::size_t count = 0;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    const double own = row.of_prompts[i].against_full.mean_kl;
-    if (own > reference.of_prompts[i].against_full.mean_kl) ++count;
+    const double kl = row.of_prompts[i].against_full.mean_kl;
+    if (kl > reference.of_prompts[i].against_full.mean_kl) ++count;
   }
   return count;
 }

@@ -41,16 +41,18 @@ bool has_references(const results& all) {
 
 // What was evaluated on, and what columns mean that are not there always.
 void print_introduction(const results& all, std::ostream& out) {
-  std::size_t fewest = all.prompts.front().tokens, most = 0, compared = 0, keys = 0, recalled = 0;
+  std::size_t shortest = all.prompts.front().tokens, longest = 0;
+  std::size_t compared = 0, keys = 0, recalled = 0;
   for (const evaluated_prompt& prompt : all.prompts) {
-    fewest = std::min(fewest, prompt.tokens);
-    most = std::max(most, prompt.tokens);
+    shortest = std::min(shortest, prompt.tokens);
+    longest = std::max(longest, prompt.tokens);
     compared += prompt.compared_tokens;
     keys += prompt.has_key ? 1 : 0;
     recalled += prompt.recalls_key ? 1 : 0;
   }
-  out << all.prompts.size() << (all.prompts.size() == 1 ? " prompt of " : " prompts of ") << fewest;
-  if (fewest != most) out << " to " << most;
+  out << all.prompts.size() << (all.prompts.size() == 1 ? " prompt of " : " prompts of ")
+      << shortest;
+  if (shortest != longest) out << " to " << longest;
   out << " tokens; KL in nats against the full cache over " << compared
       << " tokens of the answers\n";
   if (has_references(all)) {
@@ -126,14 +128,14 @@ void write_json(const results& all, const std::filesystem::path& path) {
                                {"recalls_key", prompt.recalls_key}});
   }
   for (const result_row& row : all.rows) {
-    nlohmann::ordered_json one{{"method", row.method},
-                               {"options", row.options},
-                               {"budget", row.budget},
-                               {"mean", to_json(all.mean(row))},
-                               {"median_kl_nats", all.median_kl(row)}};
-    if (row.reference) one["farther"] = all.farther(row);
-    for (const measurement& each : row.of_prompts) one["of_prompts"].push_back(to_json(each));
-    json["rows"].push_back(one);
+    nlohmann::ordered_json entry{{"method", row.method},
+                                 {"options", row.options},
+                                 {"budget", row.budget},
+                                 {"mean", to_json(all.mean(row))},
+                                 {"median_kl_nats", all.median_kl(row)}};
+    if (row.reference) entry["farther"] = all.farther(row);
+    for (const measurement& each : row.of_prompts) entry["of_prompts"].push_back(to_json(each));
+    json["rows"].push_back(entry);
   }
   smollm2::write_file(path,
                       json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + '\n');

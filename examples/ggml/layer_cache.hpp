@@ -7,7 +7,7 @@
 #include <cstddef>
 
 #include "pages.hpp"
-#include "rule_runner.hpp"
+#include "policy_runner.hpp"
 
 namespace ggml_engine {
 

@@ -21,13 +21,13 @@ int64_t extent(std::size_t value) { return static_cast<int64_t>(value); }
 
 // [token, slot]: 0 where a token sees a slot, else -infinity. The tokens are the last slots.
 std::vector<ggml_fp16_t> mask_of(const layer_cache& cache, std::size_t tokens) {
-  const ggml_fp16_t seen = ggml_fp32_to_fp16(0);
+  const ggml_fp16_t visible = ggml_fp32_to_fp16(0);
   const ggml_fp16_t hidden = ggml_fp32_to_fp16(-std::numeric_limits<float>::infinity());
   const std::size_t slots = cache.length() + tokens;
   std::vector<ggml_fp16_t> mask(tokens * slots, hidden);
   for (std::size_t token = 0; token < tokens; ++token) {
     for (std::size_t slot = 0; slot <= cache.length() + token; ++slot) {
-      if (!cache.hides(slot)) mask[token * slots + slot] = seen;
+      if (!cache.hides(slot)) mask[token * slots + slot] = visible;
     }
   }
   return mask;

@@ -38,12 +38,12 @@ void run(const run_settings& opts) {
   result.prompt_tokens = prompt.size();
   kv_cache cache = model.new_cache();
   kv_cache full = model.new_cache();  // filled for --compare and --speed only
-  pruning_rule rule = opts.rule;
-  set_layers(rule, model.config().layers);
-  pruner prune(rule, model.config(), opts.threads);
+  pruning_policy policy = opts.policy;
+  set_layers(policy, model.config().layers);
+  pruner prune(policy, model.config(), opts.threads);
 
   prefill_hooks hooks;
-  hooks.window = window_of(rule);
+  hooks.window = window_of(policy);
   double hook_seconds = 0;
   hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, layer_cache& filled) {
     const stopwatch watch;
@@ -92,7 +92,7 @@ int main(int argc, char** argv) {
     options.add_to(app);
     if (!parse(app, argc, argv)) return;
     const run_settings opts = options.settings();
-    if (const char* why = why_unsuitable(opts.rule)) throw usage_error(why);
+    if (const char* reason = why_unsuitable(opts.policy)) throw usage_error(reason);
     run(opts);
   });
 }

@@ -26,15 +26,15 @@ refreekv::dense<refreekv::f16_bits> source_of(const ggml_tensor* tensor, std::si
 
 }  // namespace
 
-const char* why_unsuitable(const smollm2::pruning_rule& rule) {
+const char* why_unsuitable(const smollm2::pruning_policy& policy) {
   const auto by_head = [](const auto* each) {
     return each != nullptr && each->scope == refreekv::cut_scope::kv_head;
   };
-  const bool differs = by_head(std::get_if<refreekv::policy::refreekv>(&rule)) ||
-                       by_head(std::get_if<refreekv::policy::faithful>(&rule)) ||
-                       std::holds_alternative<refreekv::policy::attention_ranked>(rule) ||
-                       std::holds_alternative<refreekv::policy::twilight>(rule);
-  if (std::holds_alternative<refreekv::policy::cake>(rule)) {
+  const bool differs = by_head(std::get_if<refreekv::policy::refreekv>(&policy)) ||
+                       by_head(std::get_if<refreekv::policy::faithful>(&policy)) ||
+                       std::holds_alternative<refreekv::policy::attention_ranked>(policy) ||
+                       std::holds_alternative<refreekv::policy::twilight>(policy);
+  if (std::holds_alternative<refreekv::policy::cake>(policy)) {
     return "cake shares its budget among the layers, each of which is pruned on its own here";
   }
   return differs ? one_length : nullptr;
@@ -44,15 +44,16 @@ smollm2::layer_pruning pruner::prune(std::size_t layer, std::span<const float> q
                                      layer_cache& cache) {
   const smollm2::stopwatch watch;
   smollm2::layer_pruning result{{}, {}, {}, cache.length(), cache.bytes(), cache.bytes(), 0, 0};
-  if (std::holds_alternative<smollm2::keep_everything>(rule_)) return result;
+  if (std::holds_alternative<smollm2::keep_everything>(policy_)) return result;
 
   const auto keys = source_of(cache.keys(), cache.length(), config_.kv_heads);
   const auto values = source_of(cache.values(), cache.length(), config_.kv_heads);
   const auto q_heads = static_cast<index_t>(config_.q_heads), dim = keys.shape().head_dim;
   const index_t rows = static_cast<index_t>(queries.size()) / (q_heads * dim);
-  const auto seen = refreekv::observe(refreekv::view(queries.data(), {1, rows, q_heads, dim}), keys,
-                                      {.index = static_cast<index_t>(layer)});
-  runner_.decide(rule_, seen, values, result);
+  const auto model_layer =
+      refreekv::observe(refreekv::view(queries.data(), {1, rows, q_heads, dim}), keys,
+                        {.index = static_cast<index_t>(layer)});
+  runner_.decide(policy_, model_layer, values, result);
   const auto slots = runner_.compact(result, keys, values);
   result.library_seconds = watch.seconds();
 

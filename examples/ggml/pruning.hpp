@@ -6,17 +6,17 @@
 
 #include "ggml/layer_cache.hpp"
 #include "llama_config.hpp"
-#include "rule_runner.hpp"
+#include "policy_runner.hpp"
 
 namespace ggml_engine {
 
-// Null, or why no layer can be pruned by the rule: the KV heads of a layer share its length here.
-const char* why_unsuitable(const smollm2::pruning_rule& rule);
+// Null, or why no layer can be pruned by the policy: the KV heads of a layer share its length here.
+const char* why_unsuitable(const smollm2::pruning_policy& policy);
 
 class pruner {
  public:
-  pruner(const smollm2::pruning_rule& rule, const smollm2::llama_config& config, int threads)
-      : rule_(rule), config_(config), runner_(threads) {}
+  pruner(const smollm2::pruning_policy& policy, const smollm2::llama_config& config, int threads)
+      : policy_(policy), config_(config), runner_(threads) {}
 
   // Decides on the layer, moves what is kept together, and gives the rest back to the operating
   // system. queries: [min(window, tokens), q_head, head_dim]. Throws std::runtime_error where
@@ -25,9 +25,9 @@ class pruner {
                                layer_cache& cache);
 
  private:
-  smollm2::pruning_rule rule_;
+  smollm2::pruning_policy policy_;
   smollm2::llama_config config_;
-  smollm2::rule_runner runner_;
+  smollm2::policy_runner runner_;
 };
 
 }  // namespace ggml_engine

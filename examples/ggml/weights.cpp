@@ -27,37 +27,38 @@ weights read_weights(const std::string& path, const smollm2::llama_config& confi
   result.memory.reset(memory);
   if (file == nullptr) throw std::runtime_error("ggml cannot read " + path);
 
-  int64_t taken = 0;
-  const auto take = [&](const std::string& name, std::size_t columns, std::size_t rows = 1) {
+  int64_t tensors_read = 0;
+  const auto tensor_of = [&](const std::string& name, std::size_t columns, std::size_t rows = 1) {
     ggml_tensor* tensor = ggml_get_tensor(memory, name.c_str());
     if (tensor == nullptr) throw std::runtime_error(path + " has no tensor '" + name + "'");
     if (tensor->ne[0] != static_cast<int64_t>(columns) ||
         ggml_nrows(tensor) != static_cast<int64_t>(rows)) {
       throw std::runtime_error("tensor '" + name + "' of " + path + " has an unexpected shape");
     }
-    ++taken;
+    ++tensors_read;
     return tensor;
   };
   const std::size_t embedding = config.embedding, feed_forward = config.feed_forward;
   const std::size_t kv_size = config.kv_heads * config.head_dim;
-  result.embedding = take("token_embd.weight", embedding, config.vocabulary);
+  result.embedding = tensor_of("token_embd.weight", embedding, config.vocabulary);
   for (std::size_t i = 0; i < config.layers; ++i) {
     const std::string block = "blk." + std::to_string(i) + ".";
     result.layers.push_back(
-        {.attention_norm = take(block + "attn_norm.weight", embedding),
-         .query = take(block + "attn_q.weight", embedding, embedding),
-         .key = take(block + "attn_k.weight", embedding, kv_size),
-         .value = take(block + "attn_v.weight", embedding, kv_size),
-         .attention_output = take(block + "attn_output.weight", embedding, embedding),
-         .feed_norm = take(block + "ffn_norm.weight", embedding),
-         .gate = take(block + "ffn_gate.weight", embedding, feed_forward),
-         .up = take(block + "ffn_up.weight", embedding, feed_forward),
-         .down = take(block + "ffn_down.weight", feed_forward, embedding)});
+        {.attention_norm = tensor_of(block + "attn_norm.weight", embedding),
+         .query = tensor_of(block + "attn_q.weight", embedding, embedding),
+         .key = tensor_of(block + "attn_k.weight", embedding, kv_size),
+         .value = tensor_of(block + "attn_v.weight", embedding, kv_size),
+         .attention_output = tensor_of(block + "attn_output.weight", embedding, embedding),
+         .feed_norm = tensor_of(block + "ffn_norm.weight", embedding),
+         .gate = tensor_of(block + "ffn_gate.weight", embedding, feed_forward),
+         .up = tensor_of(block + "ffn_up.weight", embedding, feed_forward),
+         .down = tensor_of(block + "ffn_down.weight", feed_forward, embedding)});
   }
-  result.output_norm = take("output_norm.weight", embedding);
+  result.output_norm = tensor_of("output_norm.weight", embedding);
   const bool tied = ggml_get_tensor(memory, "output.weight") == nullptr;
-  result.output = tied ? result.embedding : take("output.weight", embedding, config.vocabulary);
-  if (taken != gguf_get_n_tensors(file.get())) {
+  result.output =
+      tied ? result.embedding : tensor_of("output.weight", embedding, config.vocabulary);
+  if (tensors_read != gguf_get_n_tensors(file.get())) {
     throw std::runtime_error(path + " has tensors that this engine would ignore");
   }
   return result;

@@ -32,7 +32,7 @@ std::optional<program_options> parse_options(int argc, char** argv) {
 
   static_cast<smollm2::run_settings&>(result) = shared.settings();
   result.context.threads = result.threads;
-  if (const char* why = why_unpoolable(result.rule)) throw smollm2::usage_error(why);
+  if (const char* reason = why_unpoolable(result.policy)) throw smollm2::usage_error(reason);
   return result;
 }
 

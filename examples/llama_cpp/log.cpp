@@ -26,9 +26,9 @@ void keep_complaints(ggml_log_level level, const char* text, void*) {
 
 void silence_log() { llama_log_set(keep_complaints, nullptr); }
 
-void fail(const std::string& what) {
-  const std::string why = std::exchange(complaints(), {});
-  throw std::runtime_error(why.empty() ? what : what + " (" + why + ')');
+void fail(const std::string& failure) {
+  const std::string reason = std::exchange(complaints(), {});
+  throw std::runtime_error(reason.empty() ? failure : failure + " (" + reason + ')');
 }
 
 }  // namespace llama_cpp

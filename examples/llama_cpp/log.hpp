@@ -10,6 +10,6 @@ namespace llama_cpp {
 void silence_log();
 
 // Throws std::runtime_error: `what`, then what llama.cpp has complained about since the last time.
-[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail(const std::string& failure);
 
 }  // namespace llama_cpp

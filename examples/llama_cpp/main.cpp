@@ -104,7 +104,7 @@ void run(const program_options& opts) {
   }
   smollm2::report result{};
   result.prompt_tokens = prompt.size();
-  attention_tap tap(smollm2::window_of(opts.rule), first_layer_of(opts.rule));
+  attention_tap tap(smollm2::window_of(opts.policy), first_layer_of(opts.policy));
   context cache(network, opts.context, prompt.size() + room, &tap);
 
   const smollm2::stopwatch prefill;
@@ -122,7 +122,7 @@ void run(const program_options& opts) {
   savings saved{.layers = network.layers(), .cells_before = cache.cells()};
   const std::size_t cell_bytes = tap.cache_bytes() / cache.cells();
   const smollm2::stopwatch pruning;
-  const refreekv::kept_range kept = pooled_cut(opts.rule, tap, opts.threads);
+  const refreekv::kept_range kept = pooled_cut(opts.policy, tap, opts.threads);
   const double library_seconds = pruning.seconds();
   cache.remove(kept.sinks, kept.cut);
   saved.moved_bytes = cache.saved_bytes();

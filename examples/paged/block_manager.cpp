@@ -14,13 +14,13 @@ block_manager::block_manager(std::size_t blocks) : owners_(blocks) {
   for (std::size_t block = blocks; block-- > 0;) free_.push_back(static_cast<block_id>(block));
 }
 
-std::optional<std::vector<block_id>> block_manager::take(std::size_t count) {
+std::optional<std::vector<block_id>> block_manager::allocate(std::size_t count) {
   if (count > free_.size()) return std::nullopt;
   const auto first = free_.end() - static_cast<std::ptrdiff_t>(count);
-  const std::vector<block_id> taken(free_.rbegin(), std::make_reverse_iterator(first));
+  const std::vector<block_id> blocks(free_.rbegin(), std::make_reverse_iterator(first));
   free_.erase(first, free_.end());
-  for (const block_id block : taken) owners_[index(block)] = 1;
-  return taken;
+  for (const block_id block : blocks) owners_[index(block)] = 1;
+  return blocks;
 }
 
 void block_manager::share(block_id block) { ++owned(block); }

@@ -20,7 +20,7 @@ class block_manager {
   std::size_t owners(block_id block) const { return owners_.at(index(block)); }
 
   // `count` blocks with one owner each: all of them or, where fewer are free, none.
-  std::optional<std::vector<block_id>> take(std::size_t count);
+  std::optional<std::vector<block_id>> allocate(std::size_t count);
 
   // One owner more, of a block that has some.
   void share(block_id block);

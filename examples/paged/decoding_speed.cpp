@@ -19,7 +19,7 @@ decoding_speed measure_speed(const smollm2::llama& model, const serving_plan& pl
   paged_cache full = admit(), half = admit(), pruned = admit();
 
   decoding_speed result{};
-  const auto hooks = pruning_hooks(plan.rule, config.q_heads, result.releases);
+  const auto hooks = pruning_hooks(plan.policy, config.q_heads, result.releases);
   model.prefill(prompt, pruned,
                 {.window = hooks.window,
                  .on_layer =
@@ -27,10 +27,11 @@ decoding_speed measure_speed(const smollm2::llama& model, const serving_plan& pl
                        full.layer(layer).assign(cache.layer(layer));
                        hooks.on_layer(layer, queries, cache);
                      },
-                 .on_progress = [&](double done) { on_progress("prefill of A", done); }});
+                 .on_progress = [&](double fraction) { on_progress("prefill of A", fraction); }});
   full.advance(prompt.size());
-  model.prefill(first_half, half,
-                {.on_progress = [&](double done) { on_progress("prefill of its half", done); }});
+  model.prefill(first_half, half, {.on_progress = [&](double fraction) {
+                  on_progress("prefill of its half", fraction);
+                }});
   result.test = smollm2::measure_speed(decoding(model, full), decoding(model, half),
                                        decoding(model, pruned), model.weight_bytes(), threads);
   return result;

@@ -16,9 +16,9 @@ void run(const paged::options& opts) {
   const smollm2::loaded_model model = smollm2::load_model(opts.model, opts.threads);
   const auto encode = [&](const std::string& text) { return model.tokens.encode_chat(text); };
   const paged::serving_plan plan{encode(opts.a), encode(opts.b),   encode(opts.c),
-                                 opts.tokens,    opts.page_tokens, opts.rule};
+                                 opts.tokens,    opts.page_tokens, opts.policy};
   std::optional<smollm2::progress_bar> bar(std::in_place);
-  const auto show = [&](const std::string& what, double done) { bar->show(what, done); };
+  const auto show = [&](const std::string& phase, double fraction) { bar->show(phase, fraction); };
   if (opts.speed) {
     const auto speed = paged::measure_speed(model.network, plan, opts.threads, show);
     bar.reset();  // ends its line

@@ -5,12 +5,12 @@
 
 #include "command_line.hpp"
 #include "files.hpp"
-#include "rule_options.hpp"
+#include "policy_options.hpp"
 
 namespace paged {
 namespace {
 
-page_rule rule_of(const smollm2::pruning_rule& chosen, bool scope_given) {
+page_policy policy_of(const smollm2::pruning_policy& chosen, bool scope_given) {
   if (const auto* range = std::get_if<refreekv::policy::refreekv>(&chosen)) return *range;
   const auto* faithful = std::get_if<refreekv::policy::faithful>(&chosen);
   if (faithful == nullptr) throw smollm2::usage_error("pages need --policy refreekv or faithful");
@@ -24,7 +24,7 @@ page_rule rule_of(const smollm2::pruning_rule& chosen, bool scope_given) {
 
 std::optional<options> parse_options(int argc, char** argv) {
   options result;
-  smollm2::rule_options rule;
+  smollm2::policy_options policies;
   std::string question;
   std::filesystem::path a, b, c;
   result.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
@@ -45,10 +45,10 @@ std::optional<options> parse_options(int argc, char** argv) {
   app.add_option("--threads", result.threads)->check(CLI::Range(1, 1024));
   app.add_flag("--speed", result.speed,
                "instead of serving: measure A's tokens/s, full and pruned, in alternating runs");
-  rule.add_to(app);
+  policies.add_to(app);
   if (!smollm2::parse(app, argc, argv)) return std::nullopt;
 
-  result.rule = rule_of(rule.rule(), app.count("--scope") > 0);
+  result.policy = policy_of(policies.chosen(), app.count("--scope") > 0);
   if (!result.speed && (b.empty() || c.empty())) {
     throw smollm2::usage_error("--sharing-file and --next-file are needed to serve");
   }

@@ -13,7 +13,7 @@ namespace paged {
 struct options {
   std::filesystem::path model;
   std::string a, b, c;  // prompts; b and c are empty with `speed`
-  page_rule rule;
+  page_policy policy;
   std::size_t page_tokens = 16;
   std::size_t tokens = 24;
   int threads = 1;

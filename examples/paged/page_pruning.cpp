@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "rule_runner.hpp"
+#include "policy_runner.hpp"
 
 namespace paged {
 
@@ -23,22 +23,22 @@ auto observe_layer(std::size_t layer, std::span<const float> queries, std::size_
       cache.rows().keys, {.index = static_cast<index_t>(layer)});
 }
 
-page_release prune_layer(const refreekv::policy::refreekv& rule, std::size_t layer,
+page_release prune_layer(const refreekv::policy::refreekv& policy, std::size_t layer,
                          std::span<const float> queries, std::size_t q_heads, paged_layer& cache) {
-  return release(decide(rule, layer, queries, q_heads, cache), cache);
+  return release(decide(policy, layer, queries, q_heads, cache), cache);
 }
 
 // What stays moves down, and the stand-ins behind it; so the pages at the end are what is free.
-page_release prune_layer(refreekv::policy::faithful rule, std::size_t layer,
+page_release prune_layer(refreekv::policy::faithful policy, std::size_t layer,
                          std::span<const float> queries, std::size_t q_heads, paged_layer& cache) {
-  rule.scope = refreekv::cut_scope::layer;  // heads on the same pages have one length
+  policy.scope = refreekv::cut_scope::layer;  // heads on the same pages have one length
   // Sinks stay in their slots, so that nothing is written before the first token that goes.
-  rule.sinks = std::max(rule.sinks, static_cast<refreekv::count_t>(cache.shared_tokens()));
+  policy.sinks = std::max(policy.sinks, static_cast<refreekv::count_t>(cache.shared_tokens()));
   const auto [keys, values] = cache.rows();
   smollm2::layer_pruning result{};
-  smollm2::rule_runner runner(1);
-  runner.decide(rule, refreekv::with_values(observe_layer(layer, queries, q_heads, cache), values),
-                result);
+  smollm2::policy_runner runner(1);
+  runner.decide(
+      policy, refreekv::with_values(observe_layer(layer, queries, q_heads, cache), values), result);
   const std::size_t kept = runner.compact(result, keys, values).front().length;
 
   std::vector<block_id> table = cache.table();
@@ -58,35 +58,36 @@ page_release prune_layer(refreekv::policy::faithful rule, std::size_t layer,
 
 }  // namespace
 
-double share_of(std::size_t page_release::*what, const std::vector<page_release>& releases) {
+double share_of(std::size_t page_release::*count, const std::vector<page_release>& releases) {
   double sum = 0, tokens = 0;
   for (const page_release& each : releases) {
-    sum += static_cast<double>(each.*what);
+    sum += static_cast<double>(each.*count);
     tokens += static_cast<double>(each.tokens);
   }
   return sum / tokens;
 }
 
-page_release prune(const page_rule& rule, std::size_t layer, std::span<const float> queries,
+page_release prune(const page_policy& policy, std::size_t layer, std::span<const float> queries,
                    std::size_t q_heads, paged_layer& cache) {
   return std::visit(
-      [&](const auto& each) { return prune_layer(each, layer, queries, q_heads, cache); }, rule);
+      [&](const auto& each) { return prune_layer(each, layer, queries, q_heads, cache); }, policy);
 }
 
-smollm2::prefill_hooks_for<paged_cache> pruning_hooks(const page_rule& rule, std::size_t q_heads,
+smollm2::prefill_hooks_for<paged_cache> pruning_hooks(const page_policy& policy,
+                                                      std::size_t q_heads,
                                                       std::vector<page_release>& releases) {
-  return {.window = std::visit([](const auto& each) -> std::size_t { return each.window; }, rule),
+  return {.window = std::visit([](const auto& each) -> std::size_t { return each.window; }, policy),
           .on_layer = [=, &releases](std::size_t layer, std::span<const float> queries,
                                      paged_cache& cache) {
-            releases.push_back(prune(rule, layer, queries, q_heads, cache.layer(layer)));
+            releases.push_back(prune(policy, layer, queries, q_heads, cache.layer(layer)));
           }};
 }
 
-refreekv::kept_range decide(const refreekv::policy::refreekv& rule, std::size_t layer,
+refreekv::kept_range decide(const refreekv::policy::refreekv& policy, std::size_t layer,
                             std::span<const float> queries, std::size_t q_heads,
                             const paged_layer& cache) {
   smollm2::layer_pruning result{};
-  smollm2::rule_runner(1).decide(rule, observe_layer(layer, queries, q_heads, cache), result);
+  smollm2::policy_runner(1).decide(policy, observe_layer(layer, queries, q_heads, cache), result);
   return std::accumulate(result.kept.begin(), result.kept.end(), result.kept.front(),
                          refreekv::unite);
 }

@@ -105,9 +105,9 @@ std::optional<paged_cache> paged_cache::admit(page_pool& pool, std::size_t layer
   const std::size_t begun = prefix == nullptr ? 0 : prefix->next_position();
   if (tokens < begun) throw std::logic_error("a sequence is as long as its prefix at least");
   if (begun % page_tokens != 0) throw std::logic_error("a prefix is whole pages");
-  const std::size_t own = pool.shape().pages_for(tokens) - begun / page_tokens;
-  const auto taken = pool.manager.take(layers * own);
-  if (!taken) return std::nullopt;
+  const std::size_t needed = pool.shape().pages_for(tokens) - begun / page_tokens;
+  const auto blocks = pool.manager.allocate(layers * needed);
+  if (!blocks) return std::nullopt;
 
   paged_cache cache;
   for (std::size_t index = 0; index < layers; ++index) {
@@ -116,8 +116,8 @@ std::optional<paged_cache> paged_cache::admit(page_pool& pool, std::size_t layer
       table = prefix->layer(index).table();
       for (const block_id page : table) pool.manager.share(page);
     }
-    const auto first = taken->begin() + static_cast<std::ptrdiff_t>(index * own);
-    table.insert(table.end(), first, first + static_cast<std::ptrdiff_t>(own));
+    const auto first = blocks->begin() + static_cast<std::ptrdiff_t>(index * needed);
+    table.insert(table.end(), first, first + static_cast<std::ptrdiff_t>(needed));
     cache.layers_.emplace_back(pool, std::move(table), begun);
   }
   cache.advance(begun);

@@ -56,8 +56,8 @@ void print_sequence(const char* name, const served& run, const smollm2::tokenize
 
 void print(const serving_result& run, const smollm2::tokenizer& tokens, std::ostream& out) {
   const std::size_t page = run.page.bytes();
-  const auto event = [&](const std::string& what, std::size_t free) {
-    out << std::left << std::setw(66) << what << std::right << std::setw(6) << free << '\n';
+  const auto event = [&](const std::string& text, std::size_t free) {
+    out << std::left << std::setw(66) << text << std::right << std::setw(6) << free << '\n';
   };
   const auto count = [](std::size_t n) { return std::to_string(n); };
   print_layers(run, out);

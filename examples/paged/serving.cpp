@@ -69,27 +69,29 @@ std::vector<block_id> pages_of(const paged_cache& cache) {
 }
 
 // The same tokens in a pool of their own, where the prefix is computed first, too, and the prompt
-// is pruned by the same rule, if any: how far the logits are from those that were served.
+// is pruned by the same policy, if any: how far the logits are from those that were served.
 double difference_alone(const llama& model, const page_shape& page, tokens_view prompt,
-                        std::size_t shared, const page_rule* rule, const running& together,
+                        std::size_t shared, const page_policy* policy, const running& served_run,
                         const report_progress& on_progress) {
   const std::size_t layers = model.config().layers;
-  const std::size_t tokens = prompt.size() + together.tokens.size();
+  const std::size_t tokens = prompt.size() + served_run.tokens.size();
   page_pool pool(page, layers * page.pages_for(tokens));
   running prefix = admit(pool, layers, shared);
   if (shared > 0) model.prefill(prompt.first(shared), prefix.cache);
   running alone = admit(pool, layers, tokens, &prefix.cache);
   std::vector<page_release> releases;
   smollm2::prefill_hooks_for<paged_cache> hooks;
-  if (rule != nullptr) hooks = pruning_hooks(*rule, model.config().q_heads, releases);
+  if (policy != nullptr) hooks = pruning_hooks(*policy, model.config().q_heads, releases);
   hooks.on_progress = on_progress;
   alone.logits.push_back(model.prefill(prompt.subspan(shared), alone.cache, hooks));
-  for (const int token : together.tokens) alone.logits.push_back(model.decode(token, alone.cache));
+  for (const int token : served_run.tokens) {
+    alone.logits.push_back(model.decode(token, alone.cache));
+  }
 
   double largest = 0;
   for (std::size_t step = 0; step < alone.logits.size(); ++step) {
     for (std::size_t i = 0; i < alone.logits[step].size(); ++i) {
-      const double difference = std::abs(alone.logits[step][i] - together.logits[step][i]);
+      const double difference = std::abs(alone.logits[step][i] - served_run.logits[step][i]);
       if (!(difference <= largest)) largest = difference;  // NaN, too
     }
   }
@@ -124,9 +126,9 @@ const char* serving_result::wrong() const {
 }
 
 serving_result serve(const llama& model, const serving_plan& plan, const progress& on_progress) {
-  const auto show = [&](const char* what) {
-    return [&on_progress, what](double done) {
-      if (on_progress) on_progress(what, done);
+  const auto show = [&](const char* phase) {
+    return [&on_progress, phase](double fraction) {
+      if (on_progress) on_progress(phase, fraction);
     };
   };
   const std::size_t layers = model.config().layers;
@@ -160,7 +162,7 @@ serving_result serve(const llama& model, const serving_plan& plan, const progres
 
   run_b.logits.push_back(model.prefill(b.subspan(result.shared_tokens), run_b.cache,
                                        {.on_progress = show("prefill of B")}));
-  auto pruning = pruning_hooks(plan.rule, model.config().q_heads, result.releases);
+  auto pruning = pruning_hooks(plan.policy, model.config().q_heads, result.releases);
   pruning.on_progress = show("prefill of A");
   run_a.logits.push_back(model.prefill(a.subspan(result.shared_tokens), run_a.cache, pruning));
   result.free_after = free_pages();
@@ -185,11 +187,11 @@ serving_result serve(const llama& model, const serving_plan& plan, const progres
   for (const block_id page : pages_of(run_c->cache)) result.returned_to_c += returned.count(page);
 
   const auto summary = [&](const running& run, tokens_view prompt, std::size_t shared,
-                           const page_rule* rule, const char* what) {
+                           const page_policy* policy, const char* phase) {
     return served{prompt.size(), run.cache.pages(), run.tokens,
-                  difference_alone(model, result.page, prompt, shared, rule, run, show(what))};
+                  difference_alone(model, result.page, prompt, shared, policy, run, show(phase))};
   };
-  result.a = summary(run_a, a, result.shared_tokens, &plan.rule, "A alone");
+  result.a = summary(run_a, a, result.shared_tokens, &plan.policy, "A alone");
   result.b = summary(run_b, b, result.shared_tokens, nullptr, "B alone");
   result.c = summary(*run_c, c, 0, nullptr, "C alone");
   return result;

@@ -11,13 +11,13 @@
 
 namespace paged {
 
-using progress = std::function<void(const std::string& what, double done)>;
+using progress = std::function<void(const std::string& phase, double fraction)>;
 
 struct serving_plan {
   std::vector<int> a, b, c;  // prompts
   std::size_t steps;         // tokens that A and B decode; C comes in after half of them
   std::size_t page_tokens;
-  page_rule rule;
+  page_policy policy;
 };
 
 struct served {

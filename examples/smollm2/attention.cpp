@@ -17,10 +17,10 @@ constexpr std::size_t block_tokens = 128;
 // Softmax over the first `visible` elements of a row, without the division; the others become 0.
 // Returns the sum to divide by.
 float exponentiate(Eigen::Ref<row_vector> row, Eigen::Index visible) {
-  auto seen = row.head(visible).array();
-  seen = (seen - seen.maxCoeff()).exp();
+  auto scores = row.head(visible).array();
+  scores = (scores - scores.maxCoeff()).exp();
   row.tail(row.size() - visible).setZero();
-  return seen.sum();
+  return scores.sum();
 }
 
 }  // namespace
@@ -53,11 +53,11 @@ void attend(std::span<const float> queries, std::size_t q_heads, const layer_mem
                          Eigen::OuterStride<>(index(row)));
 
         // Calls f(first row, keys or values [row, head_dim]) for each part that lies together.
-        const auto for_each_part = [&](const float* kv_rows::*what, const auto& f) {
+        const auto for_each_part = [&](const float* kv_rows::*member, const auto& f) {
           for (std::size_t next = 0; next < rows;) {
             const kv_rows part = cache.rows_from(kv_head, next);
             const std::size_t size = std::min(part.count, rows - next);
-            f(index(next), Eigen::Map<const matrix>(part.*what, index(size), index(head_dim)));
+            f(index(next), Eigen::Map<const matrix>(part.*member, index(size), index(head_dim)));
             next += size;
           }
         };

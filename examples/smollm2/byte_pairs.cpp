@@ -42,8 +42,8 @@ void byte_pairs::add(int left, int right, int merged) {
 }
 
 const byte_pairs::merge_rule* byte_pairs::find(int left, int right) const {
-  const auto found = rules_.find(key_of(left, right));
-  return found == rules_.end() ? nullptr : &found->second;
+  const auto entry = rules_.find(key_of(left, right));
+  return entry == rules_.end() ? nullptr : &entry->second;
 }
 
 std::vector<int> byte_pairs::merge(const std::vector<int>& tokens) const {

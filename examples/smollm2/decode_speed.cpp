@@ -118,8 +118,8 @@ void print(const speed_test& test, std::ostream& out) {
   out << std::setprecision(1) << "weights " << static_cast<double>(test.weight_bytes) / (1 << 20)
       << " MiB, bandwidth " << test.bandwidth / 1e9 << " GB/s\n";
   if (test.pruned.bytes == test.full.bytes) return;  // nothing gone, nothing to gain
-  const auto reached = [&](const char* what, double allowed) {
-    out << what << std::setprecision(1) << 100 * allowed << " % (reached: " << std::setprecision(0)
+  const auto reached = [&](const char* label, double allowed) {
+    out << label << std::setprecision(1) << 100 * allowed << " % (reached: " << std::setprecision(0)
         << 100 * test.gain() / allowed << " %)";
   };
   out << "pruned: " << 100 * test.gain() << " % more tokens/s; ";

@@ -110,19 +110,19 @@ gguf_file::gguf_file(const std::filesystem::path& path)
 }
 
 const gguf_value& gguf_file::find(std::string_view key) const {
-  const auto found = metadata_.find(key);
-  if (found == metadata_.end()) {
+  const auto entry = metadata_.find(key);
+  if (entry == metadata_.end()) {
     throw std::runtime_error(path_ + " has no metadata '" + std::string(key) + "'");
   }
-  return found->second;
+  return entry->second;
 }
 
 const gguf_tensor& gguf_file::tensor(std::string_view name) const {
-  const auto found = tensor_index_.find(name);
-  if (found == tensor_index_.end()) {
+  const auto entry = tensor_index_.find(name);
+  if (entry == tensor_index_.end()) {
     throw std::runtime_error(path_ + " has no tensor '" + std::string(name) + "'");
   }
-  return tensors_[found->second];
+  return tensors_[entry->second];
 }
 
 }  // namespace smollm2

@@ -29,28 +29,28 @@ class gguf_cursor {
 
   std::size_t offset() const { return offset_; }
 
-  [[noreturn]] void fail(const std::string& what) const {
-    throw std::runtime_error(path_ + " is not a valid GGUF file: " + what);
+  [[noreturn]] void fail(const std::string& reason) const {
+    throw std::runtime_error(path_ + " is not a valid GGUF file: " + reason);
   }
 
   [[noreturn]] void fail_truncated() const {
     throw std::runtime_error(path_ + " is a truncated GGUF file");
   }
 
-  [[noreturn]] void fail_unreadable(const std::string& what) const {
-    throw std::runtime_error(path_ + ": " + what +
+  [[noreturn]] void fail_unreadable(const std::string& reason) const {
+    throw std::runtime_error(path_ + ": " + reason +
                              "; this example reads F32, F16, Q4_0, Q4_1 and Q8_0");
   }
 
   template <class T>
   T number() {
     T value;
-    std::memcpy(&value, take(sizeof value).data(), sizeof value);
+    std::memcpy(&value, next_bytes(sizeof value).data(), sizeof value);
     return value;
   }
 
   std::string_view string() {
-    const std::span<const std::byte> bytes = take(number<std::uint64_t>());
+    const std::span<const std::byte> bytes = next_bytes(number<std::uint64_t>());
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
   }
 
@@ -83,11 +83,11 @@ class gguf_cursor {
     float64,
   };
 
-  std::span<const std::byte> take(std::uint64_t bytes) {
+  std::span<const std::byte> next_bytes(std::uint64_t bytes) {
     if (bytes > file_.size() - offset_) fail_truncated();
-    const auto taken = file_.subspan(offset_, bytes);
+    const auto result = file_.subspan(offset_, bytes);
     offset_ += bytes;
-    return taken;
+    return result;
   }
 
   template <std::integral T>

@@ -23,8 +23,8 @@ class conversation {
   conversation(const llama& model, const options& opts)
       : model_(model),
         opts_(opts),
-        rule_(for_layers(opts.rule, model.config().layers)),
-        prune_(rule_, model.config().q_heads, opts.threads, opts.protect),
+        policy_(for_layers(opts.policy, model.config().layers)),
+        prune_(policy_, model.config().q_heads, opts.threads, opts.protect),
         cache_(model.new_cache()),
         full_(model.new_cache()) {}
 
@@ -63,9 +63,9 @@ class conversation {
   const loss_picture& loss() const { return loss_; }
 
  private:
-  static pruning_rule for_layers(pruning_rule rule, std::size_t layers) {
-    set_layers(rule, layers);
-    return rule;
+  static pruning_policy for_layers(pruning_policy policy, std::size_t layers) {
+    set_layers(policy, layers);
+    return policy;
   }
 
   // What a cache does not have yet, the last token of an answer among it.
@@ -76,18 +76,18 @@ class conversation {
   std::vector<float> prefill(report& result) {
     const bool first = cache_.next_position() == 0;
     prefill_hooks hooks;
-    hooks.window = window_of(rule_);
+    hooks.window = window_of(policy_);
     double hook_seconds = 0;
     hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
       const stopwatch watch;
       // The first message is the same in the full cache. Later ones have another past.
       if (first && follows()) full_.layer(layer) = filled.layer(layer);
       if (first && layer == opts_.plot_layer && !opts_.plot.empty()) {
-        loss_ = {layer, std::get<refreekv::policy::refreekv>(rule_).threshold,
+        loss_ = {layer, std::get<refreekv::policy::refreekv>(policy_).threshold,
                  prune_.loss_curve(layer, queries, filled.layer(layer))};
       }
       result.layers.push_back(prune_.prune(layer, queries, filled));
-      if (std::holds_alternative<refreekv::policy::cake>(rule_)) settle(result.layers, filled);
+      if (std::holds_alternative<refreekv::policy::cake>(policy_)) settle(result.layers, filled);
       hook_seconds += watch.seconds();
     };
     progress_bar progress;
@@ -118,7 +118,7 @@ class conversation {
 
   const llama& model_;
   const options& opts_;
-  pruning_rule rule_;
+  pruning_policy policy_;
   pruner prune_;
   std::vector<int> text_;
   kv_cache cache_;
@@ -138,16 +138,16 @@ void run(options opts) {
 
   conversation talk(model, opts);
   std::vector<report> turns;
-  const auto take = [&](const std::vector<int>& message, bool last) {
+  const auto send = [&](const std::vector<int>& message, bool last) {
     report& turn = turns.emplace_back(talk.answer(message, tokens.end_token(), last));
     turn.text = tokens.decode(turn.tokens);
     if (last && opts.speed) turn.speed = talk.speed();
     print(turn, std::cout);
   };
-  take(tokens.encode_chat(opts.prompt), opts.replies.empty());
+  send(tokens.encode_chat(opts.prompt), opts.replies.empty());
   for (const std::string& reply : opts.replies) {
     std::cout << "\n> " << reply << "\n\n";
-    take(tokens.encode_reply(reply), &reply == &opts.replies.back());
+    send(tokens.encode_reply(reply), &reply == &opts.replies.back());
   }
 
   if (!opts.json.empty() && turns.size() == 1) write_json(turns.front(), opts.json);

@@ -44,13 +44,13 @@ std::optional<options> parse_options(int argc, char** argv) {
 
   static_cast<run_settings&>(result) = shared.settings();
   for (const std::string& range : ranges) result.protect.push_back(parse_range(range));
-  if (!result.protect.empty() && !keeps_ranges(result.rule)) {
+  if (!result.protect.empty() && !keeps_ranges(result.policy)) {
     throw usage_error("--protect needs a policy that keeps a range");
   }
-  if (!result.replies.empty() && std::holds_alternative<refreekv::policy::cake>(result.rule)) {
+  if (!result.replies.empty() && std::holds_alternative<refreekv::policy::cake>(result.policy)) {
     throw usage_error("cake shares its budget among layers of one length: no --then");
   }
-  if (!result.plot.empty() && !std::holds_alternative<refreekv::policy::refreekv>(result.rule)) {
+  if (!result.plot.empty() && !std::holds_alternative<refreekv::policy::refreekv>(result.policy)) {
     throw usage_error("--plot needs --policy refreekv");
   }
   return result;

@@ -14,7 +14,7 @@ class progress_bar {
   progress_bar& operator=(const progress_bar&) = delete;
 
   // fraction: of all there is to do, in [0, 1].
-  void show(const std::string& what, double fraction);
+  void show(const std::string& label, double fraction);
 
  private:
   bool visible_;

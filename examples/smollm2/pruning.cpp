@@ -70,24 +70,24 @@ void retain(const std::vector<slot_range>& slots, layer_cache& cache) {
 
 // For a cache of which earlier decisions have left the first `settled` slots: faithful, which takes
 // a share of what it looks at, judges no token twice.
-pruning_rule after(pruning_rule rule, std::size_t settled) {
-  if (auto* faithful = std::get_if<refreekv::policy::faithful>(&rule)) {
+pruning_policy after(pruning_policy policy, std::size_t settled) {
+  if (auto* faithful = std::get_if<refreekv::policy::faithful>(&policy)) {
     faithful->sinks = std::max(faithful->sinks, static_cast<refreekv::count_t>(settled));
   }
-  return rule;
+  return policy;
 }
 
-bool shares_a_cut(const pruning_rule& rule) {
-  const auto* scan = std::get_if<refreekv::policy::refreekv>(&rule);
+bool shares_a_cut(const pruning_policy& policy) {
+  const auto* scan = std::get_if<refreekv::policy::refreekv>(&policy);
   return scan != nullptr && scan->scope == refreekv::cut_scope::layer;
 }
 
 }  // namespace
 
-pruner::pruner(const pruning_rule& rule, std::size_t q_heads, int threads,
+pruner::pruner(const pruning_policy& policy, std::size_t q_heads, int threads,
                std::vector<refreekv::token_range> keep)
-    : rule_(rule), q_heads_(q_heads), runner_(threads), keep_(std::move(keep)) {
-  if (!keep_.empty() && !keeps_ranges(rule)) {
+    : policy_(policy), q_heads_(q_heads), runner_(threads), keep_(std::move(keep)) {
+  if (!keep_.empty() && !keeps_ranges(policy)) {
     throw std::runtime_error("protected tokens need a policy that keeps a range");
   }
 }
@@ -113,10 +113,10 @@ layer_pruning pruner::shrink(layer_cache& cache, const F& decide_and_compact) {
 }
 
 layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, layer_cache& cache) {
-  if (std::holds_alternative<keep_everything>(rule_)) {
+  if (std::holds_alternative<keep_everything>(policy_)) {
     return {{}, {}, {}, cache.length(0), cache.bytes(), cache.bytes(), 0, 0};
   }
-  if (!cache.head_stride() && shares_a_cut(rule_)) {
+  if (!cache.head_stride() && shares_a_cut(policy_)) {
     throw std::runtime_error("heads that differ in length have no cut in common");
   }
   if (!keep_.empty()) {
@@ -126,7 +126,7 @@ layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, l
   while (settled_.size() <= layer) settled_.emplace_back(cache.kv_heads());
   std::vector<std::size_t>& settled = settled_[layer];
   layer_pruning result = shrink(cache, [&](const head_range& heads, layer_pruning& part) {
-    runner_.decide(after(rule_, settled[heads.first]),
+    runner_.decide(after(policy_, settled[heads.first]),
                    observe_layer(layer, queries, q_heads_, cache, heads), values_of(cache, heads),
                    part);
     if (!keep_.empty()) protect(left_[layer], heads.first, heads.count, part.kept);
@@ -149,12 +149,12 @@ void pruner::protect(remaining_tokens& left, std::size_t first_head, std::size_t
 }
 
 layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, kv_cache& cache) {
-  const auto* cake = std::get_if<refreekv::policy::cake>(&rule_);
+  const auto* cake = std::get_if<refreekv::policy::cake>(&policy_);
   return cake == nullptr ? prune(layer, queries, cache.layer(layer))
                          : cascade(*cake, layer, queries, cache);
 }
 
-layer_pruning pruner::cascade(const refreekv::policy::cake& rule, std::size_t layer,
+layer_pruning pruner::cascade(const refreekv::policy::cake& policy, std::size_t layer,
                               std::span<const float> queries, kv_cache& cache) {
   layer_cache& newest = cache.layer(layer);
   const auto heads = static_cast<index_t>(newest.kv_heads());
@@ -168,19 +168,19 @@ layer_pruning pruner::cascade(const refreekv::policy::cake& rule, std::size_t la
   cake_.preferences.push_back(0);
   const auto finished = static_cast<index_t>(cake_.preferences.size());
 
-  const auto evict = [&](std::size_t which, const auto& seen) {
-    float* scores = cake_.scores[which].data();
+  const auto evict = [&](std::size_t index, const auto& model_layer) {
+    float* scores = cake_.scores[index].data();
     const refreekv::cake_layers<> layers{refreekv::view(scores, {1, heads, tokens}),
                                          refreekv::view(cake_.preferences.data(), {1, finished}),
                                          static_cast<refreekv::count_t>(finished),
                                          refreekv::lengths_view<>(&cake_.tokens, {1})};
     // They move with their tokens.
     const refreekv::dense scores_of_tokens(
-        refreekv::view(scores, {1, heads, seen.tokens(0), 1}, {0, tokens, 1, 1}));
-    layer_cache& shrinking = cache.layer(which);
-    return shrink(shrinking, [&](const head_range& all, layer_pruning& part) {
-      runner_.decide(rule, refreekv::with_layers(seen, layers), part);
-      return runner_.compact(part, keys_of(shrinking, all), values_of(shrinking, all),
+        refreekv::view(scores, {1, heads, model_layer.tokens(0), 1}, {0, tokens, 1, 1}));
+    layer_cache& shrinking = cache.layer(index);
+    return shrink(shrinking, [&](const head_range& range, layer_pruning& part) {
+      runner_.decide(policy, refreekv::with_layers(model_layer, layers), part);
+      return runner_.compact(part, keys_of(shrinking, range), values_of(shrinking, range),
                              scores_of_tokens);
     });
   };
@@ -188,27 +188,28 @@ layer_pruning pruner::cascade(const refreekv::policy::cake& rule, std::size_t la
       evict(layer, observe_layer(layer, queries, q_heads_, newest, all_heads(newest)));
   for (std::size_t earlier = 0; earlier < layer; ++earlier) {
     layer_cache& older = cache.layer(earlier);
-    const auto again = evict(earlier, refreekv::observe(keys_of(older, all_heads(older)),
-                                                        {.index = static_cast<index_t>(earlier)}));
-    result.seconds += again.seconds;
-    result.library_seconds += again.library_seconds;
+    const auto eviction =
+        evict(earlier, refreekv::observe(keys_of(older, all_heads(older)),
+                                         {.index = static_cast<index_t>(earlier)}));
+    result.seconds += eviction.seconds;
+    result.library_seconds += eviction.library_seconds;
   }
   return result;
 }
 
 std::vector<curve_point> pruner::loss_curve(std::size_t layer, std::span<const float> queries,
                                             layer_cache& cache) {
-  auto* rule = std::get_if<refreekv::policy::refreekv>(&rule_);
-  if (rule == nullptr) throw std::runtime_error("only refreekv has a loss curve to plot");
-  refreekv::policy::refreekv probe = *rule;
+  auto* policy = std::get_if<refreekv::policy::refreekv>(&policy_);
+  if (policy == nullptr) throw std::runtime_error("only refreekv has a loss curve to plot");
+  refreekv::policy::refreekv probe = *policy;
   probe.scope = refreekv::cut_scope::layer;
   probe.full_layers = 0;
-  const auto seen = observe_layer(layer, queries, q_heads_, cache, all_heads(cache));
+  const auto model_layer = observe_layer(layer, queries, q_heads_, cache, all_heads(cache));
   std::vector<curve_point> curve;
   for (double exponent = -4; exponent <= 0; exponent += 0.02) {
     probe.threshold = std::min(1.0, std::pow(10, exponent));
     layer_pruning result{};
-    runner_.decide(probe, seen, result);
+    runner_.decide(probe, model_layer, result);
     curve.push_back({result.kept.front().cut, result.kept.front().loss});
   }
   return curve;

@@ -8,9 +8,9 @@
 
 #include "kv_cache.hpp"
 #include "layer_pruning.hpp"
-#include "pruning_rule.hpp"
+#include "policy_runner.hpp"
+#include "pruning_policy.hpp"
 #include "remaining_tokens.hpp"
-#include "rule_runner.hpp"
 
 namespace smollm2 {
 
@@ -22,19 +22,19 @@ struct curve_point {
 // Prunes a conversation's cache after each of its prompts.
 class pruner {
  public:
-  // keep: tokens of the text, first position to past the last one, that stay whatever the rule
-  // says. Throws std::runtime_error where there are any and the rule keeps no range.
-  pruner(const pruning_rule& rule, std::size_t q_heads, int threads,
+  // keep: tokens of the text, first position to past the last one, that stay whatever the policy
+  // says. Throws std::runtime_error where there are any and the policy keeps no range.
+  pruner(const pruning_policy& policy, std::size_t q_heads, int threads,
          std::vector<refreekv::token_range> keep = {});
 
   // Decides on the slots that the layer has, moves what is kept together, and gives the rest back
   // to the operating system. queries: [row, q_head, head_dim] of the last tokens, as many as the
-  // rule's window or, where the prompt is shorter, all of it. Throws std::runtime_error where
-  // refreekv refuses, where heads that differ in length are to share a cut, or where the rule is
+  // policy's window or, where the prompt is shorter, all of it. Throws std::runtime_error where
+  // refreekv refuses, where heads that differ in length are to share a cut, or where the policy is
   // CAKE, which needs to get at all layers.
   layer_pruning prune(std::size_t layer, std::span<const float> queries, layer_cache& cache);
 
-  // The same for any rule, one layer after the other from the first one on: CAKE then takes more
+  // The same for any policy, one layer after the other from the first one on: CAKE then takes more
   // from earlier layers, too, and has one prompt only. Seconds are those of all that; the rest is
   // about `layer`.
   layer_pruning prune(std::size_t layer, std::span<const float> queries, kv_cache& cache);
@@ -54,7 +54,7 @@ class pruner {
   void protect(remaining_tokens& left, std::size_t first_head, std::size_t heads,
                std::vector<refreekv::kept_range>& kept) const;
 
-  layer_pruning cascade(const refreekv::policy::cake& rule, std::size_t layer,
+  layer_pruning cascade(const refreekv::policy::cake& policy, std::size_t layer,
                         std::span<const float> queries, kv_cache& cache);
 
   // What CAKE knows of the layers so far.
@@ -64,9 +64,9 @@ class pruner {
     std::vector<double> preferences;         // [layer]
   };
 
-  pruning_rule rule_;
+  pruning_policy policy_;
   std::size_t q_heads_;
-  rule_runner runner_;
+  policy_runner runner_;
   std::vector<refreekv::token_range> keep_;
   std::vector<remaining_tokens> left_;  // [layer]; followed only if there are tokens to keep
   std::vector<std::vector<std::size_t>> settled_;  // [layer][kv_head]: slots that a pruning left

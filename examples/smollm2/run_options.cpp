@@ -23,12 +23,12 @@ void run_options::add_to(CLI::App& app) {
   app.add_flag("--speed", given_.speed,
                "measure tokens/s, full and pruned, in alternating runs, and what they could be");
   app.add_option("--json", given_.json, "write all results to this file");
-  rule_.add_to(app);
+  policies_.add_to(app);
 }
 
 run_settings run_options::settings() const {
   run_settings result = given_;
-  result.rule = rule_.rule();
+  result.policy = policies_.chosen();
   if (!prompt_file_.empty()) result.prompt = read_file(prompt_file_);
   if (!question_.empty()) result.prompt += "\n\n" + question_;
   return result;

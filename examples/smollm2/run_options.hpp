@@ -6,14 +6,14 @@
 #include <filesystem>
 #include <string>
 
-#include "rule_options.hpp"
+#include "policy_options.hpp"
 
 namespace smollm2 {
 
 struct run_settings {
   std::filesystem::path model;
   std::string prompt;  // the text itself, question included
-  pruning_rule rule;
+  pruning_policy policy;
   std::size_t tokens = 64;  // to generate
   int threads = 1;
   bool compare = false;
@@ -32,7 +32,7 @@ class run_options {
 
  private:
   run_settings given_;
-  rule_options rule_;
+  policy_options policies_;
   std::string question_;
   std::filesystem::path prompt_file_;
 };

@@ -32,12 +32,12 @@ int token_of(const gguf_file& file, std::string_view key, std::size_t vocabulary
 }
 
 int lookup(const std::unordered_map<std::string, int>& tokens, const std::string& bytes) {
-  const auto found = tokens.find(bytes);
-  if (found == tokens.end()) {
+  const auto entry = tokens.find(bytes);
+  if (entry == tokens.end()) {
     throw std::runtime_error("the merge rules name '" + bytes +
                              "', which is not in the vocabulary");
   }
-  return found->second;
+  return entry->second;
 }
 
 }  // namespace
@@ -63,8 +63,8 @@ tokenizer::tokenizer(const gguf_file& file)
 
   const int unknown = token_of(file, "tokenizer.ggml.unknown_token_id", bytes_.size());
   for (std::size_t byte = 0; byte < byte_tokens_.size(); ++byte) {
-    const auto found = normal_tokens.find(std::string(1, static_cast<char>(byte)));
-    byte_tokens_[byte] = found == normal_tokens.end() ? unknown : found->second;
+    const auto entry = normal_tokens.find(std::string(1, static_cast<char>(byte)));
+    byte_tokens_[byte] = entry == normal_tokens.end() ? unknown : entry->second;
   }
 
   for (std::string_view rule : file.get<std::vector<std::string_view>>("tokenizer.ggml.merges")) {

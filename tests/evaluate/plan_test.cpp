@@ -12,7 +12,7 @@ namespace {
 std::vector<std::string> names_of(const std::vector<planned_row>& rows) {
   std::vector<std::string> names;
   for (const planned_row& row : rows) {
-    names.push_back(row.what->method + "|" + row.what->options + "|" + row.budget);
+    names.push_back(row.entry->method + "|" + row.entry->options + "|" + row.budget);
   }
   return names;
 }
@@ -48,7 +48,7 @@ TEST_CASE("nothing is added where no row needs a budget", "[evaluate]") {
   options opts;
   opts.methods = {"twilight"};
   opts.budgets = {{"its size", 1, find_adaptive("refreekv")}};
-  for (const planned_row& row : plan(opts)) CHECK(row.what->method == "twilight");
+  for (const planned_row& row : plan(opts)) CHECK(row.entry->method == "twilight");
 }
 
 TEST_CASE("the widest window of the rows is recorded", "[evaluate]") {

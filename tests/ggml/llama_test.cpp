@@ -74,8 +74,8 @@ TEST_CASE("ggml decodes with layers of lengths that differ as masks would have i
 
   kv_cache cache = model.new_cache();
   const auto prune = [&](std::size_t layer, std::span<const float> queries, layer_cache& filled) {
-    const refreekv::policy::streaming_llm rule{.budget = {budgets[layer]}};
-    pruner(rule, model.config(), 2).prune(layer, queries, filled);
+    const refreekv::policy::streaming_llm policy{.budget = {budgets[layer]}};
+    pruner(policy, model.config(), 2).prune(layer, queries, filled);
     CHECK(filled.length() == budgets[layer]);
   };
   const std::span all(tokens);

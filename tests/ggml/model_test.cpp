@@ -17,10 +17,10 @@
 namespace {
 
 using ggml_engine::layer_cache;
-using smollm2::pruning_rule;
+using smollm2::pruning_policy;
 using all_logits = std::vector<std::vector<float>>;
 
-const pruning_rule window_rule =
+const pruning_policy window_policy =
     refreekv::policy::refreekv{.window = 16, .average = refreekv::row_average::frobenius};
 
 const smollm2::gguf_file& model_file() {
@@ -76,9 +76,9 @@ prefilled prefill(std::span<const int> prompt, std::size_t window) {
   return result;
 }
 
-std::vector<smollm2::layer_pruning> prune_all(const pruning_rule& rule, const prefilled& from,
+std::vector<smollm2::layer_pruning> prune_all(const pruning_policy& policy, const prefilled& from,
                                               ggml_engine::kv_cache& cache) {
-  ggml_engine::pruner prune(rule, model().config(), 2);
+  ggml_engine::pruner prune(policy, model().config(), 2);
   std::vector<smollm2::layer_pruning> layers;
   for (std::size_t layer = 0; layer < cache.layers.size(); ++layer) {
     layers.push_back(prune.prune(layer, from.queries[layer], cache.layers[layer]));
@@ -89,23 +89,23 @@ std::vector<smollm2::layer_pruning> prune_all(const pruning_rule& rule, const pr
 }  // namespace
 
 TEST_CASE("ggml computes what the example's own engine computes, but for its rounding") {
-  const smollm2::llama other(model_file(), 2);
+  const smollm2::llama engine(model_file(), 2);
   const std::vector<int> prompt = prompt_named("definitions", 250);
-  for (const pruning_rule& rule : {pruning_rule(smollm2::keep_everything{}), window_rule}) {
-    smollm2::kv_cache theirs = other.new_cache();
-    smollm2::pruner their_pruner(rule, other.config().q_heads, 2);
+  for (const pruning_policy& policy : {pruning_policy(smollm2::keep_everything{}), window_policy}) {
+    smollm2::kv_cache engine_cache = engine.new_cache();
+    smollm2::pruner engine_pruner(policy, engine.config().q_heads, 2);
     smollm2::prefill_hooks hooks;
-    hooks.window = smollm2::window_of(rule);
+    hooks.window = smollm2::window_of(policy);
     hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, auto&) {
-      their_pruner.prune(layer, queries, theirs.layer(layer));
+      engine_pruner.prune(layer, queries, engine_cache.layer(layer));
     };
-    const auto answer =
-        smollm2::generate(other, other.prefill(prompt, theirs, hooks), theirs, 16, -1);
+    const auto answer = smollm2::generate(engine, engine.prefill(prompt, engine_cache, hooks),
+                                          engine_cache, 16, -1);
 
     ggml_engine::kv_cache ours = model().new_cache();
-    ggml_engine::pruner our_pruner(rule, model().config(), 2);
+    ggml_engine::pruner ggml_pruner(policy, model().config(), 2);
     const auto prune = [&](std::size_t layer, std::span<const float> queries, layer_cache& cache) {
-      our_pruner.prune(layer, queries, cache);
+      ggml_pruner.prune(layer, queries, cache);
     };
     all_logits logits{model().prefill(prompt, ours, {hooks.window, prune, {}})};
     const auto more = decode_all(std::span(answer.tokens).first(15), ours);
@@ -125,7 +125,7 @@ TEST_CASE("a layer that was pruned decodes as one whose dropped slots are masked
   const std::vector<int> prompt = prompt_named("definitions", 250);
   const prefilled start = prefill(prompt, 16);
   ggml_engine::kv_cache pruned = start.cache.copy(), masked = start.cache.copy();
-  const auto layers = prune_all(window_rule, start, pruned);
+  const auto layers = prune_all(window_policy, start, pruned);
   std::vector<refreekv::position_t> cuts;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const refreekv::kept_range& kept = layers[layer].kept.front();
@@ -154,9 +154,9 @@ TEST_CASE("a layer that was pruned decodes as one whose dropped slots are masked
 TEST_CASE("pruned slots go back to the operating system") {
   const prefilled start = prefill(prompt_named("licence", 600), 1);
   ggml_engine::kv_cache cache = start.cache.copy();
-  const pruning_rule rule = refreekv::policy::streaming_llm{.budget = {100}};
+  const pruning_policy policy = refreekv::policy::streaming_llm{.budget = {100}};
   const auto resident = static_cast<double>(smollm2::resident_bytes());
-  const auto layers = prune_all(rule, start, cache);
+  const auto layers = prune_all(policy, start, cache);
   const auto left = static_cast<double>(smollm2::resident_bytes());
   std::size_t returned = 0, bytes = 0;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
@@ -173,8 +173,8 @@ TEST_CASE("pruned slots go back to the operating system") {
 TEST_CASE("KV heads that keep different numbers of tokens are refused") {
   const prefilled start = prefill(prompt_named("eggs", 60), 1);
   ggml_engine::kv_cache cache = start.cache.copy();
-  const pruning_rule per_head = refreekv::policy::refreekv{.scope = refreekv::cut_scope::kv_head};
+  const pruning_policy per_head = refreekv::policy::refreekv{.scope = refreekv::cut_scope::kv_head};
   CHECK(ggml_engine::why_unsuitable(per_head) != nullptr);
-  CHECK(ggml_engine::why_unsuitable(window_rule) == nullptr);
+  CHECK(ggml_engine::why_unsuitable(window_policy) == nullptr);
   CHECK_THROWS_WITH(prune_all(per_head, start, cache), Catch::Contains("share its length"));
 }

@@ -15,7 +15,7 @@ namespace {
 constexpr std::size_t threads = 2, sinks = 4;
 using all_logits = std::vector<std::vector<float>>;
 
-// Half of them are dropped, whatever a rule would say.
+// Half of them are dropped, whatever a policy would say.
 std::vector<llama_token> prompt() { return first_tokens("definitions", 320); }
 
 std::size_t cut_of(const std::vector<llama_token>& tokens) { return tokens.size() / 2; }

@@ -15,24 +15,24 @@ using namespace paged;
 TEST_CASE("blocks are taken all or none") {
   block_manager manager(5);
   CHECK(manager.free_blocks() == 5);
-  CHECK_FALSE(manager.take(6));
+  CHECK_FALSE(manager.allocate(6));
   CHECK(manager.free_blocks() == 5);
-  const auto four = manager.take(4);
+  const auto four = manager.allocate(4);
   REQUIRE(four);
   CHECK(std::set(four->begin(), four->end()).size() == 4);
   CHECK(std::all_of(four->begin(), four->end(), [](block_id b) { return 0 <= b && b < 5; }));
-  CHECK_FALSE(manager.take(2));
+  CHECK_FALSE(manager.allocate(2));
   CHECK(manager.free_blocks() == 1);
-  CHECK(manager.take(0)->empty());
-  const auto last = manager.take(1);
+  CHECK(manager.allocate(0)->empty());
+  const auto last = manager.allocate(1);
   REQUIRE(last);
   CHECK(std::count(four->begin(), four->end(), last->front()) == 0);
-  CHECK_FALSE(manager.take(1));
+  CHECK_FALSE(manager.allocate(1));
 }
 
 TEST_CASE("a block is free once its last owner has released it") {
   block_manager manager(2);
-  const block_id block = manager.take(1)->front();
+  const block_id block = manager.allocate(1)->front();
   manager.share(block);
   CHECK(manager.owners(block) == 2);
   manager.release(block);
@@ -45,14 +45,14 @@ TEST_CASE("a block is free once its last owner has released it") {
 
 TEST_CASE("a block that nobody owns is neither released nor shared") {
   block_manager manager(3);
-  const block_id block = manager.take(1)->front();
+  const block_id block = manager.allocate(1)->front();
   manager.release(block);
   for (const block_id nobodys : {block, block_id{-1}, block_id{3}}) {
     CHECK_THROWS_AS(manager.release(nobodys), std::logic_error);
     CHECK_THROWS_AS(manager.share(nobodys), std::logic_error);
   }
   CHECK(manager.free_blocks() == 3);
-  const auto all = manager.take(3);
+  const auto all = manager.allocate(3);
   REQUIRE(all);
   CHECK(std::set(all->begin(), all->end()).size() == 3);
 }
@@ -64,11 +64,11 @@ TEST_CASE("whatever happens, each block is free or has as many owners as were gi
   for (int step = 0; step < 5000; ++step) {
     if (random() % 2 == 0) {
       const std::size_t count = random() % 6;
-      const auto taken = manager.take(count);
-      REQUIRE(taken.has_value() == (count <= 40 - owners.size()));
-      if (!taken) continue;
-      REQUIRE(taken->size() == count);
-      for (const block_id block : *taken) REQUIRE(owners.emplace(block, 1).second);
+      const auto blocks = manager.allocate(count);
+      REQUIRE(blocks.has_value() == (count <= 40 - owners.size()));
+      if (!blocks) continue;
+      REQUIRE(blocks->size() == count);
+      for (const block_id block : *blocks) REQUIRE(owners.emplace(block, 1).second);
     } else if (!owners.empty()) {
       const auto chosen = std::next(owners.begin(), static_cast<int>(random() % owners.size()));
       if (random() % 3 == 0) {
@@ -81,8 +81,8 @@ TEST_CASE("whatever happens, each block is free or has as many owners as were gi
     }
     REQUIRE(manager.free_blocks() == 40 - owners.size());
     for (block_id block = 0; block < 40; ++block) {
-      const auto found = owners.find(block);
-      REQUIRE(manager.owners(block) == (found == owners.end() ? 0 : found->second));
+      const auto entry = owners.find(block);
+      REQUIRE(manager.owners(block) == (entry == owners.end() ? 0 : entry->second));
     }
   }
 }

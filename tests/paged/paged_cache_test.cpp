@@ -46,15 +46,15 @@ TEST_CASE("logits from pages are those from the engine's own cache") {
     REQUIRE(cache);
     CHECK(cache->pages() == layers * ((161 + page_tokens - 1) / page_tokens));
     CHECK(pool.manager.free_blocks() == all - cache->pages());
-    smollm2::kv_cache own = model.network.new_cache();
+    smollm2::kv_cache engine_cache = model.network.new_cache();
     CHECK(largest_difference(model.network.prefill(prompt, *cache),
-                             model.network.prefill(prompt, own)) <= 1e-5);
+                             model.network.prefill(prompt, engine_cache)) <= 1e-5);
     auto copy = paged_cache::admit(pool, layers, prompt.size() + more.size());
     REQUIRE(copy);
     for (std::size_t l = 0; l < layers; ++l) copy->layer(l).assign(cache->layer(l));
     copy->advance(prompt.size());
     for (const int token : more) {
-      const std::vector<float> logits = model.network.decode(token, own);
+      const std::vector<float> logits = model.network.decode(token, engine_cache);
       CHECK(largest_difference(model.network.decode(token, *cache), logits) <= 1e-5);
       CHECK(largest_difference(model.network.decode(token, *copy), logits) <= 1e-5);
     }
@@ -78,7 +78,7 @@ TEST_CASE("a sequence is admitted with all of its pages or not at all") {
 TEST_CASE("a full table and a shared page are not written") {
   page_pool pool(shape_of(4), 3);
   const std::vector<float> row(pool.shape().kv_heads * pool.shape().head_dim, 1);
-  paged_layer layer(pool, *pool.manager.take(2), 7);
+  paged_layer layer(pool, *pool.manager.allocate(2), 7);
   pool.manager.share(layer.table()[1]);
   CHECK(layer.shared_pages() == std::vector<std::uint8_t>{2});
   CHECK_THROWS_AS(layer.append(row, row), std::logic_error);
@@ -93,20 +93,20 @@ TEST_CASE("a full table and a shared page are not written") {
 
 TEST_CASE("what is released comes back, and attention sees what is kept") {
   struct cut_of_layers {
-    const char* what;
+    const char* name;
     std::array<kept_range, layers> kept;
     std::array<bool, layers> sinks_move;  // where nothing is shared
   };
   // 150 tokens in pages of 16, of which the first 64 may be shared. Then sinks stay: to move them
   // would free no page.
-  const auto [what, kept, sinks_move] = GENERATE(values<cut_of_layers>(
+  const auto [name, kept, sinks_move] = GENERATE(values<cut_of_layers>(
       {{"behind what is shared", {{{4, 120, 150}, {4, 97, 150}}}, {true, false}},
        {"inside and behind", {{{4, 50, 150}, {4, 85, 150}}}, {false, true}},
        {"everything, and next to nothing", {{{0, 0, 150}, {4, 149, 150}}}, {false, true}},
        {"no sinks", {{{0, 80, 150}, {0, 30, 150}}}, {false, false}},
        {"more sinks than a page", {{{20, 137, 150}, {40, 41, 150}}}, {true, false}}}));
   const std::size_t shared = GENERATE(0u, 64u);
-  CAPTURE(what, shared);
+  CAPTURE(name, shared);
   const tiny_model model;
   const std::vector<int> tokens = random_tokens(150 + 40, 3);
   const std::span<const int> all(tokens);
@@ -125,13 +125,13 @@ TEST_CASE("what is released comes back, and attention sees what is kept") {
   }
 
   std::size_t returned = 0;
-  const auto prune = [&](std::size_t layer, std::span<const float>, paged_cache& own) {
-    const page_release result = release(kept[layer], own.layer(layer));
+  const auto prune = [&](std::size_t layer, std::span<const float>, paged_cache& filled) {
+    const page_release result = release(kept[layer], filled.layer(layer));
     CHECK(result.promised == result.returned.size());
-    CHECK(result.pages_after == own.layer(layer).table().size());
+    CHECK(result.pages_after == filled.layer(layer).table().size());
     returned += result.returned.size();
     CHECK(pool.manager.free_blocks() == returned);
-    const bool moved = own.layer(layer).slots().sinks == 0 && kept[layer].sinks > 0;
+    const bool moved = filled.layer(layer).slots().sinks == 0 && kept[layer].sinks > 0;
     CHECK(moved == (shared == 0 && sinks_move[layer]));
   };
   model.network.prefill(all.subspan(shared, 150 - shared), *cache, {.on_layer = prune});
@@ -154,27 +154,27 @@ TEST_CASE("what is released comes back, and attention sees what is kept") {
 
 TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   using refreekv::policy::faithful;
-  const faithful rule = GENERATE(values<faithful>({{.window = 8},
-                                                   {.sinks = 100, .stand_ins = false},
-                                                   {.tolerance = 0.05, .error_term = false}}));
+  const faithful policy = GENERATE(values<faithful>({{.window = 8},
+                                                     {.sinks = 100, .stand_ins = false},
+                                                     {.tolerance = 0.05, .error_term = false}}));
   const std::size_t page_tokens = GENERATE(1u, 16u, 64u), shared = GENERATE(0u, 64u);
   const std::size_t prompt = GENERATE(67u, 192u, 250u), more = 40;
-  CAPTURE(rule.window, rule.stand_ins, page_tokens, shared, prompt);
+  CAPTURE(policy.window, policy.stand_ins, page_tokens, shared, prompt);
   const tiny_model model;
   const std::vector<int> tokens = random_tokens(prompt + more, 3);
   const auto prefix = std::span(tokens).first(shared);
-  const auto rest = std::span(tokens).subspan(shared, prompt - shared);
+  const auto suffix = std::span(tokens).subspan(shared, prompt - shared);
 
-  faithful own_rule = rule;  // with what pages ask for
-  own_rule.scope = refreekv::cut_scope::layer;
-  own_rule.sinks = std::max(rule.sinks, static_cast<refreekv::count_t>(shared));
-  smollm2::pruner engine(own_rule, smollm2_test::small_llama::q_heads, 1);
-  smollm2::kv_cache own = model.network.new_cache();
-  if (shared > 0) model.network.prefill(prefix, own);
-  smollm2::prefill_hooks to_engine{.window = rule.window};
+  faithful engine_policy = policy;  // with what pages ask for
+  engine_policy.scope = refreekv::cut_scope::layer;
+  engine_policy.sinks = std::max(policy.sinks, static_cast<refreekv::count_t>(shared));
+  smollm2::pruner engine(engine_policy, smollm2_test::small_llama::q_heads, 1);
+  smollm2::kv_cache engine_cache = model.network.new_cache();
+  if (shared > 0) model.network.prefill(prefix, engine_cache);
+  smollm2::prefill_hooks to_engine{.window = policy.window};
   to_engine.on_layer = [&](std::size_t layer, std::span<const float> queries,
                            smollm2::kv_cache& cache) { engine.prune(layer, queries, cache); };
-  model.network.prefill(rest, own, to_engine);
+  model.network.prefill(suffix, engine_cache, to_engine);
 
   page_pool pool(shape_of(page_tokens), layers * (400 / page_tokens));
   auto first = paged_cache::admit(pool, layers, shared);
@@ -187,12 +187,12 @@ TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   }
   const std::size_t free = pool.manager.free_blocks();
   std::vector<page_release> releases;
-  model.network.prefill(rest, *cache,
-                        pruning_hooks(rule, smollm2_test::small_llama::q_heads, releases));
+  model.network.prefill(suffix, *cache,
+                        pruning_hooks(policy, smollm2_test::small_llama::q_heads, releases));
 
   std::size_t returned = 0, dropped = 0, stand_ins = 0;
   for (std::size_t l = 0; l < layers; ++l) {
-    const std::size_t length = own.layer(l).length(0);
+    const std::size_t length = engine_cache.layer(l).length(0);
     CHECK((releases[l].kept == length && cache->layer(l).length(1) == length));
     CHECK(releases[l].returned.size() == (prompt - length) / page_tokens);
     CHECK(releases[l].promised == releases[l].returned.size());
@@ -203,11 +203,11 @@ TEST_CASE("pages hold what faithful leaves in the engine's own cache") {
   }
   CHECK(pool.manager.free_blocks() == free + returned);
   CHECK((prompt < 100 || dropped > 0));
-  CHECK((stand_ins > 0) == (rule.stand_ins && dropped > 0));
+  CHECK((stand_ins > 0) == (policy.stand_ins && dropped > 0));
   for (std::size_t next = prompt; next < tokens.size(); ++next) {
     CHECK(cache->next_position() == next);
     CHECK(largest_difference(model.network.decode(tokens[next], *cache),
-                             model.network.decode(tokens[next], own)) <= 1e-5);
+                             model.network.decode(tokens[next], engine_cache)) <= 1e-5);
   }
   for (std::size_t l = 0; l < layers; ++l) {
     CHECK(contents(pool, first->layer(l).table(), shared / page_tokens) == before[l]);
@@ -222,19 +222,19 @@ TEST_CASE("behind a shared prefix there may be fewer queries than the window has
   CAPTURE(tail);
   const tiny_model model;
   const std::vector<int> tokens = random_tokens(64 + tail, 5);
-  const auto prefix = std::span(tokens).first(64), rest = std::span(tokens).subspan(64);
-  const refreekv::policy::refreekv rule{.threshold = 0.3, .window = 4, .full_layers = 0};
+  const auto prefix = std::span(tokens).first(64), suffix = std::span(tokens).subspan(64);
+  const refreekv::policy::refreekv policy{.threshold = 0.3, .window = 4, .full_layers = 0};
 
   std::vector<kept_range> expected, kept;  // [layer]
-  smollm2::pruner engine(rule, smollm2_test::small_llama::q_heads, 1);
-  smollm2::kv_cache own = model.network.new_cache();
-  model.network.prefill(prefix, own);
-  smollm2::prefill_hooks to_engine{.window = rule.window};
+  smollm2::pruner engine(policy, smollm2_test::small_llama::q_heads, 1);
+  smollm2::kv_cache engine_cache = model.network.new_cache();
+  model.network.prefill(prefix, engine_cache);
+  smollm2::prefill_hooks to_engine{.window = policy.window};
   to_engine.on_layer = [&](std::size_t layer, std::span<const float> queries,
                            smollm2::kv_cache& cache) {
     expected.push_back(engine.prune(layer, queries, cache).kept.at(0));
   };
-  model.network.prefill(rest, own, to_engine);
+  model.network.prefill(suffix, engine_cache, to_engine);
 
   page_pool pool(shape_of(16), layers * 5);
   auto cache = paged_cache::admit(pool, layers, tokens.size());
@@ -242,9 +242,9 @@ TEST_CASE("behind a shared prefix there may be fewer queries than the window has
   model.network.prefill(prefix, *cache);
   const auto to_pages = [&](std::size_t layer, std::span<const float> queries, paged_cache& paged) {
     kept.push_back(
-        decide(rule, layer, queries, smollm2_test::small_llama::q_heads, paged.layer(layer)));
+        decide(policy, layer, queries, smollm2_test::small_llama::q_heads, paged.layer(layer)));
   };
-  model.network.prefill(rest, *cache, {.window = rule.window, .on_layer = to_pages});
+  model.network.prefill(suffix, *cache, {.window = policy.window, .on_layer = to_pages});
   REQUIRE((kept.size() == layers && expected.size() == layers));
   for (std::size_t layer = 0; layer < layers; ++layer) {
     CHECK(expected[layer].cut > expected[layer].sinks);

@@ -24,23 +24,23 @@ TEST_CASE("three sequences share a pool and have the logits that they have alone
   const tiny_model model;
   const std::size_t page_tokens = GENERATE(1u, 8u, 16u);
   using namespace refreekv::policy;
-  const page_rule rule = GENERATE(values<page_rule>(
+  const page_policy policy = GENERATE(values<page_policy>(
       {refreekv::policy::refreekv{.threshold = 0.3, .window = 4, .full_layers = 0},
        refreekv::policy::refreekv{.threshold = 0.6, .window = 4, .full_layers = 0},
        faithful{.tolerance = 0.3, .window = 4}, faithful{.tolerance = 0.3, .stand_ins = false},
        faithful{.tolerance = 0.3, .sinks = 90, .error_term = false}}));
-  CAPTURE(page_tokens, rule.index());
+  CAPTURE(page_tokens, policy.index());
   const std::vector<int> prefix = random_tokens(70, 1);
   serving_plan plan{
-      after(prefix, 200, 2), after(prefix, 30, 3), random_tokens(20, 4), 12, page_tokens, rule};
+      after(prefix, 200, 2), after(prefix, 30, 3), random_tokens(20, 4), 12, page_tokens, policy};
   plan.b[70] = (plan.a[70] + 1) % 11;  // there they part
   const serving_result run = serve(model.network, plan, {});
   CHECK(run.shared_tokens == 70 / page_tokens * page_tokens);
   CHECK(run.free_before == 0);
   CHECK(run.returned() > 0);
-  const auto* faithful_rule = std::get_if<faithful>(&rule);
+  const auto* faithful_policy = std::get_if<faithful>(&policy);
   CHECK((share_of(&page_release::stand_ins, run.releases) > 0) ==
-        (faithful_rule != nullptr && faithful_rule->stand_ins));
+        (faithful_policy != nullptr && faithful_policy->stand_ins));
   CHECK(share_of(&page_release::kept, run.releases) < 1);
   CHECK(run.returned_to_c == run.needed_by_c);
   CHECK(run.free_at_end == run.free_after - run.needed_by_c);

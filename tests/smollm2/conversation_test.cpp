@@ -78,18 +78,18 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
   const auto scope = GENERATE(cut_scope::layer, cut_scope::kv_head);
   const count_t window = GENERATE(1u, 16u);
   CAPTURE(keep.size(), scope, window);
-  const policy::refreekv rule{.threshold = 0.25,
-                              .window = window,
-                              .average = row_average::frobenius,
-                              .scope = scope,
-                              .full_layers = 0};
+  const policy::refreekv policy{.threshold = 0.25,
+                                .window = window,
+                                .average = row_average::frobenius,
+                                .scope = scope,
+                                .full_layers = 0};
   const small_llama small;
   const temporary_file file(small.file().bytes());
   const llama model(gguf_file(file.path()), 2);
   std::mt19937 random(5);
   std::vector<int> text;
   kv_cache cache = model.new_cache();
-  pruner prune(rule, q_heads, 2, keep);
+  pruner prune(policy, q_heads, 2, keep);
   mask sees;
   std::size_t dropped = 0;
 
@@ -100,35 +100,35 @@ TEST_CASE("later prompts meet what the rule has left, at the text's positions") 
     }
     const small_llama::result expected = small.run(text, sees);
     const std::size_t rows = std::min<std::size_t>(window, prompt);
-    mask then = sees;
-    const auto on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& own) {
+    mask pruned_mask = sees;
+    const auto on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
       CAPTURE(layer);
-      const layer_pruning result = prune.prune(layer, queries, own);
+      const layer_pruning result = prune.prune(layer, queries, filled);
       REQUIRE(result.kept.size() == (scope == cut_scope::layer ? 1 : kv_heads));
       for (std::size_t head = 0; head < kv_heads; ++head) {
         const kept_range& kept = result.kept[scope == cut_scope::layer ? 0 : head];
         const std::vector<std::size_t> left = sees.left(layer, head, text.size());
-        then.drop(layer, head, text.size(), kept);
-        CHECK(own.layer(layer).length(head) == static_cast<std::size_t>(kept.length()));
+        pruned_mask.drop(layer, head, text.size(), kept);
+        CHECK(filled.layer(layer).length(head) == static_cast<std::size_t>(kept.length()));
         dropped += static_cast<std::size_t>(kept.dropped());
         for (const token_range& range : keep) {
           for (auto t = static_cast<std::size_t>(range.begin);
                t < std::min(text.size(), static_cast<std::size_t>(range.end)); ++t) {
-            REQUIRE(then(layer, head, text.size(), t));
+            REQUIRE(pruned_mask(layer, head, text.size(), t));
           }
         }
         if (!keep.empty()) continue;
         const std::size_t heads = q_heads / result.kept.size();  // that share the cut
         const auto attention =
             rows_of(expected, layer, head * group / heads * heads, heads, text.size(), rows, left);
-        const auto decision = reference::decide(attention, 0, static_cast<index_t>(heads), rule);
-        CHECK(reference::disagreement(kept, decision, rule.threshold) == "");
+        const auto decision = reference::decide(attention, 0, static_cast<index_t>(heads), policy);
+        CHECK(reference::disagreement(kept, decision, policy.threshold) == "");
       }
     };
     const std::vector<float> logits = model.prefill(std::span(text).last(prompt), cache,
                                                     {.window = window, .on_layer = on_layer});
     check_close(logits, expected.logits);
-    sees = then;
+    sees = pruned_mask;
     for (int step = 0; step < 2; ++step) {
       text.push_back(static_cast<int>(random() % small_llama::vocabulary));
       check_close(model.decode(text.back(), cache), small.run(text, sees).logits);

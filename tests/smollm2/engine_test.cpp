@@ -178,8 +178,8 @@ TEST_CASE("caches cut as the golden rules say lose what the golden data say") {
     std::vector<std::vector<float>> references;
     kv_cache cache = full;
     for (const int token : greedy) references.push_back(model().network.decode(token, cache));
-    for (const auto& [rule, numbers] : expected.at("rules").items()) {
-      CAPTURE(name, rule);
+    for (const auto& [policy, numbers] : expected.at("rules").items()) {
+      CAPTURE(name, policy);
       kv_cache pruned = full;
       for (std::size_t layer = 0; layer < pruned.layers(); ++layer) {
         prune(pruned.layer(layer), numbers.at("cuts").at(layer));

@@ -84,21 +84,21 @@ TEST_CASE("what is no GGUF file is refused") {
 }
 
 TEST_CASE("a file cut short at any byte is refused") {
-  const std::string whole = small_file().bytes();
-  read_everything(temporary_file(whole));
-  for (std::size_t size = 0; size < whole.size(); ++size) {
+  const std::string intact = small_file().bytes();
+  read_everything(temporary_file(intact));
+  for (std::size_t size = 0; size < intact.size(); ++size) {
     CAPTURE(size);
-    const temporary_file file(whole.substr(0, size));
+    const temporary_file file(intact.substr(0, size));
     CHECK_THROWS_AS(read_everything(file), std::runtime_error);
   }
 }
 
 TEST_CASE("a file with any byte changed is read or refused, and does no harm") {
-  const std::string whole = small_file().bytes();
+  const std::string intact = small_file().bytes();
   const auto change = static_cast<char>(GENERATE(0x01, 0x7f, 0x80, 0xff));
-  for (std::size_t i = 0; i < whole.size(); ++i) {
+  for (std::size_t i = 0; i < intact.size(); ++i) {
     CAPTURE(i);
-    std::string damaged = whole;
+    std::string damaged = intact;
     damaged[i] = static_cast<char>(damaged[i] ^ change);
     const temporary_file file(damaged);
     try {

@@ -66,12 +66,13 @@ TEST_CASE("on_layer gets the window's rotated queries before the next layer's ca
 
   kv_cache cache = model.new_cache();
   std::size_t calls = 0;
-  const auto check_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& own) {
+  const auto check_layer = [&](std::size_t layer, std::span<const float> queries,
+                               kv_cache& filled) {
     CHECK(layer == calls++);
-    CHECK(&own == &cache);
-    CHECK(own.layer(layer).length(0) == tokens.size());
-    for (std::size_t later = layer + 1; later < own.layers(); ++later) {
-      CHECK(own.layer(later).bytes() == 0);
+    CHECK(&filled == &cache);
+    CHECK(filled.layer(layer).length(0) == tokens.size());
+    for (std::size_t later = layer + 1; later < filled.layers(); ++later) {
+      CHECK(filled.layer(later).bytes() == 0);
     }
     const std::size_t rows = std::min(window, tokens.size());
     check_close(queries, std::span(expected[layer]).last(rows * row));
@@ -98,9 +99,9 @@ TEST_CASE("after heads are cut to different lengths, later tokens attend as unde
   };
 
   kv_cache cache = model.new_cache();
-  const auto cut = [&](std::size_t layer, std::span<const float>, kv_cache& own) {
-    own.layer(layer).retain(std::vector{first_kept(layer, 0), first_kept(layer, 1)},
-                            std::vector{kept(layer, 0), kept(layer, 1)});
+  const auto cut = [&](std::size_t layer, std::span<const float>, kv_cache& filled) {
+    filled.layer(layer).retain(std::vector{first_kept(layer, 0), first_kept(layer, 1)},
+                               std::vector{kept(layer, 0), kept(layer, 1)});
   };
   const auto logits = model.prefill(std::span(tokens).first(prompt), cache, {.on_layer = cut});
   check_close(logits, small.run(std::span(tokens).first(prompt), sees_all).logits);

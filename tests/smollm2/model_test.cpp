@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Golden cuts, kept fractions and divergences of the real model under four rules.
+// Golden cuts, kept fractions and divergences of the real model under four policies.
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
@@ -14,12 +14,12 @@ namespace {
 
 using namespace smollm2;
 
-struct named_rule {
+struct named_policy {
   const char* name;
-  refreekv::policy::refreekv rule;
+  refreekv::policy::refreekv policy;
 };
 
-const std::vector<named_rule> rules{
+const std::vector<named_policy> policies{
     {"default", {}},
     {"full_row", {.norm = refreekv::norm_scope::full_row}},
     {"window 16 frobenius", {.window = 16, .average = refreekv::row_average::frobenius}},
@@ -56,20 +56,20 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
         tokens.encode_chat(read(std::string(REFREEKV_PROMPTS_DIR) + "/" + name + ".txt"));
     REQUIRE(prompt == expected.at("token_ids").get<std::vector<int>>());
 
-    // One prefill serves all rules: a layer's pruning does not change the layers above it.
+    // One prefill serves all policies: a layer's pruning does not change the layers above it.
     kv_cache full = model.new_cache();
-    std::vector<kv_cache> pruned(rules.size(), full);
-    std::vector<std::vector<layer_pruning>> results(rules.size());
+    std::vector<kv_cache> pruned(policies.size(), full);
+    std::vector<std::vector<layer_pruning>> results(policies.size());
     prefill_hooks hooks;
     hooks.window = 16;
     hooks.on_layer = [&](std::size_t layer, std::span<const float> queries, kv_cache& filled) {
-      for (std::size_t i = 0; i < rules.size(); ++i) {
+      for (std::size_t i = 0; i < policies.size(); ++i) {
         pruned[i].layer(layer) = filled.layer(layer);
-        // The rule's rows are the last of those that were kept.
+        // The policy's rows are the last of those that were kept.
         const std::size_t row = model.config().q_heads * model.config().head_dim;
-        pruner prune(rules[i].rule, model.config().q_heads, 2);
-        results[i].push_back(
-            prune.prune(layer, queries.last(rules[i].rule.window * row), pruned[i].layer(layer)));
+        pruner prune(policies[i].policy, model.config().q_heads, 2);
+        results[i].push_back(prune.prune(layer, queries.last(policies[i].policy.window * row),
+                                         pruned[i].layer(layer)));
       }
     };
     const std::vector<float> logits = model.prefill(prompt, full, hooks);
@@ -78,15 +78,15 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
     CHECK(reference.tokens == greedy);
 
     const auto tolerance = std::max(2.0, 0.005 * static_cast<double>(prompt.size()));
-    for (std::size_t i = 0; i < rules.size(); ++i) {
-      INFO(rules[i].name);
-      const auto& rule = expected.at("rules").at(rules[i].name);
+    for (std::size_t i = 0; i < policies.size(); ++i) {
+      INFO(policies[i].name);
+      const auto& numbers = expected.at("rules").at(policies[i].name);
       double kept = 0;
       for (std::size_t layer = 0; layer < results[i].size(); ++layer) {
         INFO("layer " << layer);
-        const auto cuts = rule.at("cuts").at(layer).is_array()
-                              ? rule.at("cuts").at(layer).get<std::vector<int>>()
-                              : std::vector<int>{rule.at("cuts").at(layer).get<int>()};
+        const auto cuts = numbers.at("cuts").at(layer).is_array()
+                              ? numbers.at("cuts").at(layer).get<std::vector<int>>()
+                              : std::vector<int>{numbers.at("cuts").at(layer).get<int>()};
         REQUIRE(results[i][layer].kept.size() == cuts.size());
         for (std::size_t g = 0; g < cuts.size(); ++g) {
           CHECK(std::abs(results[i][layer].kept[g].cut - cuts[g]) <= tolerance);
@@ -94,16 +94,16 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
         kept += results[i][layer].kept_fraction() / static_cast<double>(results[i].size());
         CHECK(results[i][layer].bytes_after <= results[i][layer].bytes_before);
       }
-      CHECK(std::abs(kept - rule.at("kept_fraction").get<double>()) <= 0.003);
+      CHECK(std::abs(kept - numbers.at("kept_fraction").get<double>()) <= 0.003);
 
       pruned[i].advance(prompt.size());
       const comparison against = compare(model, reference, logits, pruned[i]);
-      const auto kl = rule.at("kl_mean_nats").get<double>();
+      const auto kl = numbers.at("kl_mean_nats").get<double>();
       CHECK(std::abs(against.mean_kl - kl) <= std::max(0.2 * kl, 0.002));
-      WARN(name << ", " << rules[i].name << ": kept " << kept << " (golden "
-                << rule.at("kept_fraction") << "), KL " << against.mean_kl << " (golden " << kl
+      WARN(name << ", " << policies[i].name << ": kept " << kept << " (golden "
+                << numbers.at("kept_fraction") << "), KL " << against.mean_kl << " (golden " << kl
                 << "), same top token " << against.same_top_token << " (golden "
-                << rule.at("same_top_token") << ")");
+                << numbers.at("same_top_token") << ")");
     }
   }
 }

@@ -58,18 +58,18 @@ bool is_part_of(const layer_cache& pruned, const layer_cache& full, std::size_t 
 TEST_CASE("policies that keep single tokens leave them in order") {
   const filled_model model;
   using namespace refreekv::policy;
-  const std::vector<pruning_rule> rules{h2o{.budget = 60, .recent = 20, .window = 16},
-                                        snapkv{.budget = 60, .window = 16},
-                                        pyramidkv{.budget = 60, .window = 8, .layers = layers},
-                                        tova{.budget = 60},
-                                        attention_ranked{.threshold = 0.2},
-                                        twilight{.mass = 0.5}};
-  for (const pruning_rule& rule : rules) {
-    CAPTURE(rule.index());
-    CHECK(why_invalid(rule) == nullptr);
-    pruner prune(rule, kv_heads * group, 2);
+  const std::vector<pruning_policy> policies{h2o{.budget = 60, .recent = 20, .window = 16},
+                                             snapkv{.budget = 60, .window = 16},
+                                             pyramidkv{.budget = 60, .window = 8, .layers = layers},
+                                             tova{.budget = 60},
+                                             attention_ranked{.threshold = 0.2},
+                                             twilight{.mass = 0.5}};
+  for (const pruning_policy& policy : policies) {
+    CAPTURE(policy.index());
+    CHECK(why_invalid(policy) == nullptr);
+    pruner prune(policy, kv_heads * group, 2);
     kv_cache cache = model.cache;
-    const std::size_t rows = std::min(window, window_of(rule));
+    const std::size_t rows = std::min(window, window_of(policy));
     const std::span<const float> queries(model.queries[2]);
     const layer_pruning result =
         prune.prune(2, queries.last(rows * kv_heads * group * head_dim), cache);
@@ -79,7 +79,7 @@ TEST_CASE("policies that keep single tokens leave them in order") {
     for (std::size_t head = 0; head < kv_heads; ++head) {
       CHECK(cache.layer(2).length(head) == static_cast<std::size_t>(result.counts[head].length()));
       const bool keeps_eight =
-          !std::holds_alternative<twilight>(rule) && !std::holds_alternative<tova>(rule);
+          !std::holds_alternative<twilight>(policy) && !std::holds_alternative<tova>(policy);
       CHECK(is_part_of(cache.layer(2), model.cache.layer(2), head, keeps_eight ? 8 : 0));
     }
   }

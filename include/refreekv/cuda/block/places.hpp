@@ -18,7 +18,7 @@ struct head_place {
 
 /// The number of items [sequence, kv_head].
 template <class Batch>
-[[nodiscard]] constexpr index_t kv_head_items(const Batch& batch) noexcept {
+[[nodiscard]] REFREEKV_HOST_DEVICE constexpr index_t kv_head_items(const Batch& batch) noexcept {
   return batch.shape().sequences * batch.shape().kv_heads;
 }
 

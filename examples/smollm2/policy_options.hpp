@@ -7,20 +7,20 @@
 #include <optional>
 #include <string>
 
-#include "pruning_rule.hpp"
+#include "pruning_policy.hpp"
 
 namespace smollm2 {
 
-class rule_options {
+class policy_options {
  public:
   // Adds --policy, and an option for each option of any policy. Must outlive the app's parsing.
   void add_to(CLI::App& app);
 
   // Throws usage_error where a value makes no sense, or is for another policy.
-  pruning_rule rule() const;
+  pruning_policy chosen() const;
 
  private:
-  std::string policy_ = "refreekv";
+  std::string name_ = "refreekv";
   std::map<std::string, std::optional<std::string>> texts_;  // by option, as it was typed
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a rule on what an engine shows of a layer, whatever its cache is made of.
+// Runs a policy on what an engine shows of a layer, whatever its cache is made of.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "layer_pruning.hpp"
-#include "pruning_rule.hpp"
+#include "pruning_policy.hpp"
 
 namespace smollm2 {
 
@@ -25,45 +25,45 @@ struct slot_range {
 };
 
 // Owns the threads and the memory that decisions take; both are used again for every layer.
-class rule_runner {
+class policy_runner {
  public:
-  explicit rule_runner(int threads) : pool_(threads) {}
+  explicit policy_runner(int threads) : pool_(threads) {}
 
   // Fills in what stays of the layer: result.kept or result.counts. Throws std::runtime_error where
   // refreekv refuses.
-  template <class Rule, class Layer>
-  void decide(const Rule& rule, const Layer& seen, layer_pruning& result) {
+  template <class Policy, class Layer>
+  void decide(const Policy& policy, const Layer& layer, layer_pruning& result) {
     const refreekv::cpu_backend backend{pool_};
-    const refreekv::index_t groups = refreekv::groups_of(rule, seen);
-    scratch_.resize(std::max(scratch_.size(), refreekv::workspace_size(rule, backend, seen)));
-    if constexpr (range_rule<Rule>) {
+    const refreekv::index_t groups = refreekv::groups_of(policy, layer);
+    scratch_.resize(std::max(scratch_.size(), refreekv::workspace_size(policy, backend, layer)));
+    if constexpr (range_policy<Policy>) {
       result.kept.resize(static_cast<std::size_t>(groups));
       require_ok(
-          refreekv::select(rule, backend, seen, {result.kept.data(), {1, groups}}, scratch_));
+          refreekv::select(policy, backend, layer, {result.kept.data(), {1, groups}}, scratch_));
     } else {
       result.counts.resize(static_cast<std::size_t>(groups));
       positions_.resize(
-          std::max(positions_.size(), static_cast<std::size_t>(groups * seen.capacity())));
-      if constexpr (valued_rule<Rule>) make_room(rule, seen, result);
-      require_ok(refreekv::select(rule, backend, seen, positions_of(result), scratch_));
+          std::max(positions_.size(), static_cast<std::size_t>(groups * layer.capacity())));
+      if constexpr (valued_policy<Policy>) make_room(policy, layer, result);
+      require_ok(refreekv::select(policy, backend, layer, positions_of(result), scratch_));
     }
   }
 
-  // Any rule that needs to see no other layer. With keep_everything nothing is decided.
+  // Any policy that needs to see no other layer. With keep_everything nothing is decided.
   template <class Layer, class Values>
-  void decide(const pruning_rule& rule, const Layer& seen, const Values& values,
+  void decide(const pruning_policy& policy, const Layer& layer, const Values& values,
               layer_pruning& result) {
     std::visit(
-        [&]<class Rule>(const Rule& each) {
-          if constexpr (std::same_as<Rule, refreekv::policy::cake>) {
+        [&]<class Policy>(const Policy& each) {
+          if constexpr (std::same_as<Policy, refreekv::policy::cake>) {
             throw std::runtime_error("cake shares its budget among layers: it needs all of them");
-          } else if constexpr (valued_rule<Rule>) {
-            decide(each, refreekv::with_values(seen, values), result);
-          } else if constexpr (!std::same_as<Rule, keep_everything>) {
-            decide(each, seen, result);
+          } else if constexpr (valued_policy<Policy>) {
+            decide(each, refreekv::with_values(layer, values), result);
+          } else if constexpr (!std::same_as<Policy, keep_everything>) {
+            decide(each, layer, result);
           }
         },
-        rule);
+        policy);
   }
 
   // After decide: moves what stays together in every source of `rows`, keys and values of all KV
@@ -72,45 +72,47 @@ class rule_runner {
   std::vector<slot_range> compact(layer_pruning& result, const Rows&... rows) {
     const refreekv::cpu_backend backend{pool_};
     if (!result.counts.empty()) {
-      constexpr auto how = refreekv::compaction::suffix_down;
-      require_ok(refreekv::compact(backend, positions_of(result), how, rows...));
-      std::vector<slot_range> slots = slots_of(result.counts, how);
+      constexpr auto mode = refreekv::compaction::suffix_down;
+      require_ok(refreekv::compact(backend, positions_of(result), mode, rows...));
+      std::vector<slot_range> slots = slots_of(result.counts, mode);
       for (std::size_t h = 0; h < result.stand_ins.size(); ++h) {
         slots[h].length += static_cast<std::size_t>(result.stand_ins[h]);
       }
       return slots;
     }
-    constexpr auto how = refreekv::compaction::sinks_up;
+    constexpr auto mode = refreekv::compaction::sinks_up;
     const auto groups = static_cast<refreekv::index_t>(result.kept.size());
     const refreekv::view<const refreekv::kept_range, 2> kept(result.kept.data(), {1, groups});
-    require_ok(refreekv::compact(backend, kept, how, rows...));
-    return slots_of(result.kept, how);
+    require_ok(refreekv::compact(backend, kept, mode, rows...));
+    return slots_of(result.kept, mode);
   }
 
  private:
   template <class Kept>
-  static std::vector<slot_range> slots_of(const std::vector<Kept>& kept, refreekv::compaction how) {
+  static std::vector<slot_range> slots_of(const std::vector<Kept>& kept,
+                                          refreekv::compaction mode) {
     std::vector<slot_range> slots;
     for (const Kept& each : kept) {
-      slots.push_back({static_cast<std::size_t>(refreekv::first_slot(each, how)),
+      slots.push_back({static_cast<std::size_t>(refreekv::first_slot(each, mode)),
                        static_cast<std::size_t>(each.length())});
     }
     return slots;
   }
 
-  // Room for as many stand-ins as the rule may leave.
+  // Room for as many stand-ins as the policy may leave.
   template <class Layer>
-  void make_room(const refreekv::policy::faithful& rule, const Layer& seen, layer_pruning& result) {
-    const refreekv::index_t heads = seen.kv_heads();
-    const refreekv::index_t most = rule.most_stand_ins(seen.capacity());
-    if (most == 0) return;
+  void make_room(const refreekv::policy::faithful& policy, const Layer& layer,
+                 layer_pruning& result) {
+    const refreekv::index_t heads = layer.kv_heads();
+    const refreekv::index_t stand_ins = policy.most_stand_ins(layer.capacity());
+    if (stand_ins == 0) return;
     result.stand_ins.resize(static_cast<std::size_t>(heads));
     const auto fit = [&](std::vector<float>& memory, refreekv::index_t dim) {
-      memory.resize(std::max(memory.size(), static_cast<std::size_t>(heads * most * dim)));
-      return refreekv::view(memory.data(), {1, heads, most, dim});
+      memory.resize(std::max(memory.size(), static_cast<std::size_t>(heads * stand_ins * dim)));
+      return refreekv::view(memory.data(), {1, heads, stand_ins, dim});
     };
-    stand_ins_ = {fit(stand_in_keys_, seen.head_dim()),
-                  fit(stand_in_values_, seen.values.shape().head_dim),
+    stand_ins_ = {fit(stand_in_keys_, layer.head_dim()),
+                  fit(stand_in_values_, layer.values.shape().head_dim),
                   {}};
   }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "rule_options.hpp"
+#include "policy_options.hpp"
 
 #include <algorithm>
 #include <concepts>
@@ -13,9 +13,9 @@ namespace smollm2 {
 
 namespace {
 
-// Calls f(name, rule) for every policy with its defaults, and for "none".
+// Calls f(name, policy) for every policy with its defaults, and for "none".
 template <class F>
-void for_each_rule(const F& f) {
+void for_each_policy(const F& f) {
   std::apply([&](const auto&... policy) { (f(policy.name, policy), ...); },
              refreekv::all_policies{});
   f("none", keep_everything{});
@@ -76,12 +76,12 @@ std::string allowed(const refreekv::option_range& range) {
 
 }  // namespace
 
-void rule_options::add_to(CLI::App& app) {
+void policy_options::add_to(CLI::App& app) {
   std::vector<std::string> names;
-  for_each_rule([&](const char* name, auto rule) {
+  for_each_policy([&](const char* name, auto policy) {
     names.push_back(name);
-    for_each_value(rule, [&]<class T>(const std::string& option, T&, const char* help,
-                                      const refreekv::option_range& range) {
+    for_each_value(policy, [&]<class T>(const std::string& option, T&, const char* help,
+                                        const refreekv::option_range& range) {
       const std::string values = allowed<T>(range);
       const std::string text = values.empty() ? help : std::string(help) + " (" + values + ")";
       if (!texts_.contains(option)) {
@@ -98,29 +98,30 @@ void rule_options::add_to(CLI::App& app) {
       }
     });
   });
-  app.add_option("--policy", policy_, "its options are its own where they are not given")
+  app.add_option("--policy", name_, "its options are its own where they are not given")
       ->check(CLI::IsMember(names));
 }
 
-pruning_rule rule_options::rule() const {
-  pruning_rule chosen;
-  for_each_rule([&](const char* name, const auto& rule) {
-    if (name == policy_) chosen = rule;
+pruning_policy policy_options::chosen() const {
+  pruning_policy result;
+  for_each_policy([&](const char* name, const auto& policy) {
+    if (name == name_) result = policy;
   });
   auto unused = texts_;
   std::visit(
-      [&](auto& rule) {
-        for_each_value(rule, [&](const std::string& option, auto& value, const char*, const auto&) {
-          if (const auto& text = texts_.at(option)) parse(option, *text, value);
-          unused.erase(option);
-        });
+      [&](auto& policy) {
+        for_each_value(policy,
+                       [&](const std::string& option, auto& value, const char*, const auto&) {
+                         if (const auto& text = texts_.at(option)) parse(option, *text, value);
+                         unused.erase(option);
+                       });
       },
-      chosen);
+      result);
   for (const auto& [option, text] : unused) {
-    if (text) throw usage_error(option + " is no option of " + policy_);
+    if (text) throw usage_error(option + " is no option of " + name_);
   }
-  if (const char* why = why_invalid(chosen)) throw usage_error(why);
-  return chosen;
+  if (const char* reason = why_invalid(result)) throw usage_error(reason);
+  return result;
 }
 
 }  // namespace smollm2
