@@ -108,7 +108,7 @@ class result<kv::kept_with_stand_ins<>> {
     const int64_t most = policy.most_stand_ins(layer.capacity());
     const at::TensorOptions floats = of_type(options, at::kFloat);
     keys_ = at::zeros({batch, heads, most, layer.head_dim()}, floats);
-    values_ = at::zeros({batch, heads, most, layer.values.head_dim()}, floats);
+    values_ = at::zeros({batch, heads, most, layer.values.shape().head_dim}, floats);
     numbers_ = at::zeros({batch, heads}, of_type(options, at::kInt));
   }
 
