@@ -91,29 +91,42 @@ inline std::vector<position_t> positions_of(const refreekv::kept_positions<>& ke
   return out;
 }
 
+/// Runs select between canaries. Returns whether it wrote a decision. The workspace has `missing`
+/// bytes less than workspace_size.
+template <class Policy, class Backend, class Layer, class Guarded>
+bool run_guarded(const Policy& policy, const Backend& backend, const Layer& layer, Guarded& guarded,
+                 std::size_t missing, ranked_selection& out) {
+  guarded_bytes memory(refreekv::workspace_size(policy, backend, layer) - missing);
+  out.status = refreekv::select(policy, backend, layer, guarded.kept(), memory.middle());
+  out.kv_heads = layer.kv_heads();
+  REQUIRE(memory.intact());
+  REQUIRE(guarded.intact());
+  if (out.status == refreekv::status::ok) return true;
+  REQUIRE(guarded.unwritten());
+  return false;
+}
+
+/// Appends a head's count and positions.
+template <class Layer>
+void append(const refreekv::kept_positions<>& kept, const Layer& layer, index_t s, index_t h,
+            ranked_selection& out) {
+  const refreekv::kept_tokens& count = kept.counts(s, h);
+  out.counts.push_back(count);
+  REQUIRE(count.tokens == layer.tokens(s));
+  REQUIRE(count.count >= 0);
+  REQUIRE(count.count <= layer.tokens(s));
+  out.kept.push_back(positions_of(kept, s, h));
+}
+
 /// Runs select and checks the canaries. The workspace has `missing` bytes less than workspace_size.
 template <class Policy, class Backend, class Layer>
 ranked_selection run_ranked(const Policy& policy, const Backend& backend, const Layer& layer,
                             std::size_t missing = 0) {
-  guarded_bytes memory(refreekv::workspace_size(policy, backend, layer) - missing);
   guarded_positions guarded(layer.sequences(), layer.kv_heads(), layer.capacity());
-  const refreekv::kept_positions<> kept = guarded.kept();
-  ranked_selection out{
-      refreekv::select(policy, backend, layer, kept, memory.middle()), layer.kv_heads(), {}, {}};
-  REQUIRE(memory.intact());
-  REQUIRE(guarded.intact());
-  if (out.status != refreekv::status::ok) {
-    REQUIRE(guarded.unwritten());
-    return out;
-  }
+  ranked_selection out;
+  if (!run_guarded(policy, backend, layer, guarded, missing, out)) return out;
   for (index_t s = 0; s < layer.sequences(); ++s) {
-    for (index_t h = 0; h < layer.kv_heads(); ++h) {
-      out.counts.push_back(kept.counts(s, h));
-      REQUIRE(kept.counts(s, h).tokens == layer.tokens(s));
-      REQUIRE(kept.counts(s, h).count >= 0);
-      REQUIRE(kept.counts(s, h).count <= layer.tokens(s));
-      out.kept.push_back(positions_of(kept, s, h));
-    }
+    for (index_t h = 0; h < layer.kv_heads(); ++h) append(guarded.kept(), layer, s, h, out);
   }
   return out;
 }

@@ -94,29 +94,16 @@ inline float_rows rows_of(const refreekv::view<float, 4>& rows, index_t s, index
 template <class Policy, class Backend, class Layer>
 valued_selection run_valued(const Policy& policy, const Backend& backend, const Layer& layer,
                             std::size_t missing = 0) {
-  guarded_bytes memory(refreekv::workspace_size(policy, backend, layer) - missing);
   guarded_decision guarded(policy, layer);
-  const refreekv::kept_with_stand_ins<> kept = guarded.kept();
   valued_selection out;
-  out.status = refreekv::select(policy, backend, layer, kept, memory.middle());
-  out.kv_heads = layer.kv_heads();
-  REQUIRE(memory.intact());
-  REQUIRE(guarded.intact());
-  if (out.status != refreekv::status::ok) {
-    REQUIRE(guarded.unwritten());
-    return out;
-  }
+  if (!run_guarded(policy, backend, layer, guarded, missing, out)) return out;
+  const refreekv::kept_with_stand_ins<> kept = guarded.kept();
   for (index_t s = 0; s < layer.sequences(); ++s) {
     for (index_t h = 0; h < layer.kv_heads(); ++h) {
-      const refreekv::kept_tokens& count = kept.counts(s, h);
-      out.counts.push_back(count);
-      REQUIRE(count.tokens == layer.tokens(s));
-      REQUIRE(count.count >= 0);
-      REQUIRE(count.count <= layer.tokens(s));
-      out.kept.push_back(positions_of(kept, s, h));
-      const index_t stand_ins = kept.length(s, h) - count.count;
+      append(kept, layer, s, h, out);
+      const index_t stand_ins = kept.length(s, h) - kept.counts(s, h).count;
       REQUIRE(stand_ins >= 0);
-      REQUIRE(stand_ins <= count.dropped());
+      REQUIRE(stand_ins <= kept.counts(s, h).dropped());
       out.keys.push_back(rows_of(kept.stand_ins.keys, s, h, stand_ins));
       out.values.push_back(rows_of(kept.stand_ins.values, s, h, stand_ins));
     }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The faithful rule's bodies where there is more of everything than a block goes through at once,
 // and how stand-ins are rounded.
+#include <optional>
+
 #include "refreekv/cpu/simd/element.hpp"
 #include "valued_selection.hpp"
 
@@ -35,19 +37,34 @@ void check_same(const valued_selection& ours, const valued_selection& theirs) {
   }
 }
 
+/// A random problem, and random values of dimension value_dim.
+struct valued_problem {
+  valued_problem(index_t kv_heads, index_t group, index_t dims, index_t window,
+                 std::vector<position_t> lengths, unsigned seed)
+      : p(kv_heads, group, dims, window, lengths), values(kv_heads, value_dim, lengths) {
+    random_source random(seed);
+    fill(p, random);
+    for (auto& rows : values.values) {
+      for (float& x : rows) x = random.normal();
+    }
+    keys.emplace(p.keys);
+    value_cache.emplace(values);
+  }
+  auto layer() const {
+    return with_values(observe(p.query_view(), keys->source(), p.info()), value_cache->source());
+  }
+
+ private:
+  problem p;
+  plain_rows values;
+  std::optional<dense_cache<float>> keys, value_cache;
+};
+
 }  // namespace
 
 TEST_CASE("kernels of faithful agree with the CPU on long sequences", "[cuda]") {
-  random_source random(base_seed());
-  problem p(2, 2, 8, 6, {4500, 37});
-  fill(p, random);
-  plain_rows values(2, value_dim, p.lengths);
-  for (auto& rows : values.values) {
-    for (float& x : rows) x = random.normal();
-  }
-  const dense_cache<float> keys(p.keys), value_cache(values);
-  const auto layer =
-      with_values(observe(p.query_view(), keys.source(), p.info()), value_cache.source());
+  const valued_problem given(2, 2, 8, 6, {4500, 37}, base_seed());
+  const auto layer = given.layer();
   for (const cut_scope scope : {cut_scope::kv_head, cut_scope::layer}) {
     for (const bool error_term : {true, false}) {
       INFO("scope " << static_cast<int>(scope) << ", error term " << error_term);
@@ -71,16 +88,8 @@ TEST_CASE("kernels of faithful agree with the CPU on regressions of every order"
   for (const auto& [dims, group, window] :
        {shape{150, 8, 20}, shape{150, 3, 10}, shape{100, 8, 20}, shape{128, 4, 32}}) {
     INFO(dims << " dimensions, " << group * window << " rows");
-    random_source random(base_seed());
-    problem p(1, group, dims, window, {200, 9});
-    fill(p, random);
-    plain_rows values(1, value_dim, p.lengths);
-    for (auto& rows : values.values) {
-      for (float& x : rows) x = random.normal();
-    }
-    const dense_cache<float> keys(p.keys), value_cache(values);
-    const auto layer =
-        with_values(observe(p.query_view(), keys.source(), p.info()), value_cache.source());
+    const valued_problem given(1, group, dims, window, {200, 9}, base_seed());
+    const auto layer = given.layer();
     const policy::faithful policy{.tolerance = 0.3};
     const valued_selection ours = run_valued(policy, divided<1>(), layer);
     check_same(ours, run_valued(policy, cpu_backend{}, layer));

@@ -42,13 +42,21 @@ namespace detail {
 }
 
 /// Returns the half of these 16 bits as a float. Exact, also for NaN and Inf, unless the processor
-/// treats denormals as zero. Integer code without branches, because compilers vectorise it.
-[[nodiscard]] REFREEKV_SHARED float half_value(std::uint32_t bits) noexcept {
-  const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
+/// treats denormals as zero. Floats and Bits are float and uint32_t, or vectors of them.
+template <class Floats = float, class Bits>
+[[nodiscard]] REFREEKV_SHARED Floats half_value(const Bits& bits) noexcept {
+  static_assert(sizeof(Floats) == sizeof(Bits));
+  const Bits magnitude = (bits & 0x7fffu) << 13;
   // The factor 2^112 replaces half's exponent bias by float's, and makes subnormals normal.
-  const std::uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
-  const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return as_float(finite | special | (bits & 0x8000u) << 16);
+  Floats finite;
+  std::memcpy(&finite, &magnitude, sizeof finite);
+  finite *= 0x1p112f;
+  Bits result;
+  std::memcpy(&result, &finite, sizeof result);
+  result |= (magnitude >= 0x0f800000u ? Bits{} + 0x7f800000u : Bits{}) | (bits & 0x8000u) << 16;
+  Floats value;
+  std::memcpy(&value, &result, sizeof value);
+  return value;
 }
 
 /// Returns a component of a 4-bit key, without the centre: see int4_keys. code: a whole number in

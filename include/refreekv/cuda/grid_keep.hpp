@@ -117,25 +117,21 @@ struct grid_keep {
   }
 };
 
-template <class Memory>
-struct count_kept_body {
+/// The two launches of grid_keep.
+enum class keep_step { count, write };
+
+template <keep_step Step, class Memory>
+struct grid_keep_body {
   using shared = warp_values<std::uint64_t>;
   grid_keep<Memory> keep;
 
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    keep.count(block, s, item);
-  }
-};
-
-template <class Memory>
-struct write_kept_body {
-  using shared = warp_values<std::uint64_t>;
-  grid_keep<Memory> keep;
-
-  template <thread_block Block>
-  REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    keep.write(block, s, item);
+    if constexpr (Step == keep_step::count) {
+      keep.count(block, s, item);
+    } else {
+      keep.write(block, s, item);
+    }
   }
 };
 

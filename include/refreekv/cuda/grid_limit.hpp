@@ -190,9 +190,11 @@ template <class Backend, class Bins, class Memory>
   const grid_keep<Memory> keep{descent.rows, group, kept};
   status s = find_on_grid(exec, descent, keep);
   if (s == status::ok && group > 1) {
-    s = run_blocks(exec, keep.items(), count_kept_body<Memory>{keep});
+    s = run_blocks(exec, keep.items(), grid_keep_body<keep_step::count, Memory>{keep});
   }
-  return s == status::ok ? run_blocks(exec, keep.items(), write_kept_body<Memory>{keep}) : s;
+  return s == status::ok
+             ? run_blocks(exec, keep.items(), grid_keep_body<keep_step::write, Memory>{keep})
+             : s;
 }
 
 }  // namespace refreekv::inline v0::cuda_detail

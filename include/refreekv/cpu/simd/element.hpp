@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <type_traits>
 
 #include "refreekv/core/element.hpp"
@@ -27,7 +28,7 @@ template <element T>
   if constexpr (bfloat16_element<T>) {
     return detail::bf16_value(std::bit_cast<std::uint16_t>(x));
   } else if constexpr (half_element<T>) {
-    return detail::half_value(std::bit_cast<std::uint16_t>(x));
+    return detail::half_value(std::uint32_t{std::bit_cast<std::uint16_t>(x)});
   } else {
     return x;
   }
@@ -51,14 +52,19 @@ template <element T>
 template <element T>
   requires(!std::is_same_v<T, float>)
 REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {
-#if defined(REFREEKV_VECTOR_LANES) && defined(__F16C__)
+#if defined(REFREEKV_VECTOR_LANES)
   if constexpr (half_element<T>) {
-#if defined(__AVX512F__)
+#if defined(__F16C__) && defined(__AVX512F__)
     return std::bit_cast<lanes>(_mm512_cvtph_ps(
         _mm256_loadu_si256(static_cast<const __m256i*>(static_cast<const void*>(data)))));
-#else
+#elif defined(__F16C__) && defined(__AVX__)
     return std::bit_cast<lanes>(_mm256_cvtph_ps(
         _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(data)))));
+#elif defined(__SSE2__)
+    // The loop below would widen halves one by one: at -O2 compilers do not vectorise it.
+    std::uint16_t bits __attribute__((vector_size(lane_count * 2)));
+    std::memcpy(&bits, data, sizeof bits);
+    return detail::half_value<lanes>(__builtin_convertvector(bits, lane_bits));
 #endif
   }
 #endif
