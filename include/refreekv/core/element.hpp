@@ -41,22 +41,25 @@ namespace detail {
   return as_float(bits << 16);
 }
 
-/// Returns the half of these 16 bits as a float. Exact, also for NaN and Inf, unless the processor
-/// treats denormals as zero. Floats and Bits are float and uint32_t, or vectors of them.
-template <class Floats = float, class Bits>
-[[nodiscard]] REFREEKV_SHARED Floats half_value(const Bits& bits) noexcept {
+/// Returns a half as a float. Exact, also for NaN and Inf, unless the processor treats denormals as
+/// zero. low, high: words with the half in their low, or high, 16 bits; the others are ignored.
+/// Floats and Bits are float and uint32_t, or vectors of them.
+template <class Floats, class Bits>
+[[nodiscard]] REFREEKV_SHARED Floats widened_half(const Bits& low, const Bits& high) noexcept {
   static_assert(sizeof(Floats) == sizeof(Bits));
-  const Bits magnitude = (bits & 0x7fffu) << 13;
-  // The factor 2^112 replaces half's exponent bias by float's, and makes subnormals normal.
-  Floats finite;
-  std::memcpy(&finite, &magnitude, sizeof finite);
-  finite *= 0x1p112f;
-  Bits result;
-  std::memcpy(&result, &finite, sizeof result);
-  result |= (magnitude >= 0x0f800000u ? Bits{} + 0x7f800000u : Bits{}) | (bits & 0x8000u) << 16;
-  Floats value;
-  std::memcpy(&value, &result, sizeof value);
-  return value;
+  const Bits magnitude = low << 13 & 0x0fffe000u;
+  Floats x;
+  std::memcpy(&x, &magnitude, sizeof x);
+  x *= 0x1p112f;  // from half's exponent bias to float's; makes subnormals normal
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // Halves are below 2^16, so what is not are Inf and NaN.
+  bits |= (x >= 0x1p16f ? Bits{} + 0x7f800000u : Bits{}) | (high & 0x80000000u);
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+[[nodiscard]] REFREEKV_SHARED float half_value(std::uint32_t bits) noexcept {
+  return widened_half<float>(bits, bits << 16);
 }
 
 /// Returns a component of a 4-bit key, without the centre: see int4_keys. code: a whole number in

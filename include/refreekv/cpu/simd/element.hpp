@@ -4,12 +4,11 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <type_traits>
 
 #include "refreekv/core/element.hpp"
 #include "refreekv/cpu/simd/lanes.hpp"
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -28,7 +27,7 @@ template <element T>
   if constexpr (bfloat16_element<T>) {
     return detail::bf16_value(std::bit_cast<std::uint16_t>(x));
   } else if constexpr (half_element<T>) {
-    return detail::half_value(std::uint32_t{std::bit_cast<std::uint16_t>(x)});
+    return detail::half_value(std::bit_cast<std::uint16_t>(x));
   } else {
     return x;
   }
@@ -60,11 +59,12 @@ REFREEKV_ALWAYS_INLINE lanes load(const T* data) noexcept {
 #elif defined(__F16C__) && defined(__AVX__)
     return std::bit_cast<lanes>(_mm256_cvtph_ps(
         _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(data)))));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(__AVX__)
     // The loop below would widen halves one by one: at -O2 compilers do not vectorise it.
-    std::uint16_t bits __attribute__((vector_size(lane_count * 2)));
-    std::memcpy(&bits, data, sizeof bits);
-    return detail::half_value<lanes>(__builtin_convertvector(bits, lane_bits));
+    const __m128i bits =
+        _mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(data)));
+    const auto twice = std::bit_cast<lane_bits>(_mm_unpacklo_epi16(bits, bits));
+    return detail::widened_half<lanes>(twice, twice);
 #endif
   }
 #endif
