@@ -14,6 +14,7 @@
 #include "eigen_peer.hpp"
 #include "limits.hpp"
 #include "median.hpp"
+#include "packed_layer.hpp"
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
@@ -54,11 +55,14 @@ std::array<double, sizeof...(Works)> alternate(benchmark::State& state, const Be
 }
 
 /// The policy with the memory it works in.
-template <class Layer>
+template <class Layer, class Policy = refreekv::policy::refreekv>
 class decision {
  public:
-  decision(const refreekv::thread_pool& pool, const Layer& layer)
-      : cpu_{pool}, layer_(layer), scratch_(refreekv::workspace_size(policy_, cpu_, layer)) {}
+  decision(const refreekv::thread_pool& pool, const Layer& layer, const Policy& policy = {})
+      : policy_(policy),
+        cpu_{pool},
+        layer_(layer),
+        scratch_(refreekv::workspace_size(policy_, cpu_, layer)) {}
 
   void select() { check(refreekv::select(policy_, cpu_, layer_, cuts(), scratch_)); }
   template <class Values>
@@ -75,7 +79,7 @@ class decision {
     if (status != refreekv::status::ok) throw std::runtime_error(refreekv::to_string(status));
   }
 
-  refreekv::policy::refreekv policy_;
+  Policy policy_;
   refreekv::cpu_backend<const refreekv::thread_pool&> cpu_;
   Layer layer_;
   std::vector<std::byte> scratch_;
@@ -146,6 +150,39 @@ void eigen_peer(benchmark::State& state, const geometry& g) {
   state.counters["eigen/select"] = eigen / select;
 }
 
+/// Keys in 8 or 4 bits, against the same number of keys in bfloat16. read: the time divided by that
+/// of reading the packed keys once.
+template <class Packed>
+void select_packed(benchmark::State& state, const geometry& g) {
+  const synthetic_layer<Eigen::bfloat16> plain(g, state.range(0));
+  const Packed layer(g, state.range(0));
+  const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
+  decision packed(pool, plain.model_layer(layer.keys())),
+      bf16(pool, plain.model_layer(plain.keys()));
+  const auto [time, bf16_time, read] = alternate(
+      state, [] {}, [&] { packed.select(); }, [&] { bf16.select(); },
+      [&] {
+        benchmark::DoNotOptimize(read_keys(pool, layer.key_bytes(), layer.bytes() & ~63ull));
+      });
+  state.counters["GB/s"] = static_cast<double>(layer.bytes()) * 1e-9 / time;
+  state.counters["packed/bf16"] = time / bf16_time;
+  state.counters["read"] = time / read;
+  state.counters["kept"] = packed.kept().kept_fraction();
+}
+
+template <class Packed>
+void add_packed(const char* type) {
+  for (const geometry& g : {geometries.front(), geometries.back()}) {
+    const std::string name = std::string("select_packed/") + g.name + "/" + type;
+    benchmark::RegisterBenchmark(name.c_str(),
+                                 [g](auto& state) { select_packed<Packed>(state, g); })
+        ->ArgNames({"tokens", "threads"})
+        ->ArgsProduct({{1024, 8192, 32768}, {1, 2}})
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond);
+  }
+}
+
 template <class T>
 void add(const char* type) {
   const auto row = [&](const char* work, const geometry& g, const char* cache, auto f) {
@@ -183,6 +220,11 @@ const bool added = [] {
   add<Eigen::bfloat16>("bf16");
   add<Eigen::half>("fp16");
   add<float>("fp32");
+  add_packed<scaled_layer<std::int8_t>>("int8");
+  add_packed<scaled_layer<refreekv::fp8_e4m3_bits>>("fp8");
+  add_packed<block_layer<refreekv::q8_0_block>>("q8_0");
+  add_packed<block_layer<refreekv::q4_0_block>>("q4_0");
+  add_packed<int4_layer>("int4");
   return true;
 }();
 

@@ -37,17 +37,17 @@ auto packed_queries(const Layer& layer, index_t sequence, index_t kv_head, index
 
 /// attend, or summarise, on one block.
 template <class Layer>
-void attend(const Layer& layer, const query_window& window, const cpu_detail::key_block& block,
+void attend(const Layer& layer, const query_window& window, const cpu_detail::chunk_keys& block,
             tile_memory& memory) {
-  const cpu_detail::block_addresses keys(layer.keys, block, block);
+  const cpu_detail::chunk_addresses keys(layer.keys, block, block);
   const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
   cpu_detail::attend(cpu_detail::queries_of(layer, block.kv_head, packed.data()), window,
                      block.tokens, keys, memory.scratch());
 }
 template <class Layer>
-bool summarise(const Layer& layer, const query_window& window, const cpu_detail::key_block& block,
+bool summarise(const Layer& layer, const query_window& window, const cpu_detail::chunk_keys& block,
                tile_memory& memory) {
-  const cpu_detail::block_addresses keys(layer.keys, block, block);
+  const cpu_detail::chunk_addresses keys(layer.keys, block, block);
   const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
   return cpu_detail::summarise(cpu_detail::queries_of(layer, block.kv_head, packed.data()), window,
                                block.tokens, keys, memory.scratch());
@@ -109,7 +109,7 @@ TEST_CASE("statistics without values are those of the values", "[cpu][attention]
     const query_window window{tokens, rows, 0};
     const index_t count = random.between(1, std::min<index_t>(tokens - rows + 1, 256) / 4) * 4;
     const index_t first = random.between(0, std::max<index_t>(0, tokens - rows + 1 - count));
-    const cpu_detail::key_block block{0, 1, {first, first + count}};
+    const cpu_detail::chunk_keys block{0, 1, {first, first + count}};
     tile_memory summary(group * rows, 32), whole(group * rows, 32);
     if (!summarise(layer, window, block, summary)) continue;
     ++fits;

@@ -37,8 +37,8 @@ void check_products(random_source& random) {
           std::vector<Key> gathered(size(cpu_detail::tile_tokens * dim));
           std::vector<float> tile(size(rows * cpu_detail::tile_stride), -7);
           const auto source = cache.source();
-          const cpu_detail::key_block block{0, 1, range};
-          const cpu_detail::block_addresses keys(source, block, {0, 0, {2, 30}});
+          const cpu_detail::chunk_keys block{0, 1, range};
+          const cpu_detail::chunk_addresses keys(source, block, {0, 0, {2, 30}});
           REQUIRE(keys.count() == range.end - range.begin);
           cpu_detail::store_logits<product>(keys, packed.data(), rows, dim, 0.5f, gathered.data(),
                                             tile.data());
@@ -92,11 +92,11 @@ TEST_CASE("keys are asked for in time, over the ends of blocks", "[cpu][logits]"
     const plain_rows rows(2, dim, {90, 0, 7});
     for_each_layout<Eigen::half>(rows, [&](const char* layout, const auto& cache) {
       const auto source = cache.source();
-      const cpu_detail::key_block block{0, 1, {2, 71}};
-      for (const cpu_detail::key_block& next :
-           {cpu_detail::key_block{0, 1, {71, 90}}, {2, 0, {0, 7}}, {1, 0, {0, 0}}}) {
+      const cpu_detail::chunk_keys block{0, 1, {2, 71}};
+      for (const cpu_detail::chunk_keys& next :
+           {cpu_detail::chunk_keys{0, 1, {71, 90}}, {2, 0, {0, 7}}, {1, 0, {0, 0}}}) {
         CAPTURE(layout, dim, next.sequence);
-        const cpu_detail::block_addresses keys(source, block, next);
+        const cpu_detail::chunk_addresses keys(source, block, next);
         std::vector<const Eigen::half*> expected;
         for (const auto& b : {block, next}) {
           for (index_t t = b.tokens.begin; t < b.tokens.end; ++t) {
@@ -175,7 +175,7 @@ TEST_CASE("a soft cap of any size is tanh, and keeps NaN", "[cpu][logits]") {
     for (int i = 0; i < 100; ++i) x.push_back(cap * 0.04f * static_cast<float>(i - 50));
     for (int i = 0; i < 30; ++i) x.push_back(cap * 1e-4f * static_cast<float>(i - 15));
     std::vector<float> capped = x;
-    cpu_detail::cap_softly(capped.data(), static_cast<index_t>(x.size()), double{cap});
+    cpu_detail::apply_soft_cap(capped.data(), static_cast<index_t>(x.size()), double{cap});
     for (std::size_t i = 0; i < x.size(); ++i) {
       CAPTURE(cap, x[i]);
       const long double y = static_cast<long double>(x[i]) / cap, exact = cap * std::tanh(y);

@@ -49,7 +49,7 @@ std::vector<index_t> taken(const std::vector<float>& values, const Find& find) {
     REQUIRE(run_blocks(emulated_backend{order}, 1, body) == status::ok);
     std::vector<index_t> tokens;
     for (index_t t = 0; t < static_cast<index_t>(values.size()); ++t) {
-      if (limit.takes(values[size(t)], t)) tokens.push_back(t);
+      if (limit.selects(values[size(t)], t)) tokens.push_back(t);
     }
     if (order == orders[0]) first = tokens;
     REQUIRE(tokens == first);
@@ -70,7 +70,7 @@ std::vector<index_t> holding(const std::vector<float>& values, double share) {
   return taken<cuda_detail::limit_memory<cuda_detail::mass_bins>>(
       values,
       [count = static_cast<index_t>(values.size()), sum, share](auto& block, auto& s, auto row) {
-        return cuda_detail::limit_of_sum(block, s, row, count, sum, share * sum);
+        return cuda_detail::limit_by_mass(block, s, row, count, sum, share * sum);
       });
 }
 
@@ -188,10 +188,10 @@ TEST_CASE("a block divides equal values as the CPU does", "[cuda][top_tokens]") 
     double sum = 0;
     for (const float v : values) sum += double{v};
     std::vector<float> moved = values;
-    cpu_detail::value_limit limit = cpu_detail::limit_of_sum(moved.data(), count, share * sum);
+    cpu_detail::value_limit limit = cpu_detail::limit_by_mass(moved.data(), count, share * sum);
     std::vector<index_t> expected;
     for (index_t t = 0; t < count; ++t) {
-      if (limit.takes(values[size(t)])) expected.push_back(t);
+      if (limit.selects(values[size(t)])) expected.push_back(t);
     }
     REQUIRE(holding(values, share) == expected);
   }
@@ -224,7 +224,7 @@ TEST_CASE("a block bisects as the CPU does", "[cuda][top_tokens]") {
     cpu_detail::value_limit limit = cpu_detail::limit_of_bisection(values.data(), count, share);
     std::vector<index_t> expected;
     for (index_t t = 0; t < count; ++t) {
-      if (limit.takes(values[size(t)])) expected.push_back(t);
+      if (limit.selects(values[size(t)])) expected.push_back(t);
     }
     REQUIRE(taken<cuda_detail::bisection_memory>(
                 values, [count, share](auto& block, auto& s, auto row) {

@@ -20,6 +20,15 @@ void use(const Policy& policy, const Layer& layer, const Values&... values) {
 }
 
 template <class T>
+auto in_bits(const r::dense<float>& scales) {
+  return r::scaled_keys{r::dense(r::view<const T, 4>()), scales};
+}
+template <class T>
+auto in_blocks() {
+  return r::block_keys{r::dense(r::view<const T, 4>())};
+}
+
+template <class T>
 void use_all(const r::dense<T>& keys, r::view<const T, 4> queries, r::scores_view<> scores) {
   const auto layer = r::observe(queries, keys, {.index = 7});
   use(r::policy::refreekv{}, layer, keys);
@@ -42,6 +51,11 @@ void use_all(const r::dense<T>& keys, r::view<const T, 4> queries, r::scores_vie
   const auto in_codes = r::observe(queries, codes);
   (void)r::select(r::policy::twilight{.full_layers = 0}, r::cpu_backend{}, in_codes, {}, {});
   (void)r::quantise(r::cpu_backend{}, keys, codes);
+  const r::dense<float> scales(r::view<float, 4>{});
+  use(r::policy::refreekv{}, r::observe(queries, in_bits<std::int8_t>(scales), {.index = 7}));
+  use(r::policy::refreekv{}, r::observe(queries, in_bits<r::fp8_e4m3_bits>(scales), {.index = 7}));
+  use(r::policy::snapkv{}, r::observe(queries, in_blocks<r::q8_0_block>()));
+  use(r::policy::snapkv{}, r::observe(queries, in_blocks<r::q4_0_block>()));
   (void)r::bound_pages(r::cpu_backend{}, keys, r::page_bounds<>{});
 }
 

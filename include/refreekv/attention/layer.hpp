@@ -108,8 +108,8 @@ template <class O>
       }
       if (layer.tokens(s) == 0) continue;
       if (counts.data() == nullptr && layer.window() < 1) return "a window of no rows";
-      const index_t there = counts.data() == nullptr ? layer.window() : index_t{counts(s)};
-      for (index_t r = layer.window() - there; ends.data() != nullptr && r < layer.window(); ++r) {
+      const index_t count = counts.data() == nullptr ? layer.window() : index_t{counts(s)};
+      for (index_t r = layer.window() - count; ends.data() != nullptr && r < layer.window(); ++r) {
         if (ends(s, r) < 1 || ends(s, r) > layer.tokens(s))
           return "a row end is outside [1, tokens]";
       }
@@ -138,8 +138,8 @@ template <class Layer>
   query_window window{layer.tokens(sequence), rows, layer.info.attention.sliding_window};
   const auto& [counts, ends] = layer.info.rows;
   if (counts.data() != nullptr) {
-    const index_t there = counts(sequence);
-    window.missing = there < 0 ? rows : there < rows ? rows - there : 0;
+    const index_t count = counts(sequence);
+    window.missing = count < 0 ? rows : count < rows ? rows - count : 0;
   }
   if (ends.data() != nullptr) {
     window.ends = ends.at(sequence, layer.window() - rows);

@@ -12,6 +12,7 @@ struct tile_scratch {
   float* values;                 ///< [q_head of the KV head, window, tile_stride]
   chunk_statistics* statistics;  ///< [q_head of the KV head, window]
   void* gathered;                ///< [tile_tokens, head_dim] of the keys' type
+  float* unpacked;               ///< [chunk_tokens, head_dim]; null if keys are read in place
 };
 
 /// Returns whether each row sees all tokens of a chunk, and the logits are scaled products only.
@@ -24,7 +25,7 @@ inline bool is_plain(const attention_params<>& params, const query_window& windo
 /// them instead. The exponentials overlap with reading the keys.
 template <class Product, class Key>
 bool summarise(const head_queries<Product>& queries, const query_window& window, token_range tokens,
-               const block_addresses<Key>& keys, const tile_scratch& tile) noexcept {
+               const chunk_addresses<Key>& keys, const tile_scratch& tile) noexcept {
   if (keys.count() == 0 || keys.count() % tile_tokens != 0 || keys.dim_stride() != 1 ||
       !is_plain(queries.attention, window, tokens)) {
     return false;
@@ -49,7 +50,7 @@ bool summarise(const head_queries<Product>& queries, const query_window& window,
       fit &= running[i].finish((std::min)(n() - first, rows_a_register),
                                tile.statistics + row + first);
     }
-    at.soon = at.later = at.now;
+    at.prefetch_near = at.prefetch_far = at.current;
   });
   return fit;
 }
@@ -58,7 +59,7 @@ bool summarise(const head_queries<Product>& queries, const query_window& window,
 /// not exist.
 template <class Product, class Key>
 void fill_logits(const head_queries<Product>& queries, const query_window& window,
-                 token_range tokens, const block_addresses<Key>& keys,
+                 token_range tokens, const chunk_addresses<Key>& keys,
                  const tile_scratch& tile) noexcept {
   const index_t rows = queries.heads * window.rows;
   store_logits<Product>(keys, queries.packed, rows, queries.head_dim, queries.scale,
@@ -78,7 +79,7 @@ void fill_logits(const head_queries<Product>& queries, const query_window& windo
 /// Writes the values and statistics of a chunk. A row that does not exist sees no token.
 template <class Product, class Key>
 void attend(const head_queries<Product>& queries, const query_window& window, token_range tokens,
-            const block_addresses<Key>& keys, const tile_scratch& tile) noexcept {
+            const chunk_addresses<Key>& keys, const tile_scratch& tile) noexcept {
   const index_t rows = queries.heads * window.rows;
   fill_logits(queries, window, tokens, keys, tile);
   for (index_t i = 0; i < rows; ++i) {
@@ -92,7 +93,7 @@ void attend(const head_queries<Product>& queries, const query_window& window, to
 
 /// As `attend` of queries, but for ready rows: values are attention / 2^exponent.
 template <class Row>
-void attend(const row_layer<Row>& layer, const query_window& window, const key_block& block,
+void attend(const row_layer<Row>& layer, const query_window& window, const chunk_keys& block,
             const tile_scratch& tile) noexcept {
   const index_t heads = layer.q_heads() / layer.kv_heads();
   const index_t stride = layer.rows.stride(3);

@@ -23,7 +23,8 @@ inline namespace REFREEKV_TARGET {
 /// `cpu_backend{4}` owns a thread_pool of four threads, the calling one included.
 /// `cpu_backend{pool}` refers to an executor that must outlive it. Several threads may use one
 /// backend at the same time if its executor allows that; the library's executors do.
-/// Elements are float, Eigen::half, Eigen::bfloat16, f16_bits and bf16_bits.
+/// Elements are float, Eigen::half, Eigen::bfloat16, f16_bits and bf16_bits. Keys may also be
+/// scaled_keys of int8 or fp8_e4m3_bits, block_keys and int4_keys.
 template <class Executor = single_thread>
   requires executor<std::remove_reference_t<Executor>>
 struct cpu_backend {

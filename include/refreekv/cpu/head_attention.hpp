@@ -3,13 +3,13 @@
 #pragma once
 
 #include "refreekv/backend/token_scores.hpp"
-#include "refreekv/cpu/unpacked_keys.hpp"
+#include "refreekv/cpu/scan_scratch.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Query rows, over all query heads of a KV head, that are processed together. Their tile stays in
 /// the second-level cache.
-inline constexpr index_t block_rows = 64;
+inline constexpr index_t rows_together = 64;
 
 /// Returns the size in bytes of whole cache lines that hold `bytes`. Capped near 2^62, so that an
 /// index_t holds the result; the arena refuses that size.
@@ -19,8 +19,8 @@ inline constexpr index_t block_rows = 64;
          static_cast<index_t>(arena::alignment);
 }
 
-/// Scratch of each worker: 70 KB of logits, the queries of block_rows rows, and statistics of the
-/// longest sequence.
+/// Scratch of each worker: 70 KB of logits, the queries of rows_together rows, and statistics of
+/// the longest sequence.
 struct attention_scratch {
   std::byte* memory;
   index_t worker_bytes;
@@ -32,7 +32,6 @@ struct attention_scratch {
     tile_scratch tile;
     chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
     row_normaliser* normalisers;   ///< [q_head of the KV head, rows]
-    float* unpacked;               ///< [chunk_tokens, head_dim]
     double* sums;                  ///< [2, q_head of the KV head, capacity]
   };
 
@@ -42,11 +41,12 @@ struct attention_scratch {
     const index_t chunks = chunking{layer.capacity(), 0}.count();
     parts p{};
     if constexpr (has_queries<Layer>) {
-      using product = product_of<typename readable<Layer>::type>;
+      using product = product_of<Layer>;
+      using keys = std::remove_cvref_t<decltype(layer.keys)>;
       const index_t dim = layer.head_dim();
       p.packed = from.array<typename product::packed>(heads, rows, packed_dim<product>(dim));
       p.tile.gathered = from.array<std::byte>(tile_tokens, dim, index_t{sizeof(float)});
-      if constexpr (has_packed_keys<Layer>) p.unpacked = from.array<float>(chunk_tokens, dim);
+      if constexpr (packed_keys<keys>) p.tile.unpacked = from.array<float>(chunk_tokens, dim);
     }
     p.tile.values = from.array<float>(heads, rows, tile_stride);
     p.tile.statistics = from.array<chunk_statistics>(heads, rows);
@@ -60,7 +60,7 @@ struct attention_scratch {
   static attention_scratch carve(arena& from, index_t workers, index_t window,
                                  const Layer& layer) noexcept {
     const index_t heads = layer.q_heads() / layer.kv_heads();
-    const index_t most = heads < block_rows ? block_rows / heads : 1;
+    const index_t most = heads < rows_together ? rows_together / heads : 1;
     attention_scratch s{nullptr, 0, (std::min)(window, most), nullptr};
     arena count;
     (void)carve_parts(count, s.rows, layer);
@@ -103,25 +103,17 @@ enum class leaves {
   logits,      ///< logits; requires a layer with queries
 };
 
-/// Writes statistics, values or logits of one chunk to the tile. Unpacks packed keys first.
+/// Writes statistics, values or logits of one chunk to the tile.
 template <class Layer>
-void attend_block(const Layer& layer, const query_window& window, const key_block& block,
-                  const attention_scratch::parts& work, leaves what) noexcept {
-  if constexpr (has_packed_keys<Layer>) {
-    unpack(layer.keys, block.sequence, block.kv_head, block.tokens, work.unpacked);
-    const typename readable<Layer>::type unpacked{
-        {{work.unpacked, block.tokens.begin, block.tokens.end, layer.head_dim(), layer.sequences(),
-          layer.kv_heads()},
-         layer.info},
-        layer.queries};
-    attend_block(unpacked, window, block, work, what);
-  } else if constexpr (has_queries<Layer>) {
-    const block_addresses keys(layer.keys, block, block);
+void attend_block(const Layer& layer, const query_window& window, const chunk_keys& block,
+                  const attention_scratch::parts& work, leaves output) noexcept {
+  if constexpr (has_queries<Layer>) {
+    const auto keys = read_keys(layer.keys, block, block, work.tile.unpacked);
     const auto queries = queries_of(
         layer, block.kv_head, static_cast<const typename product_of<Layer>::packed*>(work.packed));
-    if (what == leaves::logits) {
+    if (output == leaves::logits) {
       fill_logits(queries, window, block.tokens, keys, work.tile);
-    } else if (what == leaves::values ||
+    } else if (output == leaves::values ||
                !summarise(queries, window, block.tokens, keys, work.tile)) {
       attend(queries, window, block.tokens, keys, work.tile);
     }
@@ -183,11 +175,11 @@ index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head
     const chunking chunks{hull.end, 0};
     const auto for_each_block = [&](const auto& g) {
       for (index_t c = 0; c < chunks.count(); ++c) {
-        if (chunks[c].end > hull.begin) g(c, key_block{sequence, kv_head, chunks[c]});
+        if (chunks[c].end > hull.begin) g(c, chunk_keys{sequence, kv_head, chunks[c]});
       }
     };
     if constexpr (has_queries<Layer>) {
-      using product = product_of<typename readable<Layer>::type>;
+      using product = product_of<Layer>;
       for (index_t h = 0; h < heads; ++h) {
         for (index_t r = 0; r < rows; ++r) {
           pack<product>(part.queries.at(sequence, r, kv_head * heads + h), part.queries.stride(3),
@@ -198,7 +190,7 @@ index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head
       for (index_t i = 0; i < heads * rows * chunks.count(); ++i) {
         work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
       }
-      for_each_block([&](index_t c, const key_block& block) {
+      for_each_block([&](index_t c, const chunk_keys& block) {
         attend_block(part, block_window, block, work, leaves::statistics);
         for (index_t i = 0; i < heads * rows; ++i) {
           work.statistics[i * chunks.count() + c] = work.tile.statistics[i];
@@ -232,7 +224,7 @@ index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head
                                            [](const row_normaliser& n) {
                                              return std::abs(n.exponent) >= exponent_limit;
                                            });
-    for_each_block([&](index_t, const key_block& block) {
+    for_each_block([&](index_t, const chunk_keys& block) {
       attend_block(part, block_window, block, work, from_logits ? leaves::logits : leaves::values);
       const auto [first, last] = block.tokens;
       for (index_t i = 0; i < heads * rows; ++i) {

@@ -131,14 +131,14 @@ void select_pages(const Executor& threads, const page_bounds<>& pages, index_t t
         return score;
       };
       float* values = scratch.values_of(worker);
-      float* found = values + scratch.capacity;
+      float* scores_of_pages = values + scratch.capacity;
       for (index_t page = first; page < count; ++page) {
-        values[page - first] = found[page] = page_score(page);
+        values[page - first] = scores_of_pages[page] = page_score(page);
       }
       if (any_nan(values, 1, count - first)) continue;
       value_limit limit = limit_of_largest(values, count - first, wanted);
       for (index_t page = first; page < count; ++page) {
-        if (limit.takes(found[page])) continue;
+        if (limit.selects(scores_of_pages[page])) continue;
         const index_t end = (std::min)(tokens, (page + 1) * size);
         for (index_t t = page * size; t < end; ++t) scores(s, q_head, t) = 0;
       }

@@ -38,17 +38,18 @@ template <class Executor, class Layer, class F>
 void for_each_chunk(const Executor& threads, const Layer& layer, index_t sinks,
                     const F& f) noexcept {
   const index_t kv_heads = layer.kv_heads();
-  const auto here = [&](index_t sequence) {
+  const auto chunks_of = [&](index_t sequence) {
     return chunks_here<Layer>{layer, sequence, {layer.tokens(sequence), sinks}};
   };
-  const auto items = [&](index_t sequence) { return here(sequence).count() * kv_heads; };
+  const auto items = [&](index_t sequence) { return chunks_of(sequence).count() * kv_heads; };
   index_t total = 0;
   for (index_t s = 0; s < layer.sequences(); ++s) total += items(s);
   for_each_range(threads, total, [&](int worker, index_t begin, index_t end) {
     index_t sequence = 0, first = 0;  // first item of `sequence`
     const auto at = [&](index_t i) {
       while (i - first >= items(sequence)) first += items(sequence++);
-      return chunk_index{sequence, here(sequence)[(i - first) / kv_heads], (i - first) % kv_heads};
+      return chunk_index{sequence, chunks_of(sequence)[(i - first) / kv_heads],
+                         (i - first) % kv_heads};
     };
     chunk_index chunk = at(begin);
     for (index_t i = begin; i < end; ++i) {

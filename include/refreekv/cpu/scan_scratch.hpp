@@ -16,9 +16,9 @@ concept has_queries = requires(const Layer& layer) { layer.queries; };
 struct scan_scratch {
   void* queries;  ///< [sequence, q_head, window, packed_dim]; null for ready rows
   tile_scratch tiles;
-  // Per worker: rows of `values`, elements of `statistics`, bytes of `gathered`. No two workers
-  // share a cache line.
-  index_t rows, statistics_of, gathered_of;
+  // Per worker: rows of `values`, elements of `statistics`, bytes of `gathered`, floats of
+  // `unpacked`. No two workers share a cache line.
+  index_t rows, statistics_of, gathered_of, unpacked_of;
 
   template <class Layer>
   static scan_scratch carve(arena& from, index_t workers, const norm_scan& scan,
@@ -33,18 +33,21 @@ struct scan_scratch {
       const index_t dim = layer.head_dim();
       s.queries = from.array<typename product::packed>(layer.sequences(), layer.q_heads(),
                                                        scan.window, packed_dim<product>(dim));
-      using key = typename decltype(layer.keys)::element_type;
-      s.gathered_of = whole_lines(tile_tokens * dim * index_t{sizeof(key)});
+      using keys = std::remove_cvref_t<decltype(layer.keys)>;
+      s.gathered_of = whole_lines(tile_tokens * dim * index_t{sizeof(multiplied_key<keys>)});
+      if constexpr (packed_keys<keys>) s.unpacked_of = whole_lines(chunk_tokens * dim);
     }
     s.tiles.values = from.array<float>(workers, s.rows, tile_stride);
     s.tiles.statistics = from.array<chunk_statistics>(workers, s.statistics_of);
     s.tiles.gathered = from.array<std::byte>(workers, s.gathered_of);
+    s.tiles.unpacked = from.array<float>(workers, s.unpacked_of);
     return s;
   }
 
   [[nodiscard]] tile_scratch of(index_t worker) const noexcept {
     return {tiles.values + worker * rows * tile_stride, tiles.statistics + worker * statistics_of,
-            static_cast<std::byte*>(tiles.gathered) + worker * gathered_of};
+            static_cast<std::byte*>(tiles.gathered) + worker * gathered_of,
+            tiles.unpacked + worker * unpacked_of};
   }
 };
 

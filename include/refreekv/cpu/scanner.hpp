@@ -19,7 +19,7 @@ class scanner {
   scanner(const norm_scan& scan, const Layer& layer, const norm_scan_buffers& buffers,
           const scan_scratch& scratch) noexcept
       : scan_(scan),
-        seen_(layer),
+        layer_(layer),
         buffers_(buffers),
         scratch_(scratch),
         heads_(layer.q_heads() / layer.kv_heads()) {}
@@ -28,7 +28,7 @@ class scanner {
   void pack(index_t sequence, index_t q_head) const noexcept
     requires has_queries<Layer>
   {
-    pack_queries(seen_, sequence, q_head, scan_.window, packed(sequence, q_head / heads_));
+    pack_queries(layer_, sequence, q_head, scan_.window, packed(sequence, q_head / heads_));
   }
 
   /// Reads one chunk of one KV head and writes its statistics. Prefetches the next chunk.
@@ -42,7 +42,7 @@ class scanner {
     const head_view h = head(sequence, q_head);
     for (index_t r = h.first_row; r < scan_.window; ++r) {
       if constexpr (has_queries<Layer>) {
-        const auto& sinks = seen_.info.attention.sink_logits;
+        const auto& sinks = layer_.info.attention.sink_logits;
         h.rows[r] = detail::normalise(
             h.statistics + r * buffers_.chunks, chunks_of(sequence).count(),
             sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
@@ -119,7 +119,7 @@ class scanner {
   }
 
   [[nodiscard]] chunking chunks_of(index_t sequence) const noexcept {
-    return {seen_.tokens(sequence), scan_.sinks};
+    return {layer_.tokens(sequence), scan_.sinks};
   }
 
  private:
@@ -138,29 +138,29 @@ class scanner {
   [[nodiscard]] static index_t size(token_range range) noexcept { return range.end - range.begin; }
 
   [[nodiscard]] query_window window_of(index_t sequence) const noexcept {
-    return refreekv::window_of(seen_, sequence, scan_.window);
+    return refreekv::window_of(layer_, sequence, scan_.window);
   }
 
   [[nodiscard]] head_view head(index_t sequence, index_t q_head) const noexcept {
-    const index_t i = (sequence * seen_.q_heads() + q_head) * scan_.window;
+    const index_t i = (sequence * layer_.q_heads() + q_head) * scan_.window;
     return {buffers_.statistics + i * buffers_.chunks, buffers_.rows + i,
             window_of(sequence).first_row()};
   }
 
   /// Returns the packed queries [q_head of the KV head, window, packed_dim] of a KV head.
   [[nodiscard]] auto* packed(index_t sequence, index_t kv_head) const noexcept {
-    const index_t row = (sequence * seen_.kv_heads() + kv_head) * heads_ * scan_.window;
+    const index_t row = (sequence * layer_.kv_heads() + kv_head) * heads_ * scan_.window;
     return static_cast<typename product_of<Layer>::packed*>(scratch_.queries) +
-           row * packed_dim<product_of<Layer>>(seen_.head_dim());
+           row * packed_dim<product_of<Layer>>(layer_.head_dim());
   }
 
-  [[nodiscard]] key_block block_of(const chunk_index& at) const noexcept {
+  [[nodiscard]] chunk_keys block_of(const chunk_index& at) const noexcept {
     return {at.sequence, at.kv_head, chunks_of(at.sequence)[at.chunk]};
   }
 
   void store_statistics(const tile_scratch& tile, const chunk_index& at) const noexcept {
     // The rows of a KV head's query heads are contiguous: [q_head, window].
-    const index_t first = (at.sequence * seen_.kv_heads() + at.kv_head) * heads_ * scan_.window;
+    const index_t first = (at.sequence * layer_.kv_heads() + at.kv_head) * heads_ * scan_.window;
     for (index_t i = 0; i < heads_ * scan_.window; ++i) {
       buffers_.statistics[(first + i) * buffers_.chunks + at.chunk] = tile.statistics[i];
     }
@@ -168,21 +168,21 @@ class scanner {
 
   enum class leaves { statistics, values };
 
-  /// Writes the statistics of a chunk to the worker's tile, and its values if `what` asks for them.
-  /// Prefetches the next chunk.
+  /// Writes the statistics of a chunk to the worker's tile, and its values if `output` asks for
+  /// them. Prefetches the next chunk.
   tile_scratch attend_chunk(int worker, const chunk_index& at, const chunk_index& next,
-                            leaves what) const noexcept {
+                            leaves output) const noexcept {
     const tile_scratch tile = scratch_.of(worker);
     const query_window window = window_of(at.sequence);
-    const key_block block = block_of(at);
+    const chunk_keys block = block_of(at);
     if constexpr (has_queries<Layer>) {
-      const block_addresses keys(seen_.keys, block, block_of(next));
-      const auto queries = queries_of(seen_, at.kv_head, packed(at.sequence, at.kv_head));
-      if (what == leaves::values || !summarise(queries, window, block.tokens, keys, tile)) {
+      const auto keys = read_keys(layer_.keys, block, block_of(next), tile.unpacked);
+      const auto queries = queries_of(layer_, at.kv_head, packed(at.sequence, at.kv_head));
+      if (output == leaves::values || !summarise(queries, window, block.tokens, keys, tile)) {
         attend(queries, window, block.tokens, keys, tile);
       }
     } else {
-      attend(seen_, window, block, tile);
+      attend(layer_, window, block, tile);
     }
     return tile;
   }
@@ -191,7 +191,7 @@ class scanner {
   [[nodiscard]] double outside_cut(const head_view& h, index_t sequence) const noexcept {
     double energies = 0;
     if (scan_.norm == norm_scope::full_row) {
-      const index_t tokens = (std::min)(seen_.tokens(sequence), scan_.sinks);
+      const index_t tokens = (std::min)(layer_.tokens(sequence), scan_.sinks);
       for (index_t c = 0; c < chunking::of_sinks(tokens); ++c) energies += energy(h, c);
     }
     return energies;
@@ -265,7 +265,7 @@ class scanner {
   }
 
   const norm_scan& scan_;
-  const Layer& seen_;
+  const Layer& layer_;
   const norm_scan_buffers& buffers_;
   const scan_scratch& scratch_;
   index_t heads_;  // query heads per KV head

@@ -39,22 +39,22 @@ template <class Layer>
 }
 
 template <class Executor, class Layer>
-void attention_sums(const Executor& threads, const score_rows& what, const Layer& layer,
+void attention_sums(const Executor& threads, const score_rows& summed, const Layer& layer,
                     const scores_view<>& scores, const view<kept_tokens, 2>& counts,
                     const attention_scratch& scratch) noexcept {
   const index_t group = layer.q_heads() / layer.kv_heads();
   const index_t heads = scores.extent(1) / layer.kv_heads();  // scores per KV head
   for_each_head(
-      threads, layer.shape(), attention_work(layer, what.rows),
+      threads, layer.shape(), attention_work(layer, summed.rows),
       [&](int worker, index_t s, index_t kv_head) {
         const auto work = scratch.of(worker, layer);
         const index_t tokens = layer.tokens(s), capacity = layer.capacity();
         for (index_t h = 0; h < heads; ++h) {
           std::fill_n(work.sums + h * capacity, tokens, 0.0);
         }
-        const query_window window = window_of(layer, s, what.rows);
+        const query_window window = window_of(layer, s, summed.rows);
         const index_t left_out = for_each_attention(
-            layer, s, kv_head, what.rows, what.carried ? bad_rows::left_out : bad_rows::stay,
+            layer, s, kv_head, summed.rows, summed.carried ? bad_rows::left_out : bad_rows::stay,
             scratch, work, [&](index_t rows, token_range range, const float* values) {
               const auto count = static_cast<Eigen::Index>(range.end - range.begin);
               for (index_t g = 0; g < group; ++g) {
@@ -69,14 +69,14 @@ void attention_sums(const Executor& threads, const score_rows& what, const Layer
                 Eigen::Map<Eigen::ArrayXd>(sums, count) += sum.template cast<double>();
               }
             });
-        counts(s, kv_head).undecided = left_out > 0 || (!what.carried && window.is_blind());
+        counts(s, kv_head).undecided = left_out > 0 || (!summed.carried && window.is_blind());
         const index_t fresh = window.first_new_token();  // no carried score from here on
         const double share = heads == 1 ? 1 / static_cast<double>(group) : 1;
         for (index_t h = 0; h < heads; ++h) {
           for (index_t t = 0; t < tokens; ++t) {
             float& score = scores(s, kv_head * heads + h, t);
             const auto sum = static_cast<float>(work.sums[h * capacity + t] * share);
-            score = what.carried && t < fresh ? score + sum : sum;
+            score = summed.carried && t < fresh ? score + sum : sum;
           }
         }
       });
@@ -93,7 +93,7 @@ void attention_spread(const Executor& threads, index_t window, index_t recent, d
       [&](int worker, index_t s, index_t kv_head) {
         const auto work = scratch.of(worker, layer);
         const index_t tokens = layer.tokens(s), capacity = layer.capacity();
-        const query_window there = window_of(layer, s, window);
+        const query_window existing = window_of(layer, s, window);
         const index_t scored = std::max<index_t>(0, tokens - recent);
         double* squares = work.sums + group * capacity;
         for (index_t g = 0; g < group; ++g) {
@@ -116,8 +116,8 @@ void attention_spread(const Executor& threads, index_t window, index_t recent, d
                 entropy -= static_cast<double>((a * (a + 1e-10f).log()).sum());
               }
             });
-        counts(s, kv_head).undecided = left_out > 0 || there.is_blind();
-        const auto n = static_cast<double>(std::max<index_t>(1, there.count() - left_out));
+        counts(s, kv_head).undecided = left_out > 0 || existing.is_blind();
+        const auto n = static_cast<double>(std::max<index_t>(1, existing.count() - left_out));
         for (index_t t = 0; t < scored; ++t) {
           double score = 0;
           for (index_t g = 0; g < group; ++g) {

@@ -71,7 +71,7 @@ struct value_limit {
   index_t equals;
 
   /// Returns whether the next value, in order, is selected.
-  [[nodiscard]] bool takes(float value) noexcept {
+  [[nodiscard]] bool selects(float value) noexcept {
     return value > least || (value >= least && equals-- > 0);
   }
 };
@@ -87,7 +87,7 @@ inline value_limit limit_of_largest(float* values, index_t count, index_t k) noe
 /// Returns the limit that selects the fewest of values [count] that sum to at least `needed`. If
 /// all of them sum to less, it selects all values that are not 0. Requires values >= 0. Reorders
 /// values. O(count) expected. (ours)
-inline value_limit limit_of_sum(float* values, index_t count, double needed) noexcept {
+inline value_limit limit_by_mass(float* values, index_t count, double needed) noexcept {
   float* first = values;
   float* last = std::partition(values, values + count, [](float v) { return v > 0; });
   value_limit limit{first == last ? 0 : *std::min_element(first, last), count};
@@ -169,7 +169,7 @@ void share_quotas(const Executor& threads, double floor, const token_quota* quot
     for (index_t h = 0; h < heads; ++h) {
       const float* row = scores.at(s, h);
       index_t best = 0;
-      for (index_t t = 0; t < candidates; ++t) best += limit.takes(row[t * stride]) ? 1 : 0;
+      for (index_t t = 0; t < candidates; ++t) best += limit.selects(row[t * stride]) ? 1 : 0;
       own[h] = quota.of_head(floor, best);
     }
   });
@@ -198,7 +198,7 @@ void top_tokens(const Executor& threads, const quotas_view<>& quotas, const Laye
     }
     position_writer writer(kept, s, h);
     for (index_t t = 0; t < candidates; ++t) {
-      if (limit.takes(row[t * stride])) writer.append(t);
+      if (limit.selects(row[t * stride])) writer.append(t);
     }
     writer.append_range(candidates, tokens);
     writer.finish(tokens);
@@ -234,9 +234,9 @@ void top_mass(const Executor& threads, double share, bool sink_start, const Laye
       };
       for (index_t t = 0; t < tokens; ++t) values[t] = value(t);
       value_limit limit = sink_start ? limit_of_bisection(values, tokens, static_cast<float>(share))
-                                     : limit_of_sum(values, tokens, share * sum);
+                                     : limit_by_mass(values, tokens, share * sum);
       for (index_t t = 0; t < tokens; ++t) {
-        if (limit.takes(value(t))) marks[t] = 1;
+        if (limit.selects(value(t))) marks[t] = 1;
       }
     }
     position_writer writer(kept, s, h);

@@ -111,9 +111,9 @@ template <class Layer, class F>
 REFREEKV_DEVICE void for_each_chunk(const Layer& layer, const part_place& place, index_t sinks,
                                     index_t parts, const F& f) noexcept {
   for (index_t chunk = place.part;; chunk += parts) {
-    const chunking there{layer.tokens(place.sequence), sinks};
-    if (chunk >= there.count()) return;
-    f(chunk, there[chunk]);
+    const chunking chunks_of_sequence{layer.tokens(place.sequence), sinks};
+    if (chunk >= chunks_of_sequence.count()) return;
+    f(chunk, chunks_of_sequence[chunk]);
   }
 }
 
@@ -156,14 +156,14 @@ struct statistics_body {
     const int sequence = narrow(item / kv_heads / cut.parts);
     for (int chunk = part;; chunk += narrow(cut.parts)) {
       // As for_each_chunk, but a shard also writes zeros to all chunks past the end.
-      const chunking there{layer.tokens(sequence), sinks};
-      const bool is_there = chunk < there.count();
+      const chunking chunks_of_sequence{layer.tokens(sequence), sinks};
+      const bool is_there = chunk < chunks_of_sequence.count();
       if (!is_there && (!sharded_layer<Layer> || chunk >= chunks)) return;
       const tile_place at{sequence,
                           kv_head,
                           {kv_head * group, group, narrow(row), rows_of_head},
                           tile * Rows,
-                          there[chunk]};
+                          chunks_of_sequence[chunk]};
       read(block, s, at, chunk, is_there);
     }
   }
@@ -217,9 +217,9 @@ struct normalise_body {
     const query_window rows_seen = window_of(layer, head / layer.q_heads(), window);
     if (row + r < rows_seen.first_row()) return;
     row_normaliser& to = normalisers[head * window + row + r];
-    const row_normaliser found =
+    const row_normaliser of_row =
         normaliser(block, rows_seen.tokens, head % layer.q_heads(), statistics + i * chunks);
-    if (lane_of(block) == 0) to = found;
+    if (lane_of(block) == 0) to = of_row;
   }
 
  private:

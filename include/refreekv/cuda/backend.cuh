@@ -15,8 +15,8 @@ namespace refreekv::inline v0 {
 /// error inside a kernel appears where the engine synchronises the stream. attention_ranked, the
 /// policy that sorts, also returns device_error while an earlier CUDA error is unread.
 /// Elements are float, __half, __nv_bfloat16 and their raw bits. Keys may also be scaled_keys of
-/// int8 or __nv_fp8_e4m3. Pointers need the alignment of their element only; rows aligned to 16
-/// bytes are read faster.
+/// int8 or __nv_fp8_e4m3, block_keys and int4_keys. Pointers need the alignment of their element
+/// only; rows aligned to 16 bytes are read faster.
 template <int... Architectures>
 struct cuda_backend_for {
   cudaStream_t stream = nullptr;

@@ -102,8 +102,8 @@ struct crossing_body {
     double before = 0;
     REFREEKV_NO_UNROLL
     for (index_t c = scan.first_chunk() + lane_of(block); c < chunk; c += warp_threads) {
-      const chunk_statistics& there = head.statistics_of(row, c);
-      before += detail::weight_of(there.exponent, head.rows[row]) * double{there.sum};
+      const chunk_statistics& statistics = head.statistics_of(row, c);
+      before += detail::weight_of(statistics.exponent, head.rows[row]) * double{statistics.sum};
     }
     before = block.warp_reduce(before, plus{});
     const double attention = detail::weight_of(s.statistics[i].exponent, head.rows[row]);
@@ -111,9 +111,9 @@ struct crossing_body {
     for (int base = 0; base < at.size(); base += warp_threads) {
       const int t = base + lane_of(block);
       const double own = t < at.size() ? attention * double{values[t]} : 0;
-      const double here = before + block.warp_prefix_sum(own);
-      if (t < at.size()) values[t] = static_cast<float>(here - own);
-      before = block.warp_broadcast(here, warp_threads - 1);
+      const double up_to_here = before + block.warp_prefix_sum(own);
+      if (t < at.size()) values[t] = static_cast<float>(up_to_here - own);
+      before = block.warp_broadcast(up_to_here, warp_threads - 1);
     }
   }
 };
@@ -166,7 +166,7 @@ struct find_cuts_body {
     const index_t groups = kept.extent(1), tokens = layer.tokens(item / groups);
     const double* norms = buffers.norms + item * buffers.chunks;
     const double* chunk_norms = buffers.chunk_norms + item * chunk_tokens;
-    kept_range found = position_ranking(tokens, scan.sinks).undecided();
+    kept_range decision = position_ranking(tokens, scan.sinks).undecided();
     if (scan.decides(tokens, norms)) {
       const chunking chunks{tokens, scan.sinks};
       const double baseline = norms[scan.first_chunk()];
@@ -174,10 +174,10 @@ struct find_cuts_body {
       const token_range range = chunks[chunk];
       const index_t last =
           last_allowed(block, s.last, scan, chunk_norms, range.end - range.begin, baseline);
-      found = detail::cut_at(scan, tokens, chunk, last, baseline, chunk_norms[last],
-                             buffers.chunk_masses[item * chunk_tokens + last]);
+      decision = detail::cut_at(scan, tokens, chunk, last, baseline, chunk_norms[last],
+                                buffers.chunk_masses[item * chunk_tokens + last]);
     }
-    if (block.rank() == 0) kept(item / groups, item % groups) = found;
+    if (block.rank() == 0) kept(item / groups, item % groups) = decision;
   }
 };
 

@@ -68,7 +68,7 @@ struct grid_keep {
           const index_t at = t + i * block_threads;
           const float score = at < range.end ? scores(at) : -infinity;
           decided = decided && score == score;
-          if (at < range.end && limit.takes(score, at)) taken |= 1u << i;
+          if (at < range.end && limit.selects(score, at)) taken |= 1u << i;
         }
       }
       REFREEKV_UNROLL
@@ -99,7 +99,7 @@ struct grid_keep {
       held = sum(true);
       const limit_union all = limits_of(head * group, part);
       write_where(block, shared, kept, sequence, kv_head, rows.cut.part(part, tokens.candidates),
-                  before, [&](index_t t) { return all.takes(t); });
+                  before, [&](index_t t) { return all.selects(t); });
     }
     const index_t candidates = decided ? tokens.candidates : 0;
     write_all(block, kept, sequence, kv_head, {candidates, tokens.all}, held, part, parts);

@@ -70,10 +70,10 @@ struct grid_descent {
   /// Returns `end` with digit `digit` found. Requires that the previous launch weighed the row's
   /// first `used` parts by it.
   template <thread_block Block>
-  [[nodiscard]] REFREEKV_DEVICE descent_end<weight> found(Block& block, memory& s, index_t row,
-                                                          index_t used,
-                                                          const descent_end<weight>& end,
-                                                          int digit) const noexcept {
+  [[nodiscard]] REFREEKV_DEVICE descent_end<weight> find_digit(Block& block, memory& s, index_t row,
+                                                               index_t used,
+                                                               const descent_end<weight>& end,
+                                                               int digit) const noexcept {
     constexpr int batch = 8, lanes = digits::lanes;
     const weight* of = weights_by(digit, first_item(row)) + block.rank() / lanes;
     used *= joined;
@@ -95,7 +95,7 @@ struct grid_descent {
                                                   index_t index, index_t count,
                                                   const descent_state<Bins>& state) const noexcept {
     constexpr int last = digits::count - 1;
-    const auto end = found(block, s, row, weighed(count), state.end, last);
+    const auto end = find_digit(block, s, row, weighed(count), state.end, last);
     const float least = from_ordered_bits(end.bits);
     const weight* of = weights_by(last, first_item(row)) + end.bits % digits::bins;
     const auto equals = [&](index_t i) {
@@ -139,7 +139,7 @@ struct weigh_parts_body {
     if (part >= used) return;
     auto state = descent.states[item];
     if (state.end.needed == 0) return;
-    state.end = descent.found(block, s, row, used, state.end, digit - 1);
+    state.end = descent.find_digit(block, s, row, used, state.end, digit - 1);
     descent.weigh(block, s, item, cut.part(part, count), state, digit);
   }
 };

@@ -17,7 +17,7 @@ REFREEKV_DEVICE index_t write_where(Block& block, warp_values<std::uint64_t>& sh
                                     const Predicate& holds) noexcept {
   position_t* to = kept.positions.at(sequence, head);
   const index_t stride = kept.positions.stride(2);
-  return for_each_where(
+  return for_each_selected(
       block, shared, tokens.end - tokens.begin, [&](index_t t) { return holds(tokens.begin + t); },
       [&](index_t i, index_t t) {
         to[stride * (first + i)] = static_cast<position_t>(tokens.begin + t);

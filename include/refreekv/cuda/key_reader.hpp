@@ -2,6 +2,7 @@
 // How kernels find and read keys, for every kind of source.
 #pragma once
 
+#include "refreekv/cache/block_keys.hpp"
 #include "refreekv/cache/int4_keys.hpp"
 #include "refreekv/cache/scaled_keys.hpp"
 #include "refreekv/cache/shard.hpp"
@@ -106,6 +107,66 @@ struct key_reader<shard<Source>> : key_reader<Source> {
                                                   index_t kv_head, index_t token) noexcept {
     return key_reader<Source>::at(keys.source(), sequence, kv_head,
                                   keys.local_before(sequence, token));
+  }
+};
+
+/// Keys in blocks. A lane reads 8 codes, a quarter of a block, and the block's scale. Blocks are
+/// gathered byte by byte: neither q8_0's 34 bytes nor q4_0's 18 are whole words.
+template <class Rows>
+struct key_reader<block_keys<Rows>> {
+  using block = std::remove_const_t<typename Rows::element_type>;
+  struct alignas(16) slot {
+    std::uint32_t words[2];  ///< codes + 128, in bytes
+    float scale;
+  };
+  static constexpr int width = 8;
+  static constexpr bool has_common = false;
+  struct address {
+    const block* data;
+    index_t block_stride;
+  };
+
+  [[nodiscard]] static REFREEKV_DEVICE address at(const block_keys<Rows>& keys, index_t sequence,
+                                                  index_t kv_head, index_t token) noexcept {
+    const auto run = keys.rows.run_at(sequence, kv_head, token);
+    return {run.data, run.dim_stride};
+  }
+  [[nodiscard]] static REFREEKV_DEVICE int alignment(const address&, unsigned) noexcept {
+    return 1;
+  }
+  [[nodiscard]] static REFREEKV_DEVICE unsigned bytes(unsigned dims) noexcept { return dims; }
+  [[nodiscard]] static REFREEKV_DEVICE const char* data(const address& key, unsigned dim) noexcept {
+    return reinterpret_cast<const char*>(&block_of(key, dim));
+  }
+  static REFREEKV_DEVICE void gather(const address& key, unsigned dim, unsigned,
+                                     slot& to) noexcept {
+    const block& from = block_of(key, dim);
+    const int first = static_cast<int>(dim % static_cast<unsigned>(block_dims));
+    REFREEKV_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      std::uint32_t bits = 0;
+      REFREEKV_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        bits |= static_cast<std::uint32_t>(detail::block_code(from, first + 4 * i + k) + 128)
+                << 8 * k;
+      }
+      to.words[i] = bits;
+    }
+    to.scale = widen_half(from.scale.bits);
+  }
+  static REFREEKV_DEVICE void unpack(const slot& from, const address&,
+                                     float (&to)[std::size_t{width}]) noexcept {
+    REFREEKV_UNROLL
+    for (int i = 0; i < width; ++i) {
+      to[i] = small_float(from.words[i / 4] >> 8 * (i % 4) & 0xffu, 128) * from.scale;
+    }
+  }
+  [[nodiscard]] static REFREEKV_DEVICE float product(const address&, float x) noexcept { return x; }
+
+ private:
+  [[nodiscard]] static REFREEKV_DEVICE const block& block_of(const address& key,
+                                                             unsigned dim) noexcept {
+    return key.data[dim / static_cast<unsigned>(block_dims) * key.block_stride];
   }
 };
 

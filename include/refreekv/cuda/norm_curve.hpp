@@ -104,9 +104,9 @@ struct head_curves_body {
     for (index_t base = (count - 1) / warp_threads * warp_threads;
          base + warp_threads > scan.first_chunk(); base -= warp_threads) {
       const index_t c = base + lane_of(block);
-      const bool there = c >= scan.first_chunk() && c < count;
-      const double energies = after + block.warp_suffix_sum(there ? head.energy(c) : 0.0);
-      if (there) head_curves[i * buffers.chunks + c] = std::sqrt(energies);
+      const bool exists = c >= scan.first_chunk() && c < count;
+      const double energies = after + block.warp_suffix_sum(exists ? head.energy(c) : 0.0);
+      if (exists) head_curves[i * buffers.chunks + c] = std::sqrt(energies);
       after = block.warp_broadcast(energies, 0);
     }
   }
@@ -133,9 +133,9 @@ struct join_curves_body {
     const index_t c = item % blocks * block_threads + block.rank(), group = item / blocks;
     if (c >= buffers.chunks) return;
     const index_t tokens = layer.tokens(group / groups), heads = layer.q_heads() / groups;
-    const bool there = c >= scan.first_chunk() && c < chunking{tokens, scan.sinks}.count();
+    const bool exists = c >= scan.first_chunk() && c < chunking{tokens, scan.sinks}.count();
     double norm = 0;
-    for (index_t h = group * heads; there && h < (group + 1) * heads; ++h) {
+    for (index_t h = group * heads; exists && h < (group + 1) * heads; ++h) {
       norm += head_curves[h * buffers.chunks + c];
     }
     buffers.norms[group * buffers.chunks + c] = norm;

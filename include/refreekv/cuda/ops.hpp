@@ -20,7 +20,7 @@ namespace refreekv::inline v0::cuda_detail {
 
 /// The primitives of ops<Backend>, started by run_blocks. Elements are float, f16_bits, bf16_bits
 /// and types that stored_as maps to one of these. Keys may also be scaled_keys of int8 or
-/// fp8_e4m3_bits.
+/// fp8_e4m3_bits, block_keys and int4_keys.
 template <class Backend, class Memory>
 struct device_ops {
   using memory = Memory;

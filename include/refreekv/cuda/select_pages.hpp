@@ -34,9 +34,9 @@ struct page_scores_body {
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared&, index_t item) const noexcept {
     const auto [sequence, head, part, row] = part_place::of(item, layer.kv_heads(), cut.parts);
-    const seen_pages there = seen_pages::of(layer, sequence, pages.page_tokens);
+    const seen_pages visible = seen_pages::of(layer, sequence, pages.page_tokens);
     const index_t group = layer.q_heads() / layer.kv_heads();
-    for (index_t page = there.first + part * block_warps + warp_of(block); page < there.end;
+    for (index_t page = visible.first + part * block_warps + warp_of(block); page < visible.end;
          page += cut.parts * block_warps) {
       for (index_t h = head * group; h < (head + 1) * group; ++h) {
         float score = 0;
@@ -71,10 +71,10 @@ struct page_limits_body {
   /// item: [sequence, q_head]
   template <thread_block Block>
   REFREEKV_DEVICE void operator()(Block& block, shared& s, index_t item) const noexcept {
-    const seen_pages there = seen_pages::of(layer, item / layer.q_heads(), pages.page_tokens);
+    const seen_pages visible = seen_pages::of(layer, item / layer.q_heads(), pages.page_tokens);
     const float* scores = scratch.page_scores + item * pages.bounds.extent(2);
-    const value_row row{scores + there.first, 1};
-    const index_t count = there.end - there.first;
+    const value_row row{scores + visible.first, 1};
+    const index_t count = visible.end - visible.first;
     value_limit limit = value_limit::everything();
     if (wanted < count && !any_nan(block, row, count)) {
       limit = limit_of_largest(block, s, row, count, wanted);
@@ -99,16 +99,16 @@ struct clear_pages_body {
     const index_t row = item / cut.parts, part = item % cut.parts;
     const index_t sequence = row / layer.q_heads(), head = row % layer.q_heads();
     const index_t size = pages.page_tokens;
-    const seen_pages there = seen_pages::of(layer, sequence, size);
+    const seen_pages visible = seen_pages::of(layer, sequence, size);
     const index_t tokens =
-        layer.tokens(sequence) < there.end * size ? layer.tokens(sequence) : there.end * size;
+        layer.tokens(sequence) < visible.end * size ? layer.tokens(sequence) : visible.end * size;
     const float* page_scores = scratch.page_scores + row * pages.bounds.extent(2);
     const value_limit limit = scratch.limits[row];
-    for (index_t t = there.first * size + part * block_threads + block.rank(); t < tokens;
+    for (index_t t = visible.first * size + part * block_threads + block.rank(); t < tokens;
          t += cut.parts * block_threads) {
       // Both fit in 32 bits, which devices divide faster than 64.
       const auto page = static_cast<std::uint32_t>(t) / static_cast<std::uint32_t>(size);
-      if (!limit.takes(page_scores[page], page - there.first)) scores(sequence, head, t) = 0;
+      if (!limit.selects(page_scores[page], page - visible.first)) scores(sequence, head, t) = 0;
     }
   }
 };

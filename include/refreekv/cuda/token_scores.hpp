@@ -10,7 +10,7 @@
 namespace refreekv::inline v0::cuda_detail {
 
 /// Rows, over all query heads of a KV head, whose statistics are stored at once.
-inline constexpr index_t block_rows = 128;
+inline constexpr index_t rows_together = 128;
 
 /// Scratch of the attention primitives. For each query head of each sequence it has 16 bytes for
 /// each row (normalisers). For one block of rows it has 12 bytes for each row and chunk
@@ -26,7 +26,7 @@ struct attention_scratch {
   template <class Layer>
   static attention_scratch carve(arena& from, index_t window, const Layer& layer) noexcept {
     const index_t group = layer.q_heads() / layer.kv_heads();
-    const index_t most = group < block_rows ? block_rows / group : 1;
+    const index_t most = group < rows_together ? rows_together / group : 1;
     attention_scratch s{};
     // Only rows with `ends` may outnumber the tokens.
     const bool is_capped = layer.info.rows.ends.data() == nullptr && window > layer.capacity();

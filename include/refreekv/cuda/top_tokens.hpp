@@ -44,7 +44,7 @@ struct top_tokens_body {
                                   ? limit_of_largest(block, s, row, candidates, quota.ranked)
                                   : value_limit::nothing();
     keep_where(block, s.counts, kept, sequence, head, candidates, tokens,
-               [&](index_t t) { return limit.takes(row(t), t); });
+               [&](index_t t) { return limit.selects(row(t), t); });
   }
 };
 
@@ -139,7 +139,7 @@ struct mass_limits_body {
     if (!norm_scan::decidable(sum)) return value_limit::undecided();
     return sink_start ? limit_of_bisection(block, s.bisection, row, tokens,
                                            static_cast<float>(1 / sum), static_cast<float>(share))
-                      : limit_of_sum(block, s.least, row, tokens, sum, share * sum);
+                      : limit_by_mass(block, s.least, row, tokens, sum, share * sum);
   }
 };
 
@@ -164,7 +164,7 @@ struct keep_union_body {
       return keep_tokens(block, kept, sequence, head, tokens, true);
     }
     keep_where(block, s, kept, sequence, head, tokens, tokens,
-               [&](index_t t) { return all.takes(t); });
+               [&](index_t t) { return all.selects(t); });
   }
 };
 

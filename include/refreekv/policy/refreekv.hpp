@@ -86,22 +86,22 @@ struct refreekv {
       return detail::assign(exec, layer, kept, keep_all{sinks});
     const norm_scan of = scan(layer);
     const auto& plain = detail::plain(layer);
-    const norm_scan_buffers& found = work.scan;
+    const norm_scan_buffers& scanned = work.scan;
     const index_t cuts = layer.sequences() * groups(layer);
     const index_t rows = layer.sequences() * layer.q_heads() * of.window;
-    status s = run::read_chunks(exec, of, plain, found, work.scratch);
-    if (s == status::ok) s = share<Layer>(ranks, found.statistics, rows * found.chunks);
-    if (s == status::ok) s = run::normalise_rows(exec, of, plain, found, work.scratch);
+    status s = run::read_chunks(exec, of, plain, scanned, work.scratch);
+    if (s == status::ok) s = share<Layer>(ranks, scanned.statistics, rows * scanned.chunks);
+    if (s == status::ok) s = run::normalise_rows(exec, of, plain, scanned, work.scratch);
     if (s == status::ok && !of.one_pass()) {
-      s = share<Layer>(ranks, found.statistics, rows * found.chunks);
+      s = share<Layer>(ranks, scanned.statistics, rows * scanned.chunks);
     }
-    if (s == status::ok) s = run::norm_curve(exec, of, plain, found, work.scratch);
-    if (s == status::ok) s = sum(ranks, found.norms, cuts * found.chunks);
-    if (s == status::ok) s = run::crossing_curve(exec, of, plain, found, work.scratch);
-    if (s == status::ok) s = share<Layer>(ranks, found.chunk_norms, cuts * chunk_tokens);
-    if (s == status::ok) s = share<Layer>(ranks, found.chunk_masses, cuts * chunk_tokens);
-    if (s == status::ok) s = sum(ranks, found.chunk_norms, cuts * chunk_tokens);
-    if (s == status::ok) s = run::find_cuts(exec, of, plain, found, kept);
+    if (s == status::ok) s = run::norm_curve(exec, of, plain, scanned, work.scratch);
+    if (s == status::ok) s = sum(ranks, scanned.norms, cuts * scanned.chunks);
+    if (s == status::ok) s = run::crossing_curve(exec, of, plain, scanned, work.scratch);
+    if (s == status::ok) s = share<Layer>(ranks, scanned.chunk_norms, cuts * chunk_tokens);
+    if (s == status::ok) s = share<Layer>(ranks, scanned.chunk_masses, cuts * chunk_tokens);
+    if (s == status::ok) s = sum(ranks, scanned.chunk_norms, cuts * chunk_tokens);
+    if (s == status::ok) s = run::find_cuts(exec, of, plain, scanned, kept);
     return s;
   }
 
@@ -125,10 +125,10 @@ struct refreekv {
   /// Gathers the results [count] of the ranks with other tokens, in place. Does nothing unless the
   /// layer is sharded.
   template <class Layer, class Ranks, class T>
-  static status share(const Ranks& ranks, T* found, index_t count) noexcept {
+  static status share(const Ranks& ranks, T* values, index_t count) noexcept {
     if constexpr (sharded_layer<Layer>) {
       constexpr index_t words = sizeof(T) / sizeof(std::uint32_t);
-      return ranks(reinterpret_cast<std::uint32_t*>(found), count * words);
+      return ranks(reinterpret_cast<std::uint32_t*>(values), count * words);
     } else {
       return status::ok;
     }

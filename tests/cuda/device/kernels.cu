@@ -70,6 +70,7 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
                     const segmented<__half, device>& segments,
                     const layered<paged<__nv_bfloat16, int, device>>& paged_layers,
                     const scaled<__nv_fp8_e4m3>& fp8, const scaled<std::int8_t>& int8,
+                    const tensor<q8_0_block>& q8, const tensor<q4_0_block>& q4,
                     const int4_keys<device>& int4, view<const __half, 4, device> rows) {
   use_every_policy(observed_by<__nv_bfloat16>(bf16));
   use_every_policy(observe_rows(rows, 8));
@@ -86,6 +87,9 @@ void use_everything(const tensor<__nv_bfloat16>& bf16, const tensor<__half>& hal
   select_and_size(policy::refreekv{}, observed_by<__nv_bfloat16>(fp8));
   select_and_size(policy::refreekv{}, observed_by<__half>(int8));
   select_and_size(policy::snapkv{}, observed_by<__nv_bfloat16>(fp8));
+  select_and_size(policy::refreekv{}, observed_by<__half>(block_keys{q8}));
+  select_and_size(policy::snapkv{}, observed_by<__half>(block_keys{q4}));
+  (void)compact(cuda_backend{}, kept_ranges<device>{}, compaction::sinks_up, q8);
   select_and_size(policy::twilight{}, observed_by<__half>(int4));
 
   use_values<__nv_bfloat16>(pages);

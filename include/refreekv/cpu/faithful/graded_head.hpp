@@ -31,7 +31,7 @@ class graded_head {
   graded_head(const importance_rule& rule, const Layer& layer, index_t sequence, index_t kv_head,
               const importance_scratch& scratch, index_t worker, const grade* grades) noexcept
       : rule_(rule),
-        seen_(layer),
+        layer_(layer),
         sequence_(sequence),
         kv_head_(kv_head),
         grades_(grades),
@@ -72,8 +72,8 @@ class graded_head {
         list(block, [&](grade g) { return g > size && before++ * parts / all == part; });
         read_block();
         fit_block(size, 1);
-        std::copy_n(work_.keys, seen_.head_dim(), to.keys.at(sequence_, kv_head_, written));
-        std::copy_n(work_.values, seen_.values.shape().head_dim,
+        std::copy_n(work_.keys, layer_.head_dim(), to.keys.at(sequence_, kv_head_, written));
+        std::copy_n(work_.values, layer_.values.shape().head_dim,
                     to.values.at(sequence_, kv_head_, written));
         ++written;
       }
@@ -120,29 +120,29 @@ class graded_head {
 
   /// Writes the bare logits of the listed tokens to the tile, and reads their keys and values.
   void read_block() noexcept {
-    const auto& keys = detail::plain(seen_).keys;
-    rows_.fill_bare_logits(block_addresses(keys, sequence_, kv_head_, tokens_, listed_), work_.tile,
+    const auto& keys = detail::plain(layer_).keys;
+    rows_.fill_bare_logits(chunk_addresses(keys, sequence_, kv_head_, tokens_, listed_), work_.tile,
                            stride_);
     for (index_t i = 0; i < listed_; ++i) {
-      const auto value = seen_.values.run_at(sequence_, kv_head_, tokens_[i]);
-      widen_row(value.data, value.dim_stride, seen_.values.shape().head_dim,
+      const auto value = layer_.values.run_at(sequence_, kv_head_, tokens_[i]);
+      widen_row(value.data, value.dim_stride, layer_.values.shape().head_dim,
                 work_.value_rows + i * value_stride_);
       if (!rule_.stand_ins) continue;
       const auto key = keys.run_at(sequence_, kv_head_, tokens_[i]);
-      widen_row(key.data, key.dim_stride, seen_.head_dim(), work_.key_rows + i * key_stride_);
+      widen_row(key.data, key.dim_stride, layer_.head_dim(), work_.key_rows + i * key_stride_);
     }
   }
 
   /// Prepares what all blocks of a head share: its queries, and the map that corrects keys.
   void fit_head() noexcept {
-    const auto& plain = detail::plain(seen_);
-    const index_t dims = seen_.head_dim(), rows = rows_.count(), count = rows_.window.rows;
+    const auto& plain = detail::plain(layer_);
+    const index_t dims = layer_.head_dim(), rows = rows_.count(), count = rows_.window.rows;
     std::fill_n(work_.key_rows, rule_.block * key_stride_, 0.0f);
     std::fill_n(work_.value_rows, rule_.block * value_stride_, 0.0f);
     std::fill_n(work_.queries, dims * row_stride_, 0.0f);
     std::fill_n(work_.map, rows * key_stride_, 0.0f);
     for (index_t i = 0; i < rows; ++i) {
-      const auto* query = plain.queries.at(sequence_, seen_.window() - count + i % count,
+      const auto* query = plain.queries.at(sequence_, layer_.window() - count + i % count,
                                            rows_.queries.first_head + i / count);
       for (index_t d = 0; d < dims; ++d) {
         const float x = rows_.queries.scale * widen(query[d * plain.queries.stride(3)]);
@@ -215,8 +215,8 @@ class graded_head {
           gaps[i] = static_cast<float>(detail::uncapped(static_cast<double>(gaps[i]), cap));
       }
     }
-    add_product({work_.keys, key_stride_, 1}, {work_.queries, row_stride_}, count, seen_.head_dim(),
-                row_stride_, work_.gaps, row_stride_);
+    add_product({work_.keys, key_stride_, 1}, {work_.queries, row_stride_}, count,
+                layer_.head_dim(), row_stride_, work_.gaps, row_stride_);
     add_product({work_.gaps, row_stride_, 1}, {work_.map, key_stride_}, count, rows, key_stride_,
                 work_.keys, key_stride_);
   }
@@ -263,7 +263,7 @@ class graded_head {
   }
 
   const importance_rule& rule_;
-  const Layer& seen_;
+  const Layer& layer_;
   index_t sequence_, kv_head_;
   const grade* grades_;
   fitting_parts work_;

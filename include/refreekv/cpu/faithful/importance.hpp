@@ -38,8 +38,8 @@ bool find_anchor(const Layer& layer, index_t sequence, index_t kv_head,
     work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
   }
   for_each_chunk(rows.window, sequence, kv_head,
-                 [&](index_t c, const key_block& block, const key_block& next) {
-                   const block_addresses keys(plain.keys, block, next);
+                 [&](index_t c, const chunk_keys& block, const chunk_keys& next) {
+                   const chunk_addresses keys(plain.keys, block, next);
                    if (!summarise(rows.queries, rows.window, block.tokens, keys, work.tile)) {
                      attend(rows.queries, rows.window, block.tokens, keys, work.tile);
                    }
@@ -123,9 +123,9 @@ void weigh_tokens(const Executor& threads, const importance_rule& rule, const La
         const auto [begin, end] = importance_rule::seen_by(window);
         const token_range typical = importance_rule::typical(window);
         double squared_spread = 0;
-        for_each_chunk(window, s, h, [&](index_t, const key_block& block, const key_block& next) {
+        for_each_chunk(window, s, h, [&](index_t, const chunk_keys& block, const chunk_keys& next) {
           const index_t first = block.tokens.begin, last = block.tokens.end, count = last - first;
-          rows.fill_bare_logits(block_addresses(plain.keys, block, next), work.tile);
+          rows.fill_bare_logits(chunk_addresses(plain.keys, block, next), work.tile);
 
           constexpr auto most = static_cast<std::size_t>(chunk_tokens);
           float spread[most] = {};

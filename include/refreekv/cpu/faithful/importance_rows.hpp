@@ -26,13 +26,11 @@ void for_each_row(const Source& source, index_t sequence, index_t kv_head, token
                   float* row, const F& f) noexcept {
   const index_t dims = source.shape().head_dim;
   std::fill(row + dims, row + whole_registers(dims), 0.0f);
-  for (index_t t = tokens.begin; t < tokens.end;) {
-    const auto run = source.run_at(sequence, kv_head, t);
-    for (index_t i = 0; i < run.tokens && t < tokens.end; ++i, ++t) {
-      widen_row(run.data + i * run.token_stride, run.dim_stride, dims, row);
-      f(t, row);
-    }
-  }
+  for_each_row_at(source, sequence, kv_head, tokens,
+                  [&](index_t t, const auto* from, index_t dim_stride) {
+                    widen_row(from, dim_stride, dims, row);
+                    f(t, row);
+                  });
 }
 
 /// Returns the length of a row of whole_registers(dims) floats. It is finite for all finite floats.
@@ -57,13 +55,13 @@ struct head_rows {
 
   /// Writes the bare logits of a chunk to the tile: with the soft cap, but no mask and no position.
   template <class Key>
-  void fill_bare_logits(const block_addresses<Key>& keys, const tile_scratch& tile,
+  void fill_bare_logits(const chunk_addresses<Key>& keys, const tile_scratch& tile,
                         index_t stride = tile_stride) const noexcept {
     store_logits<Product>(keys, queries.packed, count(), queries.head_dim, queries.scale,
                           static_cast<Key*>(tile.gathered), tile.values, stride);
     const float cap = queries.attention.soft_cap;
     for (index_t i = 0; cap > 0 && i < count(); ++i) {
-      cap_softly(tile.values + i * stride, keys.count(), static_cast<double>(cap));
+      apply_soft_cap(tile.values + i * stride, keys.count(), static_cast<double>(cap));
     }
   }
 
@@ -171,7 +169,7 @@ void for_each_chunk(const query_window& window, index_t sequence, index_t kv_hea
   const chunking chunks{window.tokens, 0};
   const auto block_of = [&](index_t c) {
     const token_range chunk = chunks[c];
-    return key_block{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
+    return chunk_keys{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
   };
   for (index_t c = chunks.of(begin); c < chunks.count(); ++c) {
     f(c, block_of(c), block_of((std::min)(c + 1, chunks.count() - 1)));

@@ -45,7 +45,7 @@ class measured_head : public graded_head<Layer> {
   using base::levels_, base::stride_, base::key_stride_, base::value_stride_, base::measured_;
   using base::measured_stride_;
   using base::row_of, base::measured_rows, base::stands_in;
-  using base::rule_, base::seen_, base::grades_, base::work_, base::rows_, base::listed_;
+  using base::rule_, base::layer_, base::grades_, base::work_, base::rows_, base::listed_;
 
   /// Writes the attention of the measured rows to a block's stand-ins, normalised by the softmax of
   /// the whole cache.
@@ -54,11 +54,11 @@ class measured_head : public graded_head<Layer> {
     const float cap = rows_.queries.attention.soft_cap;
     std::fill_n(work_.own, sizes * measured_stride_, 0.0f);
     add_product({work_.keys, key_stride_, 1}, {work_.measured_queries, measured_stride_}, sizes,
-                seen_.head_dim(), measured_stride_, work_.own, measured_stride_);
+                layer_.head_dim(), measured_stride_, work_.own, measured_stride_);
     for (index_t size = 0; size < sizes; ++size) {
       float* own = work_.own + size * measured_stride_;
       for (index_t e = 0; cap > 0 && e < measured; e += chunk_tokens) {
-        cap_softly(own + e, (std::min)(chunk_tokens, measured - e), static_cast<double>(cap));
+        apply_soft_cap(own + e, (std::min)(chunk_tokens, measured - e), static_cast<double>(cap));
       }
       for (index_t e = 0; e < measured; ++e) {
         own[e] = static_cast<float>(static_cast<double>(own[e]) - work_.log_sums[e]);
@@ -78,7 +78,7 @@ class measured_head : public graded_head<Layer> {
         for (index_t e = 0; e < measured; ++e) {
           work_.graded[e * rule_.block + count] = work_.attention[e * stride_ + i];
         }
-        std::copy_n(work_.value_rows + i * value_stride_, seen_.values.shape().head_dim,
+        std::copy_n(work_.value_rows + i * value_stride_, layer_.values.shape().head_dim,
                     work_.graded_rows + count * value_stride_);
         ++count;
       }
@@ -118,7 +118,7 @@ class measured_head : public graded_head<Layer> {
     const index_t sizes = rule_.sizes, measured = measured_rows();
     const auto output = [&](index_t part, index_t e) {
       return Eigen::Map<Eigen::ArrayXf>(work_.outputs + (part * measured + e) * value_stride_,
-                                        static_cast<Eigen::Index>(seen_.values.shape().head_dim));
+                                        static_cast<Eigen::Index>(layer_.values.shape().head_dim));
     };
     // Converts the contribution of each grade to the sum over all tokens that a size keeps.
     for (index_t size = 1; size <= sizes; ++size) {

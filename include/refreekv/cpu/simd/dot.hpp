@@ -83,7 +83,7 @@ inline constexpr index_t tile_rows = lane_registers / 8;
 
 /// Tokens of a tile whose keys are read side by side, so that a query is loaded once for all of
 /// them. Fewer interleaved tokens read memory more sequentially, which the prefetcher prefers.
-inline constexpr index_t tokens_abreast = lane_registers == 32 ? 2 : 4;
+inline constexpr index_t interleaved_tokens = lane_registers == 32 ? 2 : 4;
 
 /// Returns the elements of a packed query: head_dim rounded up to whole steps of `dims`. The last
 /// step is filled with zeros.
@@ -175,13 +175,13 @@ typename Product::key_lanes load_rest(const Key* key, index_t dims) noexcept {
 template <class Product, index_t rows>
 REFREEKV_ALWAYS_INLINE void add_products(
     const typename Product::packed* query,
-    const typename Product::key_lanes (&key)[std::size_t{tokens_abreast}],
-    lanes (&sums)[std::size_t{rows}][std::size_t{tokens_abreast}]) noexcept {
+    const typename Product::key_lanes (&key)[std::size_t{interleaved_tokens}],
+    lanes (&sums)[std::size_t{rows}][std::size_t{interleaved_tokens}]) noexcept {
 #pragma GCC unroll 8
   for (index_t r = 0; r < rows; ++r) {
     const auto q = Product::load_query(query + r * Product::dims);
 #pragma GCC unroll 8
-    for (index_t t = 0; t < tokens_abreast; ++t) Product::multiply_add(sums[r][t], q, key[t]);
+    for (index_t t = 0; t < interleaved_tokens; ++t) Product::multiply_add(sums[r][t], q, key[t]);
   }
 }
 
@@ -189,9 +189,9 @@ REFREEKV_ALWAYS_INLINE void add_products(
 /// prefetched twice, because a busy processor drops prefetches.
 template <class Key>
 struct key_addresses {
-  const Key* const* now;
-  const Key* const* soon;
-  const Key* const* later;
+  const Key* const* current;
+  const Key* const* prefetch_near;
+  const Key* const* prefetch_far;
 };
 
 /// Computes queries [row, packed_dim] . keys [token, head_dim] for the rows of a tile. Calls
@@ -206,43 +206,43 @@ REFREEKV_ALWAYS_INLINE void dot_rows(const typename Product::packed* queries,
   for (index_t first = 0; first < count; first += tile_tokens) {
     lanes halves[std::size_t{rows}][2];
 #pragma GCC unroll 8
-    for (index_t token = 0; token < tile_tokens; token += tokens_abreast) {
-      constexpr auto abreast = std::size_t{tokens_abreast};
+    for (index_t token = 0; token < tile_tokens; token += interleaved_tokens) {
+      constexpr auto abreast = std::size_t{interleaved_tokens};
       lanes sums[std::size_t{rows}][abreast];
 #pragma GCC unroll 8
       for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-        for (index_t t = 0; t < tokens_abreast; ++t) sums[r][t] = splat(0);
+        for (index_t t = 0; t < interleaved_tokens; ++t) sums[r][t] = splat(0);
       }
-      const Key *now[abreast], *soon[abreast], *later[abreast];
+      const Key *current[abreast], *prefetch_near[abreast], *prefetch_far[abreast];
 #pragma GCC unroll 8
-      for (index_t t = 0; t < tokens_abreast; ++t) {
-        now[t] = keys.now[first + token + t];
-        soon[t] = keys.soon[first + token + t];
-        later[t] = keys.later[first + token + t];
+      for (index_t t = 0; t < interleaved_tokens; ++t) {
+        current[t] = keys.current[first + token + t];
+        prefetch_near[t] = keys.prefetch_near[first + token + t];
+        prefetch_far[t] = keys.prefetch_far[first + token + t];
       }
       typename Product::key_lanes key[abreast];
 #pragma GCC unroll 1
       for (index_t d = 0; d < whole; d += dims) {
 #pragma GCC unroll 8
-        for (index_t t = 0; t < tokens_abreast; ++t) {
-          key[t] = Product::load_key(now[t] + d);
-          prefetch(later[t] + d);
-          prefetch(soon[t] + d);
+        for (index_t t = 0; t < interleaved_tokens; ++t) {
+          key[t] = Product::load_key(current[t] + d);
+          prefetch(prefetch_far[t] + d);
+          prefetch(prefetch_near[t] + d);
         }
         add_products<Product, rows>(queries + d * rows, key, sums);
       }
       if (whole < head_dim) {
 #pragma GCC unroll 8
-        for (index_t t = 0; t < tokens_abreast; ++t) {
-          key[t] = load_rest<Product>(now[t] + whole, head_dim - whole);
+        for (index_t t = 0; t < interleaved_tokens; ++t) {
+          key[t] = load_rest<Product>(current[t] + whole, head_dim - whole);
         }
         add_products<Product, rows>(queries + whole * rows, key, sums);
       }
 #pragma GCC unroll 8
       for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-        for (index_t t = 0; t < tokens_abreast; t += 2) {
+        for (index_t t = 0; t < interleaved_tokens; t += 2) {
           halves[r][(token + t) / 2] = sum_halves(sums[r][t], sums[r][t + 1]);
         }
       }

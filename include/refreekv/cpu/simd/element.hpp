@@ -33,6 +33,20 @@ template <element T>
   }
 }
 
+/// The elements of 8-bit keys.
+template <class T>
+concept small_element = std::is_same_v<T, std::int8_t> || std::is_same_v<T, fp8_e4m3_bits>;
+
+[[nodiscard]] inline float widen(std::int8_t x) noexcept { return x; }
+/// Without a branch, so that compilers vectorise it, and without a denormal, which would be slow.
+[[nodiscard]] inline float widen(fp8_e4m3_bits x) noexcept {
+  const std::uint32_t magnitude = x.bits & 0x7fu, sign = (x.bits & 0x80u) << 24;
+  const float normal = detail::as_float((magnitude << 20) + (120u << 23));
+  const float subnormal = detail::as_float((magnitude << 20) + (121u << 23)) - 0x1p-6f;
+  const std::uint32_t bits = detail::as_bits(magnitude < 8 ? subnormal : normal);
+  return detail::as_float((magnitude == 0x7fu ? 0x7fc00000u : bits) | sign);
+}
+
 /// Returns the value of T nearest to x. Saturates at the largest finite value.
 template <element T>
 [[nodiscard]] inline T narrow(float x) noexcept {

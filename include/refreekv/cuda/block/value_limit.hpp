@@ -29,7 +29,7 @@ struct value_limit {
 
   [[nodiscard]] REFREEKV_DEVICE bool takes_everything() const noexcept { return equals_end < 0; }
   [[nodiscard]] REFREEKV_DEVICE bool is_undecided() const noexcept { return least != least; }
-  [[nodiscard]] REFREEKV_DEVICE bool takes(float value, index_t t) const noexcept {
+  [[nodiscard]] REFREEKV_DEVICE bool selects(float value, index_t t) const noexcept {
     return value > least || (value == least && t < equals_end) || takes_everything();
   }
 };
@@ -53,9 +53,9 @@ struct limit_union {
     for (index_t i = 0; i < rows; ++i) undecided |= limit(i).is_undecided();
     return undecided;
   }
-  [[nodiscard]] REFREEKV_DEVICE bool takes(index_t t) const noexcept {
+  [[nodiscard]] REFREEKV_DEVICE bool selects(index_t t) const noexcept {
     bool taken = false;
-    for (index_t i = 0; i < rows; ++i) taken |= limit(i).takes(row(i)(t), t);
+    for (index_t i = 0; i < rows; ++i) taken |= limit(i).selects(row(i)(t), t);
     return taken;
   }
 };
@@ -199,14 +199,15 @@ struct descent_digits {
 template <class Bins, thread_block Block>
 [[nodiscard]] REFREEKV_DEVICE typename Bins::weight weigh(Block& block, limit_memory<Bins>& s,
                                                           const value_row& row, index_t count,
-                                                          const Bins& bins, std::uint32_t found,
+                                                          const Bins& bins,
+                                                          std::uint32_t known_digits,
                                                           int digit) noexcept {
   using digits = descent_digits<Bins>;
   const int shift = digits::shift(digit);
   bins.clear(block, s.bins);
   block.sync();
   for_each_value(block, row, count, [&](float v) {
-    const std::uint32_t bin = (ordered_bits(v) ^ found) >> shift;
+    const std::uint32_t bin = (ordered_bits(v) ^ known_digits) >> shift;
     if (bin < digits::bins) bins.add(block, s.bins, bin, v);
   });
   block.sync();
@@ -240,7 +241,7 @@ template <class Bins, thread_block Block>
                                                    index_t equals) noexcept {
   if (wanted >= equals) return {least, begin + count};
   if (wanted <= 0) return {least, begin};
-  for_each_where(
+  for_each_selected(
       block, s.counts, count, [&](index_t t) { return row(t) == least; },
       [&](index_t i, index_t t) {
         if (i == wanted - 1) s.equals_end = begin + t + 1;
@@ -280,9 +281,9 @@ template <thread_block Block>
 /// Returns the limit of the fewest of the row's first `count` values that sum to at least `needed`;
 /// if they do not, of all that are not 0. Requires values >= 0 and their sum, up to rounding, > 0.
 template <thread_block Block>
-[[nodiscard]] REFREEKV_DEVICE value_limit limit_of_sum(Block& block, limit_memory<mass_bins>& s,
-                                                       const value_row& row, index_t count,
-                                                       double sum, double needed) noexcept {
+[[nodiscard]] REFREEKV_DEVICE value_limit limit_by_mass(Block& block, limit_memory<mass_bins>& s,
+                                                        const value_row& row, index_t count,
+                                                        double sum, double needed) noexcept {
   const mass_bins bins(sum);
   return limit_of_weight(block, s, row, count, bins, bins.at_least(needed));
 }

@@ -96,9 +96,9 @@ template <thread_block Block>
 /// Calls f(i, t) for each token t of [0, tokens) for which holds(t). i counts these tokens from 0,
 /// in ascending order. Returns their number. O(tokens / threads)
 template <thread_block Block, class Predicate, class F>
-REFREEKV_DEVICE index_t for_each_where(Block& block, warp_values<std::uint64_t>& shared,
-                                       index_t tokens, const Predicate& holds,
-                                       const F& f) noexcept {
+REFREEKV_DEVICE index_t for_each_selected(Block& block, warp_values<std::uint64_t>& shared,
+                                          index_t tokens, const Predicate& holds,
+                                          const F& f) noexcept {
   // One prefix sum counts four batches of 256 tokens, in 16 bits each.
   constexpr int parts = 4;
   index_t count = 0;

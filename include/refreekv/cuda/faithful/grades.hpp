@@ -165,7 +165,7 @@ struct lost_body {
     index_t before = limit.rank;
     for (index_t h = heads.first; h < heads.first + heads.count; ++h) {
       const value_row row{scores.at(sequence, h, heads.tokens.begin), scores.stride(2)};
-      before += for_each_where(
+      before += for_each_selected(
           block, s.counts, heads.tokens.end - heads.tokens.begin,
           [&](index_t t) { return row(t) == limit.value; },
           [&](index_t i, index_t t) {

@@ -111,16 +111,17 @@ struct step_sizes_body {
     size_range range = scratch.ranges[sequence];
     if (!range.is_open()) return;
     const index_t group = layer.q_heads() / layer.kv_heads(), rows = group * scratch.measured;
-    const index_t there = group * rule.measured(window_of(layer, sequence, rule.rows).count());
+    const index_t measured = group * rule.measured(window_of(layer, sequence, rule.rows).count());
     double error = 0;
-    for (index_t i = block.rank(); i < layer.kv_heads() * there; i += block_threads) {
-      error += scratch.row_errors[(sequence * layer.kv_heads() + i / there) * rows + i % there];
+    for (index_t i = block.rank(); i < layer.kv_heads() * measured; i += block_threads) {
+      error +=
+          scratch.row_errors[(sequence * layer.kv_heads() + i / measured) * rows + i % measured];
     }
     error = block_reduce(block, s, error, plus{});
     if (block.rank() != 0) return;
     const position_t middle = range.middle();
     const bool enough = rule.is_enough(lost[sequence * (index_t{rule.sizes} + 1) + middle],
-                                       error / static_cast<double>(layer.kv_heads() * there));
+                                       error / static_cast<double>(layer.kv_heads() * measured));
     (enough ? range.high : range.low) = middle;
     scratch.ranges[sequence] = range;
     sizes[sequence] = range.middle();
