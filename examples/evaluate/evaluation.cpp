@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "evaluation.hpp"
 
+#include "decode_pruning.hpp"
 #include "generation.hpp"
 
 namespace evaluate {
@@ -37,27 +38,26 @@ prompt_run::prompt_run(const llama& model, const tokenized_prompt& prompt, std::
                  std::make_move_iterator(answer.logits.end()));
 }
 
-prompt_run::pruned_cache prompt_run::prune(pruning_policy policy, int threads) const {
-  set_layers(policy, full_.layers());
-  pruned_cache result{full_, 0, 0};
-  const llama_config& config = model_.config();
-  pruner prune(policy, config.q_heads, threads);
-  const std::size_t row = config.q_heads * config.head_dim;
+kv_cache prompt_run::prune(pruner& prune, std::size_t window, double& select_seconds) const {
+  kv_cache cache = full_;
+  const std::size_t row = model_.config().q_heads * model_.config().head_dim;
   for (std::size_t layer = full_layers_; layer < full_.layers(); ++layer) {
     const std::span<const float> queries = queries_[layer];
-    const std::size_t rows = std::min(window_of(policy), queries.size() / row);
-    result.select_seconds +=
-        prune.prune(layer, queries.last(rows * row), result.cache).library_seconds;
+    const std::size_t rows = std::min(window, queries.size() / row);
+    select_seconds += prune.prune(layer, queries.last(rows * row), cache).library_seconds;
   }
-  std::size_t kept = 0, all = 0;
-  for (std::size_t layer = 0; layer < full_.layers(); ++layer) {
-    for (std::size_t head = 0; head < config.kv_heads; ++head) {
-      kept += result.cache.layer(layer).length(head);
-      all += full_.layer(layer).length(head);
+  return cache;
+}
+
+double prompt_run::kept_fraction(const kv_cache& cache, std::size_t tokens) const {
+  std::size_t kept = 0;
+  for (std::size_t layer = 0; layer < cache.layers(); ++layer) {
+    for (std::size_t head = 0; head < model_.config().kv_heads; ++head) {
+      kept += cache.layer(layer).length(head);
     }
   }
-  result.kept_fraction = static_cast<double>(kept) / static_cast<double>(all);
-  return result;
+  const std::size_t heads = cache.layers() * model_.config().kv_heads;
+  return static_cast<double>(kept) / static_cast<double>(heads * tokens);
 }
 
 // The tokens before the key are given, and each of the key's that came before the next one.
@@ -69,14 +69,22 @@ bool prompt_run::recalls_key(logits_view logits) const {
   return recalls;
 }
 
-measurement prompt_run::measure(const pruning_policy& policy, int threads) const {
-  pruned_cache pruned = prune(policy, threads);
-  const auto bytes = static_cast<double>(pruned.cache.bytes());
-  if (!question_.empty()) model_.prefill(question_, pruned.cache);
-  const std::vector<std::vector<float>> logits = model_.score(answer_, pruned.cache);
+measurement prompt_run::measure(const pruning_policy& policy, int threads,
+                                std::size_t prune_every) const {
+  pruning_policy for_model = policy;
+  set_layers(for_model, full_.layers());
+  const std::size_t window = window_of(for_model);
+  pruner pruning(for_model, model_.config().q_heads, threads);
+  double select_seconds = 0;
+  kv_cache cache = prune(pruning, window, select_seconds);
+  double kept = kept_fraction(cache, full_.next_position());
+  const auto bytes = static_cast<double>(cache.bytes());
+  if (!question_.empty()) model_.prefill(question_, cache);
+  decode_pruning decoding(model_, pruning, prune_every, window, full_layers_);
+  const std::vector<std::vector<float>> logits = decoding.score(answer_, cache);
+  if (prune_every > 0) kept = kept_fraction(cache, cache.next_position());
   const std::size_t keys = recalls_key() && recalls_key(logits) ? 1 : 0;
-  return {pruned.kept_fraction, compare_logits(logits_, logits), keys, pruned.select_seconds,
-          bytes};
+  return {kept, compare_logits(logits_, logits), keys, select_seconds, bytes};
 }
 
 }  // namespace evaluate

@@ -37,17 +37,17 @@ class prompt_run {
   bool recalls_key() const { return recalls_key(logits_); }
 
   // Feeds the question and the answer to a pruned copy of the cache and compares what it predicts
-  // after each token of the answer. The policy must look at no more than `window` queries.
-  measurement measure(const smollm2::pruning_policy& policy, int threads) const;
+  // after each token of the answer. The policy must look at no more than `window` queries. It also
+  // prunes after every `prune_every` tokens of the answer; 0: never. Then what is kept is counted
+  // at the end.
+  measurement measure(const smollm2::pruning_policy& policy, int threads,
+                      std::size_t prune_every) const;
 
  private:
-  struct pruned_cache {
-    smollm2::kv_cache cache;
-    double kept_fraction;
-    double select_seconds;
-  };
-
-  pruned_cache prune(smollm2::pruning_policy policy, int threads) const;
+  // Prunes a copy of the cache; adds to select_seconds.
+  smollm2::kv_cache prune(smollm2::pruner& prune, std::size_t window, double& select_seconds) const;
+  // The rows of a cache of `tokens` tokens.
+  double kept_fraction(const smollm2::kv_cache& cache, std::size_t tokens) const;
   bool recalls_key(smollm2::logits_view logits) const;
 
   const smollm2::llama& model_;

@@ -62,7 +62,8 @@ void evaluate_on(const tokenized_prompt& prompt, const std::vector<planned_row>&
     const double part = static_cast<double>(done++) / static_cast<double>(rows.size());
     show("row " + std::to_string(done) + " of " + std::to_string(rows.size()),
          prefill_part + (1 - prefill_part) * part);
-    measured[r] = full.measure(rows[r].entry->policy({tokens, share}), opts.threads);
+    measured[r] =
+        full.measure(rows[r].entry->policy({tokens, share}), opts.threads, opts.prune_every);
   };
   for (std::size_t r = 0; r < rows.size(); ++r) {
     if (!rows[r].reference) measure(r, rows[r].share);

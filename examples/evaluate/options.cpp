@@ -52,6 +52,11 @@ std::optional<options> parse_options(int argc, char** argv) {
                  "'METHOD' or 'METHOD, OPTIONS', for what they keep of it");
   app.add_option("--tokens", result.tokens, "tokens that the full cache generates to compare at")
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20));
+  app.add_option(
+         "--prune-every", result.prune_every,
+         "prune after every so many of these tokens, too, and count what is kept at the end")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20))
+      ->default_str("after the prompt only");
   app.add_option("--full-layers", result.full_layers,
                  "first layers that no method prunes, whatever its own rule says");
   app.add_option("--threads", result.threads)->check(CLI::Range(1, 1024));
@@ -68,9 +73,14 @@ std::optional<options> parse_options(int argc, char** argv) {
 
   if (result.methods.empty()) result.methods = method_names();
   const auto& names = result.methods;
-  if (result.full_layers > 0 && std::find(names.begin(), names.end(), "cake") != names.end()) {
-    throw smollm2::usage_error(
-        "--full-layers: cake shares its budget among all layers; name the others with --methods");
+  if (std::find(names.begin(), names.end(), "cake") != names.end()) {
+    const std::string others = "; name the others with --methods";
+    if (result.full_layers > 0) {
+      throw smollm2::usage_error("--full-layers: cake shares its budget among all layers" + others);
+    }
+    if (result.prune_every > 0) {
+      throw smollm2::usage_error("--prune-every: cake prunes a prompt once" + others);
+    }
   }
   for (const std::string& text : budgets) result.budgets.push_back(budget_of(text));
   return result;

@@ -28,6 +28,7 @@ struct options {
   std::vector<std::string> methods;
   std::vector<named_budget> budgets;
   std::size_t tokens = 24;      // to compare
+  std::size_t prune_every = 0;  // tokens of an answer; 0: after the prompt only
   std::size_t full_layers = 0;  // first layers that no method prunes
   int threads = 1;
   std::optional<std::size_t> max_tokens;  // of a prompt; what the model's context allows

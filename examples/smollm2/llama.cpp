@@ -91,17 +91,18 @@ std::vector<float> llama::prefill_any(std::span<const int> tokens, sequence_memo
 }
 
 std::vector<float> llama::decode(int token, sequence_memory& cache) const {
-  return std::move(score({&token, 1}, cache).front());
+  return std::move(score_any({&token, 1}, cache, {}).front());
 }
 
-std::vector<std::vector<float>> llama::score(std::span<const int> tokens,
-                                             sequence_memory& cache) const {
+std::vector<std::vector<float>> llama::score_any(std::span<const int> tokens,
+                                                 sequence_memory& cache,
+                                                 const any_hooks& hooks) const {
   if (tokens.empty()) return {};
   if (cache.next_position() + tokens.size() > config_.context) {
     throw std::runtime_error("the model's context of " + std::to_string(config_.context) +
                              " tokens is full");
   }
-  return forward(tokens, tokens.size(), cache, {});
+  return forward(tokens, tokens.size(), cache, hooks);
 }
 
 std::vector<std::vector<float>> llama::forward(std::span<const int> tokens, std::size_t scored,

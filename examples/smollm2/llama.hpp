@@ -56,27 +56,39 @@ class llama {
   std::vector<float> prefill(
       std::span<const int> tokens, Cache& cache,
       const std::type_identity_t<prefill_hooks_for<Cache>>& hooks = {}) const {
-    any_hooks any{hooks.window, {}, hooks.on_progress};
-    if (hooks.on_layer) {
-      any.on_layer = [&](std::size_t layer, std::span<const float> queries, sequence_memory&) {
-        hooks.on_layer(layer, queries, cache);
-      };
-    }
-    return prefill_any(tokens, cache, any);
+    return prefill_any(tokens, cache, any_of(hooks, cache));
   }
 
   // The same for one token, which attends over whatever rows each KV head still has.
   std::vector<float> decode(int token, sequence_memory& cache) const;
 
   // Decodes tokens that are known beforehand, all in one pass: [token] of [vocabulary].
-  std::vector<std::vector<float>> score(std::span<const int> tokens, sequence_memory& cache) const;
+  template <std::derived_from<sequence_memory> Cache>
+  std::vector<std::vector<float>> score(
+      std::span<const int> tokens, Cache& cache,
+      const std::type_identity_t<prefill_hooks_for<Cache>>& hooks = {}) const {
+    return score_any(tokens, cache, any_of(hooks, cache));
+  }
 
  private:
   struct scratch;
   using any_hooks = prefill_hooks_for<sequence_memory>;
 
+  template <class Cache>
+  static any_hooks any_of(const prefill_hooks_for<Cache>& hooks, Cache& cache) {
+    any_hooks any{hooks.window, {}, hooks.on_progress};
+    if (hooks.on_layer) {
+      any.on_layer = [&](std::size_t layer, std::span<const float> queries, sequence_memory&) {
+        hooks.on_layer(layer, queries, cache);
+      };
+    }
+    return any;
+  }
+
   std::vector<float> prefill_any(std::span<const int> tokens, sequence_memory& cache,
                                  const any_hooks& hooks) const;
+  std::vector<std::vector<float>> score_any(std::span<const int> tokens, sequence_memory& cache,
+                                            const any_hooks& hooks) const;
 
   // The logits of the last `scored` tokens.
   std::vector<std::vector<float>> forward(std::span<const int> tokens, std::size_t scored,

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs SmolLM2 on a prompt and prunes each layer's cache right after that layer's prefill.
+#include <algorithm>
 #include <iostream>
 
 #include "command_line.hpp"
+#include "decode_pruning.hpp"
 #include "decoding.hpp"
 #include "generation.hpp"
 #include "loaded_model.hpp"
@@ -41,9 +43,20 @@ class conversation {
       const std::vector<float> expected = follow(logits);
       kv_cache full = full_, pruned = cache_;
       const generation reference = generate(model_, expected, full, opts_.tokens, -1);
-      result.against_full = compare(model_, reference, logits, pruned);
+      pruner prune = prune_;
+      decode_pruning decoding = while_decoding(prune);
+      result.against_full = compare(reference, logits, [&](std::span<const int> tokens) {
+        return decoding.score(tokens, pruned);
+      });
     }
-    const generation answer = generate(model_, logits, cache_, opts_.tokens, end_token);
+    decode_pruning decoding = while_decoding(prune_);
+    const generation answer =
+        generate(model_, logits, cache_, opts_.tokens, end_token, [&](int token) {
+          std::vector<float> next = decoding.decode(token, cache_);
+          result.largest_cache_bytes = std::max(result.largest_cache_bytes, cache_.bytes());
+          return next;
+        });
+    if (opts_.prune_every > 0) result.cache_bytes_at_end = cache_.bytes();
     text_.insert(text_.end(), answer.tokens.begin(), answer.tokens.end());
     result.tokens = answer.tokens;
     result.decode_seconds = answer.seconds;
@@ -66,6 +79,10 @@ class conversation {
   static pruning_policy for_layers(pruning_policy policy, std::size_t layers) {
     set_layers(policy, layers);
     return policy;
+  }
+
+  decode_pruning while_decoding(pruner& prune) const {
+    return {model_, prune, opts_.prune_every, window_of(policy_)};
   }
 
   // What a cache does not have yet, the last token of an answer among it.

@@ -37,6 +37,10 @@ std::optional<options> parse_options(int argc, char** argv) {
   app.add_option("--then", result.replies, "a further message after the answer; may be repeated");
   app.add_option("--protect", ranges,
                  "tokens that stay, as positions BEGIN:END in the conversation; may be repeated");
+  app.add_option("--prune-every", result.prune_every,
+                 "prune while decoding, too: after every so many tokens of an answer")
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 20))
+      ->default_str("after prompts only");
   app.add_option("--plot", result.plot, "draw FILE.svg and FILE.png (needs gnuplot)");
   app.add_option("--plot-layer", result.plot_layer,
                  "layer whose loss curve is drawn (default: the middle one)");
@@ -49,6 +53,9 @@ std::optional<options> parse_options(int argc, char** argv) {
   }
   if (!result.replies.empty() && std::holds_alternative<refreekv::policy::cake>(result.policy)) {
     throw usage_error("cake shares its budget among layers of one length: no --then");
+  }
+  if (result.prune_every > 0 && std::holds_alternative<refreekv::policy::cake>(result.policy)) {
+    throw usage_error("cake shares its budget among layers of one length: no --prune-every");
   }
   if (!result.plot.empty() && !std::holds_alternative<refreekv::policy::refreekv>(result.policy)) {
     throw usage_error("--plot needs --policy refreekv");

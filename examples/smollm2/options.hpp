@@ -14,6 +14,7 @@ namespace smollm2 {
 struct options : run_settings {
   std::vector<std::string> replies;            // further messages, each after an answer
   std::vector<refreekv::token_range> protect;  // positions in the conversation
+  std::size_t prune_every = 0;                 // tokens of an answer; 0: after prompts only
   std::filesystem::path plot;                  // without ending; empty for none
   std::optional<std::size_t> plot_layer;       // the middle one if not given
 };

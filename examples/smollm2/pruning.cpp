@@ -68,12 +68,21 @@ void retain(const std::vector<slot_range>& slots, layer_cache& cache) {
   cache.retain(first, length);
 }
 
-// For a cache of which earlier decisions have left the first `settled` slots: faithful, which takes
-// a share of what it looks at, judges no token twice.
-pruning_policy after(pruning_policy policy, std::size_t settled) {
-  if (auto* faithful = std::get_if<refreekv::policy::faithful>(&policy)) {
-    faithful->sinks = std::max(faithful->sinks, static_cast<refreekv::count_t>(settled));
-  }
+// For a cache that earlier decisions have left the first slots.settled of: faithful, which drops a
+// share of what it looks at, judges no token twice, and a share is one of all tokens ever seen.
+pruning_policy after(pruning_policy policy, const pruned_slots& slots) {
+  const auto of_all = [&](refreekv::token_budget& budget) {
+    budget = budget.of(static_cast<index_t>(slots.seen));
+  };
+  std::visit(
+      [&]<class Policy>(Policy& each) {
+        if constexpr (valued_policy<Policy>) {
+          each.sinks = std::max(each.sinks, static_cast<refreekv::count_t>(slots.settled));
+        }
+        if constexpr (requires { of_all(each.budget); }) of_all(each.budget);
+        if constexpr (requires { of_all(each.recent); }) of_all(each.recent);
+      },
+      policy);
   return policy;
 }
 
@@ -86,11 +95,25 @@ bool shares_a_cut(const pruning_policy& policy) {
 
 pruner::pruner(const pruning_policy& policy, std::size_t q_heads, int threads,
                std::vector<refreekv::token_range> keep)
-    : policy_(policy), q_heads_(q_heads), runner_(threads), keep_(std::move(keep)) {
+    : policy_(policy),
+      q_heads_(q_heads),
+      threads_(threads),
+      runner_(threads),
+      keep_(std::move(keep)) {
   if (!keep_.empty() && !keeps_ranges(policy)) {
     throw std::runtime_error("protected tokens need a policy that keeps a range");
   }
 }
+
+pruner::pruner(const pruner& other)
+    : policy_(other.policy_),
+      q_heads_(other.q_heads_),
+      threads_(other.threads_),
+      runner_(other.threads_),
+      keep_(other.keep_),
+      left_(other.left_),
+      slots_(other.slots_),
+      cake_(other.cake_) {}
 
 template <class F>
 layer_pruning pruner::shrink(layer_cache& cache, const F& decide_and_compact) {
@@ -123,16 +146,19 @@ layer_pruning pruner::prune(std::size_t layer, std::span<const float> queries, l
     while (left_.size() <= layer) left_.emplace_back(cache.kv_heads());
     left_[layer].append(cache.length(0) - left_[layer].length(0));
   }
-  while (settled_.size() <= layer) settled_.emplace_back(cache.kv_heads());
-  std::vector<std::size_t>& settled = settled_[layer];
+  while (slots_.size() <= layer) slots_.emplace_back(cache.kv_heads());
+  std::vector<pruned_slots>& slots = slots_[layer];
+  for (std::size_t head = 0; head < slots.size(); ++head) {
+    slots[head].seen += cache.length(head) - slots[head].settled;
+  }
   layer_pruning result = shrink(cache, [&](const head_range& heads, layer_pruning& part) {
-    runner_.decide(after(policy_, settled[heads.first]),
+    runner_.decide(after(policy_, slots[heads.first]),
                    observe_layer(layer, queries, q_heads_, cache, heads), values_of(cache, heads),
                    part);
     if (!keep_.empty()) protect(left_[layer], heads.first, heads.count, part.kept);
     return runner_.compact(part, keys_of(cache, heads), values_of(cache, heads));
   });
-  for (std::size_t head = 0; head < settled.size(); ++head) settled[head] = cache.length(head);
+  for (std::size_t head = 0; head < slots.size(); ++head) slots[head].settled = cache.length(head);
   return result;
 }
 

@@ -19,13 +19,21 @@ struct curve_point {
   float loss;
 };
 
-// Prunes a conversation's cache after each of its prompts.
+// What became of one KV head's tokens.
+struct pruned_slots {
+  std::size_t settled = 0;  // slots that the last pruning left
+  std::size_t seen = 0;     // tokens that the cache ever had
+};
+
+// Prunes a conversation's cache after each of its prompts, or while an answer is decoded.
 class pruner {
  public:
   // keep: tokens of the text, first position to past the last one, that stay whatever the policy
   // says. Throws std::runtime_error where there are any and the policy keeps no range.
   pruner(const pruning_policy& policy, std::size_t q_heads, int threads,
          std::vector<refreekv::token_range> keep = {});
+  // The same past, for a copy of the cache; threads of its own.
+  pruner(const pruner& other);
 
   // Decides on the slots that the layer has, moves what is kept together, and gives the rest back
   // to the operating system. queries: [row, q_head, head_dim] of the last tokens, as many as the
@@ -66,10 +74,11 @@ class pruner {
 
   pruning_policy policy_;
   std::size_t q_heads_;
+  int threads_;
   policy_runner runner_;
   std::vector<refreekv::token_range> keep_;
   std::vector<remaining_tokens> left_;  // [layer]; followed only if there are tokens to keep
-  std::vector<std::vector<std::size_t>> settled_;  // [layer][kv_head]: slots that a pruning left
+  std::vector<std::vector<pruned_slots>> slots_;  // [layer][kv_head]
   cake_state cake_;
 };
 

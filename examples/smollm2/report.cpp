@@ -88,6 +88,10 @@ void print(const report& run, std::ostream& out) {
   out << std::setprecision(3) << "prefill " << run.prefill_seconds << " s, prune "
       << run.prune_seconds() << " s, decode " << run.decode_seconds << " s ("
       << std::setprecision(1) << run.tokens_per_second() << " tokens/s)\n";
+  if (run.cache_bytes_at_end) {
+    out << "pruned while decoding: cache at most " << mebibytes(run.largest_cache_bytes) << ", "
+        << mebibytes(*run.cache_bytes_at_end) << " MiB at the end\n";
+  }
   if (run.against_full) {
     out << std::setprecision(4) << "against the full cache: mean KL " << run.against_full->mean_kl
         << " nats, same top token " << std::setprecision(1)
@@ -128,6 +132,10 @@ nlohmann::ordered_json json_of(const report& run) {
                               {"bytes_before", layer.bytes_before},
                               {"bytes_after", layer.bytes_after},
                               {"prune_seconds", layer.seconds}});
+  }
+  if (run.cache_bytes_at_end) {
+    json["while_decoding"] = {{"largest_cache_bytes", run.largest_cache_bytes},
+                              {"cache_bytes_at_end", *run.cache_bytes_at_end}};
   }
   if (run.against_full) {
     json["against_full"] = {{"mean_kl_nats", run.against_full->mean_kl},

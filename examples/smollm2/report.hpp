@@ -23,7 +23,9 @@ struct report {
   double decode_seconds;
   std::optional<comparison> against_full;
   std::optional<speed_test> speed;
-  std::size_t peak_resident_bytes;  // of the process
+  std::size_t peak_resident_bytes;                // of the process
+  std::size_t largest_cache_bytes;                // while decoding
+  std::optional<std::size_t> cache_bytes_at_end;  // where it was pruned while decoding
 
   double kept_fraction() const;  // mean over layers and KV heads, of the slots that each had
   bool pruned_before() const;    // whether some layer no longer had all tokens

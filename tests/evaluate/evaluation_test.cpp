@@ -34,15 +34,28 @@ TEST_CASE("a question that comes later is fed to what was pruned without it", "[
     CHECK(run.tokens() == 12);
     CHECK_FALSE(run.has_key());
 
-    const measurement full = run.measure(smollm2::keep_everything{}, 1);
+    const measurement full = run.measure(smollm2::keep_everything{}, 1, 0);
     CHECK(full.kept_fraction == 1);
     CHECK(full.against_full.largest_kl < 1e-6);
     CHECK(full.against_full.same_top_token == 1);
-    const measurement pruned = run.measure(half, 1);
+    const measurement pruned = run.measure(half, 1, 0);
     CHECK(pruned.kept_fraction == 0.5);
     CHECK(pruned.against_full.largest_kl > 1e-6);
     CHECK(pruned.keys == 0);
   }
+}
+
+TEST_CASE("a cache is pruned again while it grows", "[evaluate]") {
+  const smollm2::llama model = open_model();
+  const tokenized_prompt prompt{"", some_tokens(60, 1), {}, {}, 0};
+  const prompt_run run(model, prompt, 4, 50, 0, [](double) {});
+  const measurement full = run.measure(smollm2::keep_everything{}, 1, 20);
+  CHECK(full.kept_fraction == 1);
+  CHECK(full.against_full.largest_kl < 1e-6);
+  // The last pruning comes after 100 tokens and leaves half of them; 10 more follow.
+  const refreekv::policy::snapkv half{.budget = refreekv::token_budget::share(0.5), .window = 4};
+  CHECK(run.measure(half, 1, 20).kept_fraction == Approx(60.0 / 110));
+  CHECK(run.measure(half, 1, 0).kept_fraction == 0.5);
 }
 
 TEST_CASE("a key is recalled where all of its tokens are the most likely ones", "[evaluate]") {
@@ -56,11 +69,11 @@ TEST_CASE("a key is recalled where all of its tokens are the most likely ones", 
   const prompt_run right(model, prompt, 1, 12, 0, [](double) {});
   CHECK(right.tokens() == 5);
   CHECK(right.recalls_key());
-  CHECK(right.measure(smollm2::keep_everything{}, 1).keys == 1);
+  CHECK(right.measure(smollm2::keep_everything{}, 1, 0).keys == 1);
 
   prompt.answer.back() = (prompt.answer.back() + 1) % 11;
   const prompt_run wrong(model, prompt, 1, 12, 0, [](double) {});
   CHECK(wrong.has_key());
   CHECK_FALSE(wrong.recalls_key());
-  CHECK(wrong.measure(smollm2::keep_everything{}, 1).keys == 0);
+  CHECK(wrong.measure(smollm2::keep_everything{}, 1, 0).keys == 0);
 }

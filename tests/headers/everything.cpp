@@ -52,10 +52,14 @@ void use_all(const r::dense<T>& keys, r::view<const T, 4> queries, r::scores_vie
   (void)r::select(r::policy::twilight{.full_layers = 0}, r::cpu_backend{}, in_codes, {}, {});
   (void)r::quantise(r::cpu_backend{}, keys, codes);
   const r::dense<float> scales(r::view<float, 4>{});
-  use(r::policy::refreekv{}, r::observe(queries, in_bits<std::int8_t>(scales), {.index = 7}));
-  use(r::policy::refreekv{}, r::observe(queries, in_bits<r::fp8_e4m3_bits>(scales), {.index = 7}));
-  use(r::policy::snapkv{}, r::observe(queries, in_blocks<r::q8_0_block>()));
-  use(r::policy::snapkv{}, r::observe(queries, in_blocks<r::q4_0_block>()));
+  const auto decide = [&](const auto& packed) {
+    const r::cpu_backend cpu;
+    (void)r::select(r::policy::refreekv{}, cpu, r::observe(queries, packed), {}, {});
+  };
+  decide(in_bits<std::int8_t>(scales));
+  decide(in_bits<r::fp8_e4m3_bits>(scales));
+  decide(in_blocks<r::q8_0_block>());
+  decide(in_blocks<r::q4_0_block>());
   (void)r::bound_pages(r::cpu_backend{}, keys, r::page_bounds<>{});
 }
 

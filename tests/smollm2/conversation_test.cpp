@@ -166,6 +166,32 @@ TEST_CASE("faithful judges no token twice") {
   }
 }
 
+TEST_CASE("a share is one of all tokens that the cache ever had") {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](std::size_t rows) {
+    std::vector<float> values(rows * 8);
+    for (float& value : values) value = normal(random);
+    return values;
+  };
+  pruner prune(refreekv::policy::h2o{.budget = refreekv::token_budget::share(0.5),
+                                     .recent = refreekv::token_budget::share(0.1),
+                                     .window = 1},
+               q_heads, 1);
+  layer_cache cache(kv_heads, 8);
+  std::size_t seen = 0;
+  for (const std::size_t tokens : {300u, 100u, 60u}) {
+    cache.append(draw(tokens * kv_heads), draw(tokens * kv_heads));
+    seen += tokens;
+    pruner twin = prune;
+    layer_cache copy = cache;
+    prune.prune(2, draw(q_heads), cache);
+    for (std::size_t head = 0; head < kv_heads; ++head) CHECK(cache.length(head) == seen / 2);
+    twin.prune(2, draw(q_heads), copy);
+    CHECK(copy.length(0) == seen / 2);
+  }
+}
+
 TEST_CASE("what a conversation cannot have is refused") {
   using namespace refreekv::policy;
   CHECK_THROWS_WITH(pruner(snapkv{.budget = 8}, q_heads, 1, {{0, 4}}),

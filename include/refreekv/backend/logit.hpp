@@ -35,7 +35,7 @@ namespace detail {
 /// Returns a logit plus ALiBi's bias. distance: the token's position minus the query's.
 [[nodiscard]] REFREEKV_SHARED float with_alibi(float logit, double slope,
                                                index_t distance) noexcept {
-  return static_cast<float>(double{logit} + slope * static_cast<double>(distance));
+  return static_cast<float>(static_cast<double>(logit) + slope * static_cast<double>(distance));
 }
 
 }  // namespace detail
