@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keys of a layer in 8 and 4 bits, filled with noise.
+// The keys of a layer in 8 and 4 bits, filled with noise. bytes(): of codes and blocks, without
+// scales and ranges that lie apart.
 #pragma once
 
 #include "layer.hpp"
@@ -28,9 +29,9 @@ class scaled_layer {
     fill_bytes(codes_);
     constexpr bool is_fp8 = std::is_same_v<Code, refreekv::fp8_e4m3_bits>;
     if constexpr (is_fp8) {
-      for (Code& code : codes_) code.bits &= 0xb7;  // up to 3.75, and no NaN
+      for (Code& code : codes_) code.bits &= 0xb7;  // up to 0.94, and no NaN
     }
-    for (float& scale : scales_) scale = is_fp8 ? 1.0f : 1.7f / 127;
+    for (float& scale : scales_) scale = is_fp8 ? 2.6f : 1.7f / 127;
   }
   auto keys() const {
     const auto& [sequences, heads, tokens, dims] = shape_;

@@ -26,13 +26,14 @@ inline position_t random_length(random_source& random) {
 }
 
 /// A problem of random shape with random parameters of attention. Lengths are multiplied by
-/// `stretch`.
-inline problem random_problem(random_source& random, position_t stretch = 1) {
+/// `stretch`; head_dim is one of `dims`.
+inline problem random_problem(random_source& random, position_t stretch = 1,
+                              std::initializer_list<index_t> dims = {1, 8, 16, 20, 64, 80}) {
   std::vector<position_t> lengths(size(random.between(0, 3)));
   for (position_t& n : lengths) n = stretch * random_length(random);
   const index_t window = random.chance(0.4) ? 1 : random.one_of<index_t>({2, 3, 8, 17, 64});
   problem p(random.one_of<index_t>({1, 2, 3}), random.one_of<index_t>({1, 2, 3, 4, 7}),
-            random.one_of<index_t>({1, 8, 16, 20, 64, 80}), window, lengths);
+            random.one_of(dims), window, lengths);
   fill(p, random);
   const auto some = [&](std::vector<float>& per_head, float low, float high) {
     for (index_t h = 0; h < p.q_heads(); ++h) {

@@ -48,8 +48,10 @@ void require_cache(const at::Tensor& cache) {
 /// Compacts each cache by itself, so that they may differ in type. Checks all of them before.
 template <class Kept>
 void compact_each(const Kept& kept, kv::compaction mode, at::TensorList caches) {
-  for (const at::Tensor& cache : caches) {
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    const at::Tensor& cache = caches[i];
     require_cache(cache);
+    for (std::size_t k = 0; k < i; ++k) at::assert_no_overlap(caches[k], cache);
     with_caches([&](const auto& rows) { require_valid(kv::why_invalid(kept, mode, rows)); }, cache);
   }
   const kv::cpu_backend exec{torch_threads{}};

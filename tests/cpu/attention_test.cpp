@@ -17,7 +17,9 @@ struct tile_memory {
       : values(size(rows * cpu_detail::tile_stride), -7),
         statistics(size(rows)),
         gathered(size(cpu_detail::tile_tokens * dim)) {}
-  cpu_detail::tile_scratch scratch() { return {values.data(), statistics.data(), gathered.data()}; }
+  cpu_detail::tile_scratch scratch() {
+    return {values.data(), statistics.data(), gathered.data(), nullptr};
+  }
   float value(index_t row, index_t token) const {
     return values[size(row * cpu_detail::tile_stride + token)];
   }
@@ -37,7 +39,7 @@ auto packed_queries(const Layer& layer, index_t sequence, index_t kv_head, index
 
 /// attend, or summarise, on one block.
 template <class Layer>
-void attend(const Layer& layer, const query_window& window, const cpu_detail::chunk_keys& block,
+void attend(const Layer& layer, const query_window& window, const cpu_detail::chunk_place& block,
             tile_memory& memory) {
   const cpu_detail::chunk_addresses keys(layer.keys, block, block);
   const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
@@ -45,7 +47,7 @@ void attend(const Layer& layer, const query_window& window, const cpu_detail::ch
                      block.tokens, keys, memory.scratch());
 }
 template <class Layer>
-bool summarise(const Layer& layer, const query_window& window, const cpu_detail::chunk_keys& block,
+bool summarise(const Layer& layer, const query_window& window, const cpu_detail::chunk_place& block,
                tile_memory& memory) {
   const cpu_detail::chunk_addresses keys(layer.keys, block, block);
   const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
@@ -109,7 +111,7 @@ TEST_CASE("statistics without values are those of the values", "[cpu][attention]
     const query_window window{tokens, rows, 0};
     const index_t count = random.between(1, std::min<index_t>(tokens - rows + 1, 256) / 4) * 4;
     const index_t first = random.between(0, std::max<index_t>(0, tokens - rows + 1 - count));
-    const cpu_detail::chunk_keys block{0, 1, {first, first + count}};
+    const cpu_detail::chunk_place block{0, 1, {first, first + count}};
     tile_memory summary(group * rows, 32), whole(group * rows, 32);
     if (!summarise(layer, window, block, summary)) continue;
     ++fits;

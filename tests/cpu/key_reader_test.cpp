@@ -1,63 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// On the CPU keys in 8 and 4 bits are unpacked to floats, so every policy decides on them as on a
-// cache of these floats, bit for bit.
+// How keys in 8 and 4 bits become floats. tests/policy/packed_keys_test.cpp decides on them.
 #include "refreekv/cpu/key_reader.hpp"
 
 #include "packed_cache.hpp"
-#include "ranked_selection.hpp"
-#include "refreekv/policy/all.hpp"
-#include "selection.hpp"
 
 using namespace refreekv;
-
-namespace {
-
-/// What a policy decides, or nothing for one that needs more than keys and queries.
-template <class Policy, class Layer>
-auto decide(const Policy& policy, const Layer& layer) {
-  const auto exec = divided<2>();
-  if constexpr (std::is_same_v<decision_of<Policy, host_memory>, kept_ranges<>>) {
-    const selection s = run_select(policy, exec, layer);
-    REQUIRE(s.status == status::ok);
-    return s.kept;
-  } else {
-    const ranked_selection s = run_ranked(policy, exec, layer);
-    REQUIRE(s.status == status::ok);
-    return s.kept;
-  }
-}
-
-template <class Policy, class Layer>
-concept decides_on = policy_for<Policy, cpu_backend<thread_pool&>, Layer>;
-
-}  // namespace
-
-TEMPLATE_TEST_CASE("every policy decides on packed keys as on the floats they mean", "[cpu]",
-                   scaled_cache<std::int8_t>, scaled_cache<fp8_e4m3_bits>, block_cache<q8_0_block>,
-                   block_cache<q4_0_block>, int4_cache) {
-  random_source random(base_seed());
-  INFO("REFREEKV_SEED=" << base_seed());
-  problem p(2, 3, 64, 5, {700, 0, 40, 261});
-  fill(p, random);
-  TestType cache(p);
-  const dense_cache<float> floats(p.keys);
-  const auto packed = observe(p.query_view(), cache.keys(), p.info());
-  const auto plain = observe(p.query_view(), floats.source(), p.info());
-  int policies = 0;
-  const auto check = [&](auto policy) {
-    using policy_type = decltype(policy);
-    if constexpr (decides_on<policy_type, std::remove_cvref_t<decltype(plain)>>) {
-      INFO(policy_type::name);
-      if constexpr (requires { policy.budget; }) policy.budget = 40;
-      if constexpr (requires { policy.recent = 3u; }) policy.recent = 3u;
-      if constexpr (requires { policy.window = 5u; }) policy.window = 5u;
-      CHECK(decide(policy, packed) == decide(policy, plain));
-      ++policies;
-    }
-  };
-  std::apply([&](const auto&... policy) { (check(policy), ...); }, all_policies{});
-  CHECK(policies >= 8);  // all but faithful, which reads values, and cake, which has state
-}
 
 TEST_CASE("a shard unpacks its own rows under the sequence's numbers", "[cpu]") {
   random_source random(base_seed());

@@ -37,7 +37,7 @@ void check_products(random_source& random) {
           std::vector<Key> gathered(size(cpu_detail::tile_tokens * dim));
           std::vector<float> tile(size(rows * cpu_detail::tile_stride), -7);
           const auto source = cache.source();
-          const cpu_detail::chunk_keys block{0, 1, range};
+          const cpu_detail::chunk_place block{0, 1, range};
           const cpu_detail::chunk_addresses keys(source, block, {0, 0, {2, 30}});
           REQUIRE(keys.count() == range.end - range.begin);
           cpu_detail::store_logits<product>(keys, packed.data(), rows, dim, 0.5f, gathered.data(),
@@ -92,9 +92,9 @@ TEST_CASE("keys are asked for in time, over the ends of blocks", "[cpu][logits]"
     const plain_rows rows(2, dim, {90, 0, 7});
     for_each_layout<Eigen::half>(rows, [&](const char* layout, const auto& cache) {
       const auto source = cache.source();
-      const cpu_detail::chunk_keys block{0, 1, {2, 71}};
-      for (const cpu_detail::chunk_keys& next :
-           {cpu_detail::chunk_keys{0, 1, {71, 90}}, {2, 0, {0, 7}}, {1, 0, {0, 0}}}) {
+      const cpu_detail::chunk_place block{0, 1, {2, 71}};
+      for (const cpu_detail::chunk_place& next :
+           {cpu_detail::chunk_place{0, 1, {71, 90}}, {2, 0, {0, 7}}, {1, 0, {0, 0}}}) {
         CAPTURE(layout, dim, next.sequence);
         const cpu_detail::chunk_addresses keys(source, block, next);
         std::vector<const Eigen::half*> expected;
@@ -110,9 +110,9 @@ TEST_CASE("keys are asked for in time, over the ends of blocks", "[cpu][logits]"
         expected.resize(size(72 + later), expected.back());
         const auto at = keys.from(0);
         for (index_t i = 0; i < 72; ++i) {
-          REQUIRE(at.now[i] == expected[size(i)]);
-          REQUIRE(at.soon[i] == expected[size(i + soon)]);
-          REQUIRE(at.later[i] == expected[size(i + later)]);
+          REQUIRE(at.current[i] == expected[size(i)]);
+          REQUIRE(at.prefetch_near[i] == expected[size(i + soon)]);
+          REQUIRE(at.prefetch_far[i] == expected[size(i + later)]);
         }
       }
     });

@@ -19,6 +19,18 @@ std::vector<std::string> names_of(const std::vector<planned_row>& rows) {
 
 }  // namespace
 
+TEST_CASE("every policy of the library is in the catalogue", "[evaluate]") {
+  const std::vector<std::string> names = method_names();
+  std::apply(
+      [&](const auto&... policy) {
+        for (const std::string& name : {std::string(policy.name)...}) {
+          CAPTURE(name);
+          CHECK(std::find(names.begin(), names.end(), name) != names.end());
+        }
+      },
+      refreekv::all_policies{});
+}
+
 TEST_CASE("rows without a budget have names", "[evaluate]") {
   REQUIRE(find_adaptive("refreekv") != nullptr);
   CHECK(find_adaptive("refreekv")->options == "the default: 1 %, last row");

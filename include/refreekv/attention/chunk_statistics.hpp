@@ -33,7 +33,7 @@ struct row_normaliser {
     return sum > 0 && sum < HUGE_VAL;
   }
   /// The logarithm of the sum of the row's exponentials.
-  [[nodiscard]] REFREEKV_HOST_DEVICE double log_sum() const noexcept {
+  [[nodiscard]] REFREEKV_SHARED double log_sum() const noexcept {
     return static_cast<double>(exponent) * std::numbers::ln2 + std::log(sum);
   }
 };
@@ -50,7 +50,7 @@ inline constexpr float ln2_first = 0.693359375f, ln2_rest = 2.12194440e-4f;
 
 /// 2^n for a whole n: 0 where the result would be denormal, infinity from n = 1024 on. NaN stays
 /// NaN.
-[[nodiscard]] REFREEKV_HOST_DEVICE inline double power_of_two(float n) noexcept {
+[[nodiscard]] REFREEKV_SHARED double power_of_two(float n) noexcept {
   if (n < -1022) return 0;
   if (!(n < 1024))
     return static_cast<double>(n) * HUGE_VAL;  // no function call: device code could not make it
@@ -62,16 +62,14 @@ inline constexpr float ln2_first = 0.693359375f, ln2_rest = 2.12194440e-4f;
 
 /// The attention of a value of 1 in a chunk of that exponent. NaN for a row without a normaliser,
 /// so that nothing is decided on it.
-[[nodiscard]] REFREEKV_HOST_DEVICE inline double weight_of(float exponent,
-                                                           const row_normaliser& row) noexcept {
+[[nodiscard]] REFREEKV_SHARED double weight_of(float exponent, const row_normaliser& row) noexcept {
   return power_of_two(exponent - row.exponent) / row.sum;
 }
 
 /// The normaliser of a row, from its statistics [chunk]. `sink_logit` is -inf where the model has
 /// none. O(chunks).
-[[nodiscard]] REFREEKV_HOST_DEVICE inline row_normaliser normalise(const chunk_statistics* row,
-                                                                   index_t chunks,
-                                                                   float sink_logit) noexcept {
+[[nodiscard]] REFREEKV_SHARED row_normaliser normalise(const chunk_statistics* row, index_t chunks,
+                                                       float sink_logit) noexcept {
   const double sink = static_cast<double>(sink_logit) / std::numbers::ln2;
   row_normaliser n{static_cast<float>(std::rint(sink)), 0};
   for (index_t c = 0; c < chunks; ++c)

@@ -23,11 +23,12 @@ struct valued_layer : Layer {
 
 /// Returns the layer with its values. O(1).
 template <model_layer Layer, kv_source Values>
-  requires requires(const Layer& layer) {
-    layer.queries;
-    requires kv_source<std::remove_cvref_t<decltype(layer.keys)>>;
-  }
+  requires requires(const Layer& layer) { layer.queries; }
 [[nodiscard]] constexpr auto with_values(const Layer& layer, const Values& values) noexcept {
+  static_assert(
+      kv_source<std::remove_cvref_t<decltype(layer.keys)>>,
+      "values belong to keys that are rows of floats on one rank: policies that read them "
+      "take no scaled_keys, block_keys, int4_keys or shard");
   detail::check_source<Values>();
   return valued_layer<Layer, Values>{{layer}, values};
 }

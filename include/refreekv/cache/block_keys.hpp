@@ -20,15 +20,22 @@ struct q4_0_block {
   std::uint8_t codes[16];
 };
 
+static_assert(sizeof(q8_0_block) == 34 && sizeof(q4_0_block) == 18);
+
+/// The dimensions of a block.
 inline constexpr index_t block_dims = 32;
 
+/// The types of blocks, as elements of a source.
 template <class T>
 concept block_element = std::same_as<std::remove_const_t<T>, q8_0_block> ||
                         std::same_as<std::remove_const_t<T>, q4_0_block>;
 
 /// Keys whose rows are blocks: `rows` is a source of q8_0_block or q4_0_block, in any layout, whose
-/// head_dim counts blocks. Observe `block_keys{rows}`; compact and copy `rows`.
-/// `reinterpret_cast<q8_0_block*>(tensor->data)` states what the bytes of a ggml tensor mean.
+/// head_dim and strides count blocks (ggml's nb[i] / sizeof(block)). Observe `block_keys{rows}`,
+/// for many layers `block_keys{layered{...}}`; compact and copy `rows`. `quantise`, `bound_pages`
+/// and `with_values` want rows of floats and do not take it.
+/// `reinterpret_cast<q8_0_block*>(tensor->data)` states what the bytes of a ggml tensor mean. Where
+/// the engine treats denormals as zero, scales below 6e-5 are 0.
 template <kv_source Rows>
   requires block_element<typename Rows::element_type>
 struct block_keys {

@@ -9,7 +9,7 @@ namespace refreekv::inline v0 {
 /// One source for each layer, all of one shape. Sequence s of layer l is sequence l * batch + s of
 /// the whole; queries and decisions have the same order. On a device the table of sources is in
 /// device memory. Sources are trivially copyable, so the caller copies the table there once, as it
-/// would copy pointers.
+/// would copy pointers. Keys in 8 or 4 bits are wrapped outside: block_keys{layered{rows, ...}}.
 /// A policy that depends on a layer's number treats all of them as layer info.index. So leave out
 /// the layers that are never pruned (the first full_layers), and pass one layer at a time to
 /// pyramidkv and cake.

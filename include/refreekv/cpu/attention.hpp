@@ -11,8 +11,8 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 struct tile_scratch {
   float* values;                 ///< [q_head of the KV head, window, tile_stride]
   chunk_statistics* statistics;  ///< [q_head of the KV head, window]
-  void* gathered;                ///< [tile_tokens, head_dim] of the keys' type
-  float* unpacked;               ///< [chunk_tokens, head_dim]; null if keys are read in place
+  void* gathered;                ///< [tile_tokens, head_dim] of the multiplied keys' type
+  float* unpacked;               ///< [chunk_tokens, head_dim]; unused if keys are read in place
 };
 
 /// Returns whether each row sees all tokens of a chunk, and the logits are scaled products only.
@@ -93,7 +93,7 @@ void attend(const head_queries<Product>& queries, const query_window& window, to
 
 /// As `attend` of queries, but for ready rows: values are attention / 2^exponent.
 template <class Row>
-void attend(const row_layer<Row>& layer, const query_window& window, const chunk_keys& block,
+void attend(const row_layer<Row>& layer, const query_window& window, const chunk_place& block,
             const tile_scratch& tile) noexcept {
   const index_t heads = layer.q_heads() / layer.kv_heads();
   const index_t stride = layer.rows.stride(3);

@@ -19,8 +19,8 @@ inline constexpr index_t rows_together = 64;
          static_cast<index_t>(arena::alignment);
 }
 
-/// Scratch of each worker: 70 KB of logits, the queries of rows_together rows, and statistics of
-/// the longest sequence.
+/// Scratch of each worker: 70 KB of logits, the queries of rows_together rows, statistics of the
+/// longest sequence, and a chunk of floats for packed keys.
 struct attention_scratch {
   std::byte* memory;
   index_t worker_bytes;
@@ -105,7 +105,7 @@ enum class leaves {
 
 /// Writes statistics, values or logits of one chunk to the tile.
 template <class Layer>
-void attend_block(const Layer& layer, const query_window& window, const chunk_keys& block,
+void attend_block(const Layer& layer, const query_window& window, const chunk_place& block,
                   const attention_scratch::parts& work, leaves output) noexcept {
   if constexpr (has_queries<Layer>) {
     const auto keys = read_keys(layer.keys, block, block, work.tile.unpacked);
@@ -175,7 +175,7 @@ index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head
     const chunking chunks{hull.end, 0};
     const auto for_each_block = [&](const auto& g) {
       for (index_t c = 0; c < chunks.count(); ++c) {
-        if (chunks[c].end > hull.begin) g(c, chunk_keys{sequence, kv_head, chunks[c]});
+        if (chunks[c].end > hull.begin) g(c, chunk_place{sequence, kv_head, chunks[c]});
       }
     };
     if constexpr (has_queries<Layer>) {
@@ -190,7 +190,7 @@ index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head
       for (index_t i = 0; i < heads * rows * chunks.count(); ++i) {
         work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
       }
-      for_each_block([&](index_t c, const chunk_keys& block) {
+      for_each_block([&](index_t c, const chunk_place& block) {
         attend_block(part, block_window, block, work, leaves::statistics);
         for (index_t i = 0; i < heads * rows; ++i) {
           work.statistics[i * chunks.count() + c] = work.tile.statistics[i];
@@ -218,13 +218,13 @@ index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head
       ++left_out;
       for (index_t h = 0; h < heads; ++h) work.normalisers[h * rows + r].sum = 0;
     }
-    // Logits this large have no fractional digits. They are exact relative to their peak only.
+    // From exponent_limit on, logits are exact relative to their peak only.
     const bool from_logits =
         has_queries<Layer> && std::none_of(work.normalisers, work.normalisers + heads * rows,
                                            [](const row_normaliser& n) {
                                              return std::abs(n.exponent) >= exponent_limit;
                                            });
-    for_each_block([&](index_t, const chunk_keys& block) {
+    for_each_block([&](index_t, const chunk_place& block) {
       attend_block(part, block_window, block, work, from_logits ? leaves::logits : leaves::values);
       const auto [first, last] = block.tokens;
       for (index_t i = 0; i < heads * rows; ++i) {

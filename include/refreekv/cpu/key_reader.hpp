@@ -14,7 +14,7 @@
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
 /// Tokens of one KV head that are processed together: at most chunk_tokens.
-struct chunk_keys {
+struct chunk_place {
   index_t sequence;
   index_t kv_head;
   token_range tokens;
@@ -34,7 +34,7 @@ template <class Key>
 class chunk_addresses {
  public:
   template <row_source Keys>
-  chunk_addresses(const Keys& keys, const chunk_keys& block, const chunk_keys& next) noexcept
+  chunk_addresses(const Keys& keys, const chunk_place& block, const chunk_place& next) noexcept
       : count_(locate(keys, block, chunk_tokens, at_, dim_stride_)) {
     if (count_ == 0) return;
     const index_t key_bytes = keys.shape().head_dim * static_cast<index_t>(sizeof(Key));
@@ -71,7 +71,7 @@ class chunk_addresses {
  private:
   /// Writes the addresses of the first `most` tokens of a chunk, and returns how many there are.
   template <class Keys>
-  static index_t locate(const Keys& keys, const chunk_keys& block, index_t most, const Key** at,
+  static index_t locate(const Keys& keys, const chunk_place& block, index_t most, const Key** at,
                         index_t& dim_stride) noexcept {
     const index_t count = (std::min)(most, block.tokens.end - block.tokens.begin);
     for (index_t done = 0; done < count;) {
@@ -90,7 +90,8 @@ class chunk_addresses {
   index_t count_;
 };
 template <class Keys>
-chunk_addresses(const Keys&, const chunk_keys&, const chunk_keys&) -> chunk_addresses<key_of<Keys>>;
+chunk_addresses(const Keys&, const chunk_place&,
+                const chunk_place&) -> chunk_addresses<key_of<Keys>>;
 template <class Keys>
 chunk_addresses(const Keys&, index_t, index_t, const position_t*,
                 index_t) -> chunk_addresses<key_of<Keys>>;
@@ -180,6 +181,9 @@ void unpack(const block_keys<Rows>& keys, index_t sequence, index_t kv_head, tok
                   });
 }
 template <class Source>
+  requires requires(const Source& source, float* rows) {
+    unpack(source, index_t{}, index_t{}, token_range{}, rows);
+  }
 void unpack(const shard<Source>& keys, index_t sequence, index_t kv_head, token_range tokens,
             float* rows) noexcept {
   const index_t first = keys.local_before(sequence, tokens.begin);
@@ -208,15 +212,16 @@ template <class Keys>
 using multiplied_key = typename multiplied_key_of<Keys>::type;
 
 /// Returns the addresses of a chunk's keys, and of keys of the next chunk to prefetch. Packed keys
-/// are unpacked to unpacked [chunk_tokens, head_dim].
+/// are unpacked to unpacked [chunk_tokens, head_dim], and nothing is prefetched.
 template <class Keys>
 [[nodiscard]] chunk_addresses<multiplied_key<Keys>> read_keys(
-    const Keys& keys, const chunk_keys& block, const chunk_keys& next,
+    const Keys& keys, const chunk_place& block, const chunk_place& next,
     [[maybe_unused]] float* unpacked) noexcept {
   if constexpr (packed_keys<Keys>) {
     unpack(keys, block.sequence, block.kv_head, block.tokens, unpacked);
     const auto [begin, end] = block.tokens;
-    return {unpacked_keys{unpacked, begin, end, keys.shape().head_dim}, block, block};
+    const chunk_place nothing{block.sequence, block.kv_head, {begin, begin}};
+    return {unpacked_keys{unpacked, begin, end, keys.shape().head_dim}, block, nothing};
   } else {
     return {keys, block, next};
   }

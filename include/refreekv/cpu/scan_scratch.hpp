@@ -12,7 +12,7 @@ template <class Layer>
 concept has_queries = requires(const Layer& layer) { layer.queries; };
 
 /// Packed queries of all rows, and for each worker the tile of one KV head. A tile takes 1100 bytes
-/// for each query head and row, plus four keys.
+/// for each query head and row, plus four keys; plus a chunk of floats for packed keys.
 struct scan_scratch {
   void* queries;  ///< [sequence, q_head, window, packed_dim]; null for ready rows
   tile_scratch tiles;

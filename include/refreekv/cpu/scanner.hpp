@@ -154,7 +154,7 @@ class scanner {
            row * packed_dim<product_of<Layer>>(layer_.head_dim());
   }
 
-  [[nodiscard]] chunk_keys block_of(const chunk_index& at) const noexcept {
+  [[nodiscard]] chunk_place block_of(const chunk_index& at) const noexcept {
     return {at.sequence, at.kv_head, chunks_of(at.sequence)[at.chunk]};
   }
 
@@ -174,7 +174,7 @@ class scanner {
                             leaves output) const noexcept {
     const tile_scratch tile = scratch_.of(worker);
     const query_window window = window_of(at.sequence);
-    const chunk_keys block = block_of(at);
+    const chunk_place block = block_of(at);
     if constexpr (has_queries<Layer>) {
       const auto keys = read_keys(layer_.keys, block, block_of(next), tile.unpacked);
       const auto queries = queries_of(layer_, at.kv_head, packed(at.sequence, at.kv_head));

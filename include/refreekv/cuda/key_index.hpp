@@ -81,7 +81,7 @@ struct quantise_body {
   using memory = typename Keys::memory;
   struct shared {};
   static constexpr index_t warp_keys = 8;  ///< neighbouring keys, in one run if possible
-  static constexpr index_t block_keys = warp_keys * block_warps;
+  static constexpr index_t keys_of_block = warp_keys * block_warps;
 
   Keys keys;
   lengths_view<memory> from;
@@ -95,8 +95,8 @@ struct quantise_body {
     const index_t sequence = place.sequence, head = place.head;
     const index_t tokens = keys.tokens(sequence);
     const index_t first = from.data() == nullptr ? 0 : at_most(tokens, from(sequence));
-    const index_t offset = place.part * block_keys + warp_of(block) * warp_keys;
-    for (index_t t = first + offset; t < tokens; t += cut.parts * block_keys) {
+    const index_t offset = place.part * keys_of_block + warp_of(block) * warp_keys;
+    for (index_t t = first + offset; t < tokens; t += cut.parts * keys_of_block) {
       const index_t end = t + warp_keys < tokens ? t + warp_keys : tokens;
       for_each_key(keys, sequence, head, t, end,
                    [&](index_t token, const auto* key, index_t stride) {
@@ -150,7 +150,8 @@ template <class Backend, kv_source Keys>
     if (s != status::ok) return s;
   }
   using body_type = quantise_body<Keys>;
-  const index_t most = (keys.shape().capacity + body_type::block_keys - 1) / body_type::block_keys;
+  const index_t most =
+      (keys.shape().capacity + body_type::keys_of_block - 1) / body_type::keys_of_block;
   const row_parts cut = row_parts::of(kv_head_items(keys), most);
   return run_blocks(exec, cut.items(), body_type{keys, from, to, cut});
 }

@@ -111,7 +111,8 @@ struct key_reader<shard<Source>> : key_reader<Source> {
 };
 
 /// Keys in blocks. A lane reads 8 codes, a quarter of a block, and the block's scale. Blocks are
-/// gathered byte by byte: neither q8_0's 34 bytes nor q4_0's 18 are whole words.
+/// gathered byte by byte: neither q8_0's 34 bytes nor q4_0's 18 are whole words. So `bytes` and
+/// `data`, which only copies need, are not meaningful.
 template <class Rows>
 struct key_reader<block_keys<Rows>> {
   using block = std::remove_const_t<typename Rows::element_type>;

@@ -38,7 +38,7 @@ bool find_anchor(const Layer& layer, index_t sequence, index_t kv_head,
     work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
   }
   for_each_chunk(rows.window, sequence, kv_head,
-                 [&](index_t c, const chunk_keys& block, const chunk_keys& next) {
+                 [&](index_t c, const chunk_place& block, const chunk_place& next) {
                    const chunk_addresses keys(plain.keys, block, next);
                    if (!summarise(rows.queries, rows.window, block.tokens, keys, work.tile)) {
                      attend(rows.queries, rows.window, block.tokens, keys, work.tile);
@@ -123,54 +123,60 @@ void weigh_tokens(const Executor& threads, const importance_rule& rule, const La
         const auto [begin, end] = importance_rule::seen_by(window);
         const token_range typical = importance_rule::typical(window);
         double squared_spread = 0;
-        for_each_chunk(window, s, h, [&](index_t, const chunk_keys& block, const chunk_keys& next) {
-          const index_t first = block.tokens.begin, last = block.tokens.end, count = last - first;
-          rows.fill_bare_logits(chunk_addresses(plain.keys, block, next), work.tile);
+        for_each_chunk(
+            window, s, h, [&](index_t, const chunk_place& block, const chunk_place& next) {
+              const index_t first = block.tokens.begin, last = block.tokens.end,
+                            count = last - first;
+              rows.fill_bare_logits(chunk_addresses(plain.keys, block, next), work.tile);
 
-          constexpr auto most = static_cast<std::size_t>(chunk_tokens);
-          float spread[most] = {};
-          add_spread(work.tile.values, rows.queries.heads, window.rows, count, spread);
-          for (index_t t = (std::max)(first, typical.begin); t < (std::min)(last, typical.end);
-               ++t) {
-            const double mean = static_cast<double>(spread[t - first]) / heads;
-            squared_spread += mean * mean;
-          }
-
-          double peaks[most] = {};
-          for (index_t i = 0; i < rows.count(); ++i) {  // also for tokens that no row sees
-            const float* logits = work.tile.values + i * tile_stride;
-            undecided |= !Eigen::Map<const Eigen::ArrayXf>(logits, static_cast<Eigen::Index>(count))
-                              .allFinite();
-          }
-          for (index_t g = 0; g < rows.queries.heads; ++g) {
-            float peak[most] = {};
-            for (index_t r = 0; r < window.rows; ++r) {
-              float* attention = work.tile.values + (g * window.rows + r) * tile_stride;
-              rows.attend(g * window.rows + r, block.tokens, attention);
-              for (index_t t = 0; t < count; t += lane_count) {
-                store(larger(load(peak + t), load(attention + t)), peak + t);
+              constexpr auto most = static_cast<std::size_t>(chunk_tokens);
+              float spread[most] = {};
+              add_spread(work.tile.values, rows.queries.heads, window.rows, count, spread);
+              for (index_t t = (std::max)(first, typical.begin); t < (std::min)(last, typical.end);
+                   ++t) {
+                const double mean = static_cast<double>(spread[t - first]) / heads;
+                squared_spread += mean * mean;
               }
-            }
-            const float* last_row = work.tile.values + ((g + 1) * window.rows - 1) * tile_stride;
-            for (index_t t = 0; t < count; ++t) {
-              peaks[t] +=
-                  static_cast<double>(peak[t]) + rule.last_row * static_cast<double>(last_row[t]);
-            }
-          }
 
-          for_each_row(plain.keys, s, h, block.tokens, work.row, [&](index_t t, const float* key) {
-            const double length = length_of_row(key, dims);
-            const double along = wide_dot(key, work.anchor, dims);
-            const double distance = length > 0 || std::isnan(length) ? 1 - along / length : 1;
-            double& weight = peaks[t - first];
-            weight = (weight / heads + rule.prior) * (distance < 0 ? 0 : distance);
-          });
-          for_each_row(
-              layer.values, s, h, block.tokens, work.row, [&](index_t t, const float* value) {
-                scores(s, h, t) =
-                    static_cast<float>(peaks[t - first] * length_of_row(value, value_dims));
-              });
-        });
+              double peaks[most] = {};
+              for (index_t i = 0; i < rows.count(); ++i) {  // also for tokens that no row sees
+                const float* logits = work.tile.values + i * tile_stride;
+                undecided |=
+                    !Eigen::Map<const Eigen::ArrayXf>(logits, static_cast<Eigen::Index>(count))
+                         .allFinite();
+              }
+              for (index_t g = 0; g < rows.queries.heads; ++g) {
+                float peak[most] = {};
+                for (index_t r = 0; r < window.rows; ++r) {
+                  float* attention = work.tile.values + (g * window.rows + r) * tile_stride;
+                  rows.attend(g * window.rows + r, block.tokens, attention);
+                  for (index_t t = 0; t < count; t += lane_count) {
+                    store(larger(load(peak + t), load(attention + t)), peak + t);
+                  }
+                }
+                const float* last_row =
+                    work.tile.values + ((g + 1) * window.rows - 1) * tile_stride;
+                for (index_t t = 0; t < count; ++t) {
+                  peaks[t] += static_cast<double>(peak[t]) +
+                              rule.last_row * static_cast<double>(last_row[t]);
+                }
+              }
+
+              for_each_row(plain.keys, s, h, block.tokens, work.row,
+                           [&](index_t t, const float* key) {
+                             const double length = length_of_row(key, dims);
+                             const double along = wide_dot(key, work.anchor, dims);
+                             const double distance =
+                                 length > 0 || std::isnan(length) ? 1 - along / length : 1;
+                             double& weight = peaks[t - first];
+                             weight = (weight / heads + rule.prior) * (distance < 0 ? 0 : distance);
+                           });
+              for_each_row(
+                  layer.values, s, h, block.tokens, work.row, [&](index_t t, const float* value) {
+                    scores(s, h, t) =
+                        static_cast<float>(peaks[t - first] * length_of_row(value, value_dims));
+                  });
+            });
 
         // A single row has no spread. All heads then count the same.
         const double sigma =

@@ -169,7 +169,7 @@ void for_each_chunk(const query_window& window, index_t sequence, index_t kv_hea
   const chunking chunks{window.tokens, 0};
   const auto block_of = [&](index_t c) {
     const token_range chunk = chunks[c];
-    return chunk_keys{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
+    return chunk_place{sequence, kv_head, {(std::max)(begin, chunk.begin), chunk.end}};
   };
   for (index_t c = chunks.of(begin); c < chunks.count(); ++c) {
     f(c, block_of(c), block_of((std::min)(c + 1, chunks.count() - 1)));

@@ -207,21 +207,21 @@ REFREEKV_ALWAYS_INLINE void dot_rows(const typename Product::packed* queries,
     lanes halves[std::size_t{rows}][2];
 #pragma GCC unroll 8
     for (index_t token = 0; token < tile_tokens; token += interleaved_tokens) {
-      constexpr auto abreast = std::size_t{interleaved_tokens};
-      lanes sums[std::size_t{rows}][abreast];
+      constexpr auto interleaved = std::size_t{interleaved_tokens};
+      lanes sums[std::size_t{rows}][interleaved];
 #pragma GCC unroll 8
       for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (index_t t = 0; t < interleaved_tokens; ++t) sums[r][t] = splat(0);
       }
-      const Key *current[abreast], *prefetch_near[abreast], *prefetch_far[abreast];
+      const Key *current[interleaved], *prefetch_near[interleaved], *prefetch_far[interleaved];
 #pragma GCC unroll 8
       for (index_t t = 0; t < interleaved_tokens; ++t) {
         current[t] = keys.current[first + token + t];
         prefetch_near[t] = keys.prefetch_near[first + token + t];
         prefetch_far[t] = keys.prefetch_far[first + token + t];
       }
-      typename Product::key_lanes key[abreast];
+      typename Product::key_lanes key[interleaved];
 #pragma GCC unroll 1
       for (index_t d = 0; d < whole; d += dims) {
 #pragma GCC unroll 8

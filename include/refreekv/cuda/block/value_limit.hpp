@@ -27,10 +27,10 @@ struct value_limit {
     return {not_a_number, -1};
   }
 
-  [[nodiscard]] REFREEKV_DEVICE bool takes_everything() const noexcept { return equals_end < 0; }
+  [[nodiscard]] REFREEKV_DEVICE bool selects_everything() const noexcept { return equals_end < 0; }
   [[nodiscard]] REFREEKV_DEVICE bool is_undecided() const noexcept { return least != least; }
   [[nodiscard]] REFREEKV_DEVICE bool selects(float value, index_t t) const noexcept {
-    return value > least || (value == least && t < equals_end) || takes_everything();
+    return value > least || (value == least && t < equals_end) || selects_everything();
   }
 };
 
@@ -54,9 +54,9 @@ struct limit_union {
     return undecided;
   }
   [[nodiscard]] REFREEKV_DEVICE bool selects(index_t t) const noexcept {
-    bool taken = false;
-    for (index_t i = 0; i < rows; ++i) taken |= limit(i).selects(row(i)(t), t);
-    return taken;
+    bool selected = false;
+    for (index_t i = 0; i < rows; ++i) selected |= limit(i).selects(row(i)(t), t);
+    return selected;
   }
 };
 
