@@ -96,7 +96,8 @@ class block_cache {
   explicit block_cache(problem& p)
       : lengths_(p.lengths),
         shape_{p.sequences(), p.keys.kv_heads, p.keys.longest(), p.head_dim / dims_of_row},
-        blocks_(size(2 * shape_.sequences * shape_.kv_heads * shape_.capacity * shape_.head_dim)) {
+        blocks_(
+            size(2 * shape_.sequences * shape_.kv_heads * shape_.capacity * shape_.head_dim + 1)) {
     for (Block& block : blocks_) block.scale.bits = 0x7e00;  // NaN
     for_each_key_of(p, [&](index_t s, index_t h, index_t t, index_t row) {
       for (index_t b = 0; b < shape_.head_dim; ++b) {

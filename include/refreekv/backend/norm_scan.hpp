@@ -6,6 +6,7 @@
 
 #include "refreekv/attention/chunk_statistics.hpp"
 #include "refreekv/core/chunks.hpp"
+#include "refreekv/core/exactly.hpp"
 #include "refreekv/core/workspace.hpp"
 #include "refreekv/decision/position_ranking.hpp"
 
@@ -166,6 +167,44 @@ struct norm_scan_buffers {
 };
 
 namespace detail {
+
+/// The largest attention that a value of 1 in a chunk stands for, over rows [first_row, window);
+/// NaN if any row's is NaN. statistics: [window], `stride` elements apart; rows: [window].
+/// O(window).
+[[nodiscard]] REFREEKV_SHARED double largest_attention(const chunk_statistics* statistics,
+                                                       index_t stride, const row_normaliser* rows,
+                                                       index_t first_row, index_t window) noexcept {
+  double largest = 0;
+  REFREEKV_NO_UNROLL
+  for (index_t r = first_row; r < window; ++r) {
+    const double attention = weight_of(statistics[r * stride].exponent, rows[r]);
+    largest = attention > largest || std::isnan(attention) ? attention : largest;
+  }
+  return largest;
+}
+
+/// The energy of a chunk for one query head: the squared attention that the norm sums over tokens.
+/// After a second read, sum_squares of the first row is that of the rows' mean. Arguments as those
+/// of `largest_attention`. O(window).
+[[nodiscard]] REFREEKV_SHARED double chunk_energy(const norm_scan& scan,
+                                                  const chunk_statistics* statistics,
+                                                  index_t stride, const row_normaliser* rows,
+                                                  index_t first_row) noexcept {
+  if (first_row == scan.window) return 0;
+  if (!scan.one_pass()) {
+    const double largest = largest_attention(statistics, stride, rows, first_row, scan.window);
+    const auto squares = static_cast<double>(statistics[first_row * stride].sum_squares);
+    return largest * exactly(largest * squares);
+  }
+  double energy = 0;
+  REFREEKV_NO_UNROLL
+  for (index_t r = first_row; r < scan.window; ++r) {
+    const chunk_statistics& row = statistics[r * stride];
+    const double attention = weight_of(row.exponent, rows[r]);
+    energy += attention * exactly(attention * static_cast<double>(row.sum_squares));
+  }
+  return energy;
+}
 
 /// The kept range of a sequence that is cut at token `last` of its chunk `crossing`. baseline:
 /// norm(sinks); norm and mass: the curves inside the chunk, at that token.

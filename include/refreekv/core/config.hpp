@@ -26,6 +26,13 @@
 /// the linker would keep one, and their results may differ in the last bit.
 #define REFREEKV_SHARED REFREEKV_HOST_DEVICE REFREEKV_ALWAYS_INLINE
 
+/// Before a loop of shared arithmetic that costs a device too many registers if it is unrolled.
+#if defined(__CUDACC__)
+#define REFREEKV_NO_UNROLL _Pragma("unroll 1")
+#else
+#define REFREEKV_NO_UNROLL
+#endif
+
 namespace refreekv::inline v0 {
 
 /// A count, extent, stride or offset, in elements. 64 bits, so that no cache is too large.

@@ -21,8 +21,8 @@ inline namespace REFREEKV_TARGET {
 
 /// The CPU backend; it runs on the threads of an executor. `cpu_backend{}` uses the calling thread.
 /// `cpu_backend{4}` owns a thread_pool of four threads, the calling one included.
-/// `cpu_backend{pool}` refers to an executor that must outlive it. Several threads may use one
-/// backend at the same time if its executor allows that; the library's executors do.
+/// `cpu_backend{pool}` refers to an executor that must outlive it. Threads may share a backend if
+/// its executor allows that; the library's executors do.
 /// Elements are float, Eigen::half, Eigen::bfloat16, f16_bits and bf16_bits. Keys may also be
 /// scaled_keys of int8 or fp8_e4m3_bits, block_keys and int4_keys.
 template <class Executor = single_thread>
@@ -54,7 +54,6 @@ struct ops<cpu_backend<Executor>> {
     return scan_scratch::carve(from, b.threads.workers(), scan, layer);
   }
 
-  // Each forwards to the function of its name in norm_scan.hpp.
   static status read_chunks(const backend_type& b, const auto&... arguments) noexcept {
     cpu_detail::read_chunks(b.threads, arguments...);
     return status::ok;

@@ -199,34 +199,7 @@ class scanner {
 
   /// Returns the energy of a chunk.
   [[nodiscard]] double energy(const head_view& h, index_t chunk) const noexcept {
-    const chunk_statistics* s = h.statistics + chunk;
-    const index_t first = h.first_row;
-    if (first == scan_.window) return 0;
-    if (!scan_.one_pass()) {
-      const double largest = largest_attention(h, s, buffers_.chunks);
-      return largest *
-             exactly(largest * static_cast<double>(s[first * buffers_.chunks].sum_squares));
-    }
-    double energy = 0;
-    for (index_t r = first; r < scan_.window; ++r) {
-      const chunk_statistics& row = s[r * buffers_.chunks];
-      const double attention = detail::weight_of(row.exponent, h.rows[r]);
-      energy += attention * exactly(attention * static_cast<double>(row.sum_squares));
-    }
-    return energy;
-  }
-
-  /// Returns the largest attention that a value of 1 in the chunk stands for, over the rows that
-  /// exist. NaN if any row's is NaN. statistics: [window], `stride` elements apart.
-  [[nodiscard]] double largest_attention(const head_view& h, const chunk_statistics* statistics,
-                                         index_t stride) const noexcept {
-    double largest = 0;
-    for (index_t r = h.first_row; r < scan_.window; ++r) {
-      const double attention = detail::weight_of(statistics[r * stride].exponent, h.rows[r]);
-      if (!(attention <= largest)) largest = attention;
-      if (std::isnan(largest)) break;
-    }
-    return largest;
+    return detail::chunk_energy(scan_, h.statistics + chunk, buffers_.chunks, h.rows, h.first_row);
   }
 
   /// Returns the energies of the tokens for the KV head's query head g. Overwrites its values.
@@ -240,7 +213,8 @@ class scanner {
                                         static_cast<Eigen::Index>(size(range)));
     };
     auto energies = values_of(0);
-    const double largest = largest_attention(h, statistics, 1);
+    const double largest =
+        detail::largest_attention(statistics, 1, h.rows, h.first_row, scan_.window);
     if (largest <= 0 || window.first_row() > 0) energies.setZero();
     if (largest <= 0) return {0, energies};
     for (index_t r = window.first_row(); r < window.rows; ++r) {

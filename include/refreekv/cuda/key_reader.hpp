@@ -143,10 +143,10 @@ struct key_reader<block_keys<Rows>> {
                                      slot& to) noexcept {
     const block& from = block_of(key, dim);
     const int first = static_cast<int>(dim % static_cast<unsigned>(block_dims));
-    REFREEKV_UNROLL
+    REFREEKV_NO_UNROLL
     for (int i = 0; i < 2; ++i) {
       std::uint32_t bits = 0;
-      REFREEKV_UNROLL
+      REFREEKV_NO_UNROLL
       for (int k = 0; k < 4; ++k) {
         bits |= static_cast<std::uint32_t>(detail::block_code(from, first + 4 * i + k) + 128)
                 << 8 * k;

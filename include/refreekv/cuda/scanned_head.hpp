@@ -35,17 +35,8 @@ struct scanned_head {
     return detail::weight_of(statistics_of(row, chunk).exponent, rows[row]);
   }
 
-  /// Returns the largest `attention` of a chunk over all rows; NaN if any row has NaN. Computed by
-  /// one thread. O(window)
-  [[nodiscard]] REFREEKV_DEVICE double largest_attention(index_t chunk) const noexcept {
-    double largest = 0;
-    REFREEKV_NO_UNROLL
-    for (index_t r = window.first_row(); r < scan.window; ++r) {
-      largest = larger_or_nan{}(largest, attention(r, chunk));
-    }
-    return largest;
-  }
-  /// As above, but computed by a warp together, which all lanes must call. O(window / warp_threads)
+  /// As detail::largest_attention, but computed by a warp together, which all lanes must call.
+  /// O(window / warp_threads)
   template <thread_block Block>
   [[nodiscard]] REFREEKV_DEVICE double largest_attention(Block& block,
                                                          index_t chunk) const noexcept {
@@ -57,21 +48,9 @@ struct scanned_head {
     return block.warp_reduce(largest, larger_or_nan{});
   }
 
-  /// Returns the energy of a chunk: the squared attention that the norm sums over tokens. O(window)
+  /// Returns the energy of a chunk. O(window)
   [[nodiscard]] REFREEKV_DEVICE double energy(index_t chunk) const noexcept {
-    const index_t first = window.first_row();
-    if (first == scan.window) return 0;
-    if (!scan.one_pass()) {
-      const double largest = largest_attention(chunk);
-      return largest * (largest * double{statistics_of(first, chunk).sum_squares});
-    }
-    double energy = 0;
-    REFREEKV_NO_UNROLL
-    for (index_t r = first; r < scan.window; ++r) {
-      const double weight = attention(r, chunk);
-      energy += weight * (weight * double{statistics_of(r, chunk).sum_squares});
-    }
-    return energy;
+    return detail::chunk_energy(scan, statistics + chunk, chunks, rows, window.first_row());
   }
 
   /// Returns the energy of the sinks, which no cut removes; 0 unless the norm is over full rows.

@@ -8,10 +8,12 @@
 #include <cstring>
 #include <utility>
 
-#include "refreekv/core/config.hpp"
+#include "refreekv/core/exactly.hpp"
 #include "refreekv/cpu/simd/target.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+using detail::exactly;
 
 /// Floats in a vector register, and the number of vector registers.
 #if defined(__AVX512F__)
@@ -134,24 +136,6 @@ REFREEKV_ALWAYS_INLINE void keep([[maybe_unused]] Register& x) noexcept {
 #elif defined(REFREEKV_VECTOR_LANES) && defined(__aarch64__)
   asm("" : "+w"(x));
 #endif
-}
-
-/// Returns x, rounded and hidden from the compiler. Flags that allow reassociation, such as
-/// -funsafe-math-optimizations, would otherwise merge the operations before and after, and x87
-/// would not round. GCC reports when these flags are on. When they are off, x is not hidden from
-/// GCC, which saves 5 % of a scan.
-template <class T>
-[[nodiscard]] REFREEKV_ALWAYS_INLINE T exactly(T x) noexcept {
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(__ASSOCIATIVE_MATH__) && !defined(__i386__)
-#elif defined(REFREEKV_VECTOR_LANES) && defined(__x86_64__)
-  asm("" : "+v"(x));
-#elif defined(REFREEKV_VECTOR_LANES) && defined(__aarch64__)
-  asm("" : "+w"(x));
-#elif defined(__GNUC__) || defined(__clang__)
-  asm("" : "+m"(x));
-#endif
-  return x;
 }
 
 /// Prefetches the cache line at `address` into the second-level cache.

@@ -21,11 +21,9 @@
 #if defined(__CUDACC__)
 #define REFREEKV_DEVICE __device__ __forceinline__
 #define REFREEKV_UNROLL _Pragma("unroll")
-#define REFREEKV_NO_UNROLL _Pragma("unroll 1")
 #else
 #define REFREEKV_DEVICE inline
 #define REFREEKV_UNROLL
-#define REFREEKV_NO_UNROLL
 #endif
 
 namespace refreekv::inline v0::cuda_detail {
