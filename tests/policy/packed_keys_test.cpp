@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys in 8 and 4 bits: ReFreeKV decides on the numbers that they mean, as the oracle does.
+#include "oracle_check.hpp"
 #include "packed_cache.hpp"
 #include "ranked_selection.hpp"
-#include "reference.hpp"
 #include "refreekv/cache/shard.hpp"
 #include "refreekv/policy/all.hpp"
-#include "selection.hpp"
 
 using namespace refreekv;
 
@@ -45,21 +44,7 @@ TEMPLATE_TEST_CASE("packed keys decide as the oracle does on their numbers", "[o
     INFO("REFREEKV_SEED=" << seed << " dim " << p.head_dim << " group " << p.group << " window "
                           << policy.window << " sinks " << policy.sinks);
     TestType cache(p);
-    const auto layer = refreekv::observe(p.query_view(), cache.keys(), p.info());
-    const selection one = run_select(policy, divided<1>(), layer);
-    REQUIRE(one.status == refreekv::status::ok);
-    const selection seven = run_select(policy, divided<7>(), layer);
-    const index_t heads_of_cut = p.q_heads() / std::max<index_t>(one.groups, 1);
-    for (index_t s = 0; s < p.sequences(); ++s) {
-      const auto rows = reference::attend(p, s);
-      for (index_t g = 0; g < one.groups; ++g) {
-        const auto expected =
-            reference::decide(rows, g * heads_of_cut, (g + 1) * heads_of_cut, policy);
-        INFO("sequence " << s << " group " << g << " tokens " << rows.tokens);
-        CHECK(reference::disagreement(one.at(s, g), expected, policy.threshold) == "");
-        CHECK(seven.at(s, g) == one.at(s, g));
-      }
-    }
+    check_by_oracle(p, policy, refreekv::observe(p.query_view(), cache.keys(), p.info()));
   }
 }
 

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compares ReFreeKV, with every option, with the double-precision oracle on random problems.
 #include "layouts.hpp"
+#include "oracle_check.hpp"
 #include "random_problem.hpp"
-#include "reference.hpp"
-#include "selection.hpp"
 
 namespace {
 
@@ -32,21 +31,7 @@ TEMPLATE_TEST_CASE("select agrees with the oracle on random problems", "[oracle]
     for (const float q : p.queries) queries.push_back(to_element<TestType>(q));
     const refreekv::view q(queries.data(), {p.sequences(), p.window, p.q_heads(), p.head_dim});
     const auto check = [&](const auto& cache) {
-      const auto layer = refreekv::observe(q, cache.source(), p.info());
-      const selection one = run_select(policy, divided<1>(), layer);
-      REQUIRE(one.status == refreekv::status::ok);
-      const selection seven = run_select(policy, divided<7>(), layer);
-      const index_t heads_of_cut = p.q_heads() / std::max<index_t>(one.groups, 1);
-      for (index_t s = 0; s < p.sequences(); ++s) {
-        const auto rows = reference::attend(p, s);
-        for (index_t g = 0; g < one.groups; ++g) {
-          const auto expected =
-              reference::decide(rows, g * heads_of_cut, (g + 1) * heads_of_cut, policy);
-          INFO("sequence " << s << " group " << g << " tokens " << rows.tokens);
-          CHECK(reference::disagreement(one.at(s, g), expected, policy.threshold) == "");
-          CHECK(seven.at(s, g) == one.at(s, g));
-        }
-      }
+      check_by_oracle(p, policy, refreekv::observe(q, cache.source(), p.info()));
       CHECK(cache.untouched());
     };
     switch (random.between(0, 5)) {

@@ -97,8 +97,8 @@ TEST_CASE("the real model is pruned as the golden data says", "[model]") {
       CHECK(std::abs(kept - numbers.at("kept_fraction").get<double>()) <= 0.003);
 
       pruned[i].advance(prompt.size());
-      const comparison against = compare(reference, logits, [&](std::span<const int> tokens) {
-        return model.score(tokens, pruned[i]);
+      const comparison against = compare(reference, logits, [&](std::span<const int> known) {
+        return model.score(known, pruned[i]);
       });
       const auto kl = numbers.at("kl_mean_nats").get<double>();
       CHECK(std::abs(against.mean_kl - kl) <= std::max(0.2 * kl, 0.002));
