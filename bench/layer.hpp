@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <span>
 #include <vector>
 
 #include "geometry.hpp"
@@ -33,6 +34,9 @@ class array {
   }
   T* begin() const { return data_.get(); }
   T* end() const { return data_.get() + count_; }
+  std::span<const std::byte> bytes() const {
+    return std::as_bytes(std::span<const T>(begin(), count_));
+  }
 
  private:
   struct release {
@@ -90,10 +94,7 @@ class synthetic_layer {
   index_t tokens() const { return tokens_; }
   const T* query() const { return query_.begin(); }
   const T* key_data() const { return keys_.begin(); }
-  const std::byte* key_bytes() const { return reinterpret_cast<const std::byte*>(keys_.begin()); }
-  std::size_t bytes() const {
-    return static_cast<std::size_t>(keys_.end() - keys_.begin()) * sizeof(T);
-  }
+  std::span<const std::byte> key_bytes() const { return keys_.bytes(); }
 
  private:
   refreekv::dense<T> source(const array<T>& rows) const {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstring>
+#include <span>
 
 #include "refreekv/cpu/executor.hpp"
 #include "refreekv/cpu/simd/lanes.hpp"
@@ -33,13 +34,13 @@ inline std::uint64_t sum_lines(const std::byte* data, std::size_t lines) {
   return total;
 }
 
-/// Reads `bytes` bytes (a multiple of 64), a part for each of the executor's workers.
+/// Reads whole cache lines of the keys, a part for each of the executor's workers.
 template <class Executor>
-std::uint64_t read_keys(const Executor& threads, const std::byte* data, std::size_t bytes) {
+std::uint64_t read_keys(const Executor& threads, std::span<const std::byte> keys) {
   std::atomic<std::uint64_t> total{0};
   refreekv::for_each_range(
-      threads, static_cast<index_t>(bytes / 64), [&](int, index_t begin, index_t end) {
-        total += sum_lines(data + 64 * begin, static_cast<std::size_t>(end - begin));
+      threads, static_cast<index_t>(keys.size() / 64), [&](int, index_t begin, index_t end) {
+        total += sum_lines(keys.data() + 64 * begin, static_cast<std::size_t>(end - begin));
       });
   return total;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keys of a layer in 8 and 4 bits, filled with noise. bytes(): of codes and blocks, without
+// The keys of a layer in 8 and 4 bits, filled with noise. key_bytes(): codes and blocks, without
 // scales and ranges that lie apart.
 #pragma once
 
@@ -39,10 +39,7 @@ class scaled_layer {
         refreekv::dense(refreekv::view(codes_.begin(), {sequences, heads, tokens, dims})),
         refreekv::dense(refreekv::view(scales_.begin(), {sequences, heads, tokens, index_t{1}}))};
   }
-  const std::byte* key_bytes() const { return reinterpret_cast<const std::byte*>(codes_.begin()); }
-  std::size_t bytes() const {
-    return static_cast<std::size_t>(codes_.end() - codes_.begin()) * sizeof(Code);
-  }
+  std::span<const std::byte> key_bytes() const { return codes_.bytes(); }
 
  private:
   refreekv::cache_shape shape_;
@@ -67,10 +64,7 @@ class block_layer {
     return refreekv::block_keys{
         refreekv::dense(refreekv::view(blocks_.begin(), {sequences, heads, tokens, blocks}))};
   }
-  const std::byte* key_bytes() const { return reinterpret_cast<const std::byte*>(blocks_.begin()); }
-  std::size_t bytes() const {
-    return static_cast<std::size_t>(blocks_.end() - blocks_.begin()) * sizeof(Block);
-  }
+  std::span<const std::byte> key_bytes() const { return blocks_.bytes(); }
 
  private:
   refreekv::cache_shape shape_;
@@ -96,8 +90,7 @@ class int4_layer {
         .dims = dims,
         .lengths = {}};
   }
-  const std::byte* key_bytes() const { return reinterpret_cast<const std::byte*>(codes_.begin()); }
-  std::size_t bytes() const { return static_cast<std::size_t>(codes_.end() - codes_.begin()); }
+  std::span<const std::byte> key_bytes() const { return codes_.bytes(); }
 
  private:
   refreekv::cache_shape shape_;

@@ -24,9 +24,9 @@ namespace {
 using namespace bench;
 
 /// Takes the keys out of all caches.
-void flush([[maybe_unused]] const std::byte* data, [[maybe_unused]] std::size_t bytes) {
+void flush([[maybe_unused]] std::span<const std::byte> keys) {
 #if defined(__x86_64__)
-  for (std::size_t i = 0; i < bytes; i += 64) _mm_clflush(data + i);
+  for (std::size_t i = 0; i < keys.size(); i += 64) _mm_clflush(&keys[i]);
   _mm_mfence();
 #endif
 }
@@ -55,14 +55,11 @@ std::array<double, sizeof...(Works)> alternate(benchmark::State& state, const Be
 }
 
 /// The policy with the memory it works in.
-template <class Layer, class Policy = refreekv::policy::refreekv>
+template <class Layer>
 class decision {
  public:
-  decision(const refreekv::thread_pool& pool, const Layer& layer, const Policy& policy = {})
-      : policy_(policy),
-        cpu_{pool},
-        layer_(layer),
-        scratch_(refreekv::workspace_size(policy_, cpu_, layer)) {}
+  decision(const refreekv::thread_pool& pool, const Layer& layer)
+      : cpu_{pool}, layer_(layer), scratch_(refreekv::workspace_size(policy_, cpu_, layer)) {}
 
   void select() { check(refreekv::select(policy_, cpu_, layer_, cuts(), scratch_)); }
   template <class Values>
@@ -79,7 +76,7 @@ class decision {
     if (status != refreekv::status::ok) throw std::runtime_error(refreekv::to_string(status));
   }
 
-  Policy policy_;
+  refreekv::policy::refreekv policy_;
   refreekv::cpu_backend<const refreekv::thread_pool&> cpu_;
   Layer layer_;
   std::vector<std::byte> scratch_;
@@ -97,12 +94,12 @@ void select_layer(benchmark::State& state, const geometry& g, cache keys) {
   const auto [time, read, fma] = alternate(
       state,
       [&] {
-        if (keys == cache::cold) flush(layer.key_bytes(), layer.bytes());
+        if (keys == cache::cold) flush(layer.key_bytes());
       },
       [&] { policy.select(); },
-      [&] { benchmark::DoNotOptimize(read_keys(pool, layer.key_bytes(), layer.bytes())); },
+      [&] { benchmark::DoNotOptimize(read_keys(pool, layer.key_bytes())); },
       [&] { benchmark::DoNotOptimize(fma_peak(pool, g.q_heads * layer.tokens() * g.head_dim)); });
-  const double gigabytes = static_cast<double>(layer.bytes()) * 1e-9;
+  const double gigabytes = static_cast<double>(layer.key_bytes().size()) * 1e-9;
   state.counters["GB/s"] = gigabytes / time;
   state.counters["read_GB/s"] = gigabytes / read;
   state.counters["roofline_us"] = std::max(read, fma) * 1e6;
@@ -111,7 +108,7 @@ void select_layer(benchmark::State& state, const geometry& g, cache keys) {
   state.counters["read"] = time / read;
   state.counters["kept"] = policy.kept().kept_fraction();
   state.counters["workspace"] =
-      static_cast<double>(policy.workspace()) / static_cast<double>(2 * layer.bytes());
+      static_cast<double>(policy.workspace()) / static_cast<double>(2 * layer.key_bytes().size());
 }
 
 /// Deciding and compacting keys and values, against deciding.
@@ -161,10 +158,8 @@ void select_packed(benchmark::State& state, const geometry& g) {
       bf16(pool, plain.model_layer(plain.keys()));
   const auto [time, bf16_time, read] = alternate(
       state, [] {}, [&] { packed.select(); }, [&] { bf16.select(); },
-      [&] {
-        benchmark::DoNotOptimize(read_keys(pool, layer.key_bytes(), layer.bytes() & ~63ull));
-      });
-  state.counters["GB/s"] = static_cast<double>(layer.bytes()) * 1e-9 / time;
+      [&] { benchmark::DoNotOptimize(read_keys(pool, layer.key_bytes())); });
+  state.counters["GB/s"] = static_cast<double>(layer.key_bytes().size()) * 1e-9 / time;
   state.counters["packed/bf16"] = time / bf16_time;
   state.counters["read"] = time / read;
   state.counters["kept"] = packed.kept().kept_fraction();

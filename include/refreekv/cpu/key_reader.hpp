@@ -159,14 +159,14 @@ void unpack(const scaled_keys<Rows, Scales>& keys, index_t sequence, index_t kv_
 /// Writes a block as floats, in a loop that compilers vectorise.
 inline void unpack(const q8_0_block& block, float* row) noexcept {
   const float scale = detail::half_value(block.scale.bits);
-  for (int i = 0; i < 32; ++i) row[i] = static_cast<float>(block.codes[i]) * scale;
+  for (int d = 0; d < 32; ++d) row[d] = static_cast<float>(detail::block_code(block, d)) * scale;
 }
 inline void unpack(const q4_0_block& block, float* row) noexcept {
   const float scale = detail::half_value(block.scale.bits);
-  for (int i = 0; i < 16; ++i) {
-    const int pair = block.codes[i];
-    row[i] = static_cast<float>((pair & 15) - 8) * scale;
-    row[i + 16] = static_cast<float>((pair >> 4) - 8) * scale;
+  for (int d = 0; d < 16; ++d) {
+    const int low = detail::block_code(block, d), high = detail::block_code(block, d + 16);
+    row[d] = static_cast<float>(low) * scale;
+    row[d + 16] = static_cast<float>(high) * scale;
   }
 }
 template <class Rows>
