@@ -127,8 +127,8 @@ template <class T>
 void select_pages(benchmark::State& state, const geometry& g) {
   synthetic_layer<T> layer(g, state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision paged(pool, layer.model_layer(layer.pages())),
-      dense(pool, layer.model_layer(layer.keys()));
+  decision paged(pool, layer.model_layer(layer.pages()));
+  decision dense(pool, layer.model_layer(layer.keys()));
   const auto [paged_time, dense_time] =
       alternate(state, [] {}, [&] { paged.select(); }, [&] { dense.select(); });
   state.counters["paged/dense"] = paged_time / dense_time;
@@ -154,8 +154,8 @@ void select_packed(benchmark::State& state, const geometry& g) {
   const synthetic_layer<Eigen::bfloat16> plain(g, state.range(0));
   const Packed layer(g, state.range(0));
   const refreekv::thread_pool pool(static_cast<int>(state.range(1)));
-  decision packed(pool, plain.model_layer(layer.keys())),
-      bf16(pool, plain.model_layer(plain.keys()));
+  decision packed(pool, plain.model_layer(layer.keys()));
+  decision bf16(pool, plain.model_layer(plain.keys()));
   const auto [time, bf16_time, read] = alternate(
       state, [] {}, [&] { packed.select(); }, [&] { bf16.select(); },
       [&] { benchmark::DoNotOptimize(read_keys(pool, layer.key_bytes())); });
