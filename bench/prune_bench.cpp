@@ -7,13 +7,12 @@
 // keys. (AVX512_BF16 does two where floats do one.)
 #include <benchmark/benchmark.h>
 
-#include <chrono>
 #include <stdexcept>
 #include <string>
 
+#include "alternate.hpp"
 #include "eigen_peer.hpp"
 #include "limits.hpp"
-#include "median.hpp"
 #include "packed_layer.hpp"
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -29,29 +28,6 @@ void flush([[maybe_unused]] std::span<const std::byte> keys) {
   for (std::size_t i = 0; i < keys.size(); i += 64) _mm_clflush(&keys[i]);
   _mm_mfence();
 #endif
-}
-
-/// Runs all works in turn, `before` before each; returns their median times in seconds. The first
-/// one's is the benchmark's.
-template <class Before, class... Works>
-std::array<double, sizeof...(Works)> alternate(benchmark::State& state, const Before& before,
-                                               const Works&... works) {
-  std::array<std::vector<double>, sizeof...(Works)> times;
-  const auto time = [&](const auto& work, std::vector<double>& into) {
-    before();
-    const auto start = std::chrono::steady_clock::now();
-    work();
-    into.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  };
-  for (auto _ : state) {
-    std::size_t i = 0;
-    (time(works, times[i++]), ...);
-    benchmark::ClobberMemory();
-    state.SetIterationTime(times[0].back());
-  }
-  std::array<double, sizeof...(Works)> medians;
-  std::transform(times.begin(), times.end(), medians.begin(), median);
-  return medians;
 }
 
 /// The policy with the memory it works in.

@@ -14,8 +14,8 @@ template <class Query, class Key>
 void check_products(random_source& random) {
   using product = cpu_detail::product<Query, Key>;
   for (const index_t dim : {1, 3, 16, 31, 64, 80, 96, 112, 128, 192, 300, 2100}) {
-    for (const index_t rows : {1, 2, 3, 4, 7, 16}) {
-      if (dim > 192 && rows != 3) continue;
+    for (const index_t rows : {1, 2, 3, 4, 7, 11, 12, 13, 16}) {
+      if (dim > 192 && rows != 3 && rows != 13) continue;
       std::map<index_t, std::vector<float>> of_rows;  // by range
       problem p(2, 1, dim, 1, {70});
       fill(p, random);
@@ -23,25 +23,25 @@ void check_products(random_source& random) {
       std::vector<float> queries(size(rows * dim));
       for (float& q : queries) q = random.normal();
       round_to<Query>(queries);
-      std::vector<typename product::packed> packed(
-          size(rows * cpu_detail::packed_dim<product>(dim)));
-      for (index_t r = 0; r < rows; ++r) {
-        std::vector<Query> row;
-        for (index_t d = 0; d < dim; ++d)
-          row.push_back(to_element<Query>(queries[size(r * dim + d)]));
-        cpu_detail::pack<product>(row.data(), 1, dim, r, rows, packed.data());
-      }
+      const bool many = cpu_detail::are_many(rows);
+      std::vector<Query> elements;  // [1, row, 1, dim]
+      for (const float q : queries) elements.push_back(to_element<Query>(q));
+      std::vector<std::byte> packed(size(cpu_detail::packed_bytes<product>(rows, dim, many)));
+      const dense_cache<Key> a_key(plain_rows(1, dim, {1}));
+      cpu_detail::pack_queries(
+          observe(view<const Query, 4>(elements.data(), {1, rows, 1, dim}), a_key.source()), 0, 0,
+          rows, {packed.data(), many});
       for_each_layout<Key>(p.keys, [&](const char* layout, const auto& cache) {
         CAPTURE(layout, dim, rows);
         for (const token_range range : {token_range{0, 70}, {0, 1}, {3, 10}, {64, 70}, {5, 5}}) {
-          std::vector<Key> gathered(size(cpu_detail::tile_tokens * dim));
+          std::vector<std::byte> gathered(size(cpu_detail::gathered_bytes<Key>(dim)));
           std::vector<float> tile(size(rows * cpu_detail::tile_stride), -7);
           const auto source = cache.source();
           const cpu_detail::chunk_place block{0, 1, range};
           const cpu_detail::chunk_addresses keys(source, block, {0, 0, {2, 30}});
           REQUIRE(keys.count() == range.end - range.begin);
-          cpu_detail::store_logits<product>(keys, packed.data(), rows, dim, 0.5f, gathered.data(),
-                                            tile.data());
+          cpu_detail::store_logits<product>(keys, {packed.data(), many}, rows, dim, 0.5f,
+                                            gathered.data(), tile.data());
           // The first layout's bits are those of all.
           const auto expected = of_rows.try_emplace(range.begin * 100 + range.end, tile).first;
           for (index_t r = 0; r < rows; ++r) {
@@ -49,7 +49,8 @@ void check_products(random_source& random) {
             REQUIRE(std::equal(&tile[size(first)], &tile[size(first + keys.count())],
                                &expected->second[size(first)]));
           }
-          const index_t written = (keys.count() + 3) / 4 * 4;
+          const index_t together = many ? cpu_detail::block_tokens : cpu_detail::tile_tokens;
+          const index_t written = (keys.count() + together - 1) / together * together;
           for (index_t r = 0; r < rows; ++r) {
             for (index_t t = 0; t < cpu_detail::tile_stride; ++t) {
               const float got = tile[size(r * cpu_detail::tile_stride + t)];
@@ -132,8 +133,8 @@ TEST_CASE("queries are packed from the last rows of any strides and type", "[cpu
   // Two heads of two rows make four, tile by tile; head 2 is the first of its KV head.
   const index_t dim = cpu_detail::packed_dim<product>(8);
   std::vector<float> packed(size(4 * dim), -7);
-  cpu_detail::pack_queries(layer, 1, 2, 2, packed.data());
-  cpu_detail::pack_queries(layer, 1, 3, 2, packed.data());
+  cpu_detail::pack_queries(layer, 1, 2, 2, {packed.data(), false});
+  cpu_detail::pack_queries(layer, 1, 3, 2, {packed.data(), false});
   for (index_t row = 0; row < 4; ++row) {
     const index_t tile = std::min<index_t>(cpu_detail::tile_rows, 4);
     for (index_t d = 0; d < dim; ++d) {

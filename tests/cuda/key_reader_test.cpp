@@ -6,7 +6,7 @@
 #include "emulated_backend.hpp"
 #include "estimates.hpp"
 #include "ranked_selection.hpp"
-#include "refreekv/cuda/attend.hpp"
+#include "refreekv/cuda/window_attention.hpp"
 #include "selection.hpp"
 
 using namespace refreekv;

@@ -117,7 +117,7 @@ struct ops<cpu_backend<Executor>> {
   template <class Layer>
   static attention_scratch carve_attention_scratch(arena& from, const backend_type& b, index_t rows,
                                                    const Layer& layer) noexcept {
-    return attention_scratch::carve(from, cpu_detail::head_workers(b.threads, layer), rows, layer);
+    return attention_scratch::carve(from, b.threads.workers(), rows, layer);
   }
 
   template <class Layer>

@@ -1,149 +1,86 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one KV head's query heads to all of its tokens, tile by tile.
+// Attention of a window's rows, with their softmax, to all tokens of their sequences.
 #pragma once
 
 #include "refreekv/backend/token_scores.hpp"
-#include "refreekv/cpu/scan_scratch.hpp"
+#include "refreekv/cpu/executor.hpp"
+#include "refreekv/cpu/window_attention.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
-/// Query rows, over all query heads of a KV head, that are processed together. Their tile stays in
-/// the second-level cache.
-inline constexpr index_t rows_together = 64;
+/// The attention of one row of a query head to some tokens of a chunk, all of which it sees:
+/// weight * values [tokens]. The weight is NaN for a row without a softmax.
+struct row_attention {
+  index_t q_head;  ///< of the KV head: in [0, q_heads / kv_heads)
+  token_range tokens;
+  const float* values;
+  double weight;
+};
 
-/// Returns the size in bytes of whole cache lines that hold `bytes`. Capped near 2^62, so that an
-/// index_t holds the result; the arena refuses that size.
-[[nodiscard]] inline index_t whole_lines(std::uint64_t bytes) noexcept {
-  constexpr std::uint64_t most = std::uint64_t{1} << 62;
-  return static_cast<index_t>((std::min)(bytes, most) / arena::alignment + 1) *
-         static_cast<index_t>(arena::alignment);
-}
+/// A chunk of the KV head in a slot of attention_scratch.
+struct attended_chunk {
+  index_t slot, chunk;
+  chunk_place place;
+};
 
-/// Scratch of each worker: 70 KB of logits, the queries of rows_together rows, statistics of the
-/// longest sequence, and a chunk of floats for packed keys.
+/// Scratch of for_each_attention. Values of all chunks are kept until the rows' normalisers are
+/// known, so that keys are multiplied once. Several KV heads have a slot each; they are processed
+/// together, one after the other if they are long.
 struct attention_scratch {
-  std::byte* memory;
-  index_t worker_bytes;
-  index_t rows;    ///< rows of each query head that are processed together
-  double* totals;  ///< [sequence, kv_head, 2]
-
-  struct parts {
-    void* packed;  ///< [q_head of the KV head, rows, packed_dim]
-    tile_scratch tile;
-    chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
-    row_normaliser* normalisers;   ///< [q_head of the KV head, rows]
-    double* sums;                  ///< [2, q_head of the KV head, capacity]
-  };
-
-  template <class Layer>
-  static parts carve_parts(arena& from, index_t rows, const Layer& layer) noexcept {
-    const index_t heads = layer.q_heads() / layer.kv_heads();
-    const index_t chunks = chunking{layer.capacity(), 0}.count();
-    parts p{};
-    if constexpr (has_queries<Layer>) {
-      using product = product_of<Layer>;
-      using keys = std::remove_cvref_t<decltype(layer.keys)>;
-      const index_t dim = layer.head_dim();
-      p.packed = from.array<typename product::packed>(heads, rows, packed_dim<product>(dim));
-      p.tile.gathered = from.array<std::byte>(tile_tokens, dim, index_t{sizeof(float)});
-      if constexpr (packed_keys<keys>) p.tile.unpacked = from.array<float>(chunk_tokens, dim);
-    }
-    p.tile.values = from.array<float>(heads, rows, tile_stride);
-    p.tile.statistics = from.array<chunk_statistics>(heads, rows);
-    p.statistics = from.array<chunk_statistics>(heads, rows, chunks);
-    p.normalisers = from.array<row_normaliser>(heads, rows);
-    p.sums = from.array<double>(2, heads, layer.capacity());
-    return p;
-  }
+  index_t slot_count;  ///< KV heads that are processed together
+  index_t rows;        ///< rows of each query head that are processed together
+  index_t chunks;      ///< of the longest sequence
+  worker_tiles tiles;
+  std::byte* queries;  ///< [slot, query_bytes]; null for ready rows
+  index_t query_bytes;
+  float* values;                 ///< [slot, chunk, q_head of the KV head, rows, tile_stride]
+  chunk_statistics* statistics;  ///< [slot, q_head of the KV head, rows, chunk]
+  row_normaliser* normalisers;   ///< [slot, q_head of the KV head, rows]
+  index_t* left_out;             ///< [slot]: rows that were left out
+  double* sums;                  ///< [slot, 2, q_head of the KV head, capacity]
+  double* totals;                ///< [sequence, kv_head, chunk, q_heads of the KV head + 1]
 
   template <class Layer>
   static attention_scratch carve(arena& from, index_t workers, index_t window,
                                  const Layer& layer) noexcept {
-    const index_t heads = layer.q_heads() / layer.kv_heads();
-    const index_t most = heads < rows_together ? rows_together / heads : 1;
-    attention_scratch s{nullptr, 0, (std::min)(window, most), nullptr};
-    arena count;
-    (void)carve_parts(count, s.rows, layer);
-    s.worker_bytes = whole_lines(count.bytes());
-    s.memory = from.array<std::byte>(workers, s.worker_bytes);
-    s.totals = from.array<double>(layer.sequences(), layer.kv_heads(), 2);
+    // As many rows as repay reading the keys for them, but fewer of long sequences: their values
+    // take at most 9 MB of a slot up to 131,072 tokens.
+    constexpr index_t slot_values = index_t{1} << 21, least_rows = 16, most_rows = 64;
+    constexpr index_t worker_bytes = index_t{4} << 20;  // of slots for each worker
+    const index_t heads = layer.q_heads() / layer.kv_heads(), capacity = layer.capacity();
+    const index_t fit = slot_values / (std::max)(capacity, index_t{1});
+    const index_t together = std::clamp(fit, least_rows, most_rows) / heads;
+    attention_scratch s{};
+    s.rows = std::clamp<index_t>(together, 1, (std::max)(window, index_t{1}));
+    s.chunks = chunking{capacity, 0}.count();
+    const index_t rows = heads * s.rows;
+    const index_t slot_bytes = lines_of<float>(s.chunks, rows, tile_stride) +
+                               lines_of<double>(index_t{2}, heads, capacity);
+    s.slot_count =
+        std::clamp<index_t>(workers * worker_bytes / slot_bytes, 1,
+                            (std::max)(layer.sequences() * layer.kv_heads(), index_t{1}));
+    s.tiles = worker_tiles::carve(from, workers, rows, 0, layer);
+    if constexpr (has_queries<Layer>) {
+      s.query_bytes =
+          packed_bytes<product_of<Layer>>(rows, layer.head_dim(), are_many(heads * window));
+      s.queries = from.array<std::byte>(s.slot_count, s.query_bytes);
+    }
+    s.values = from.array<float>(s.slot_count, s.chunks, rows, tile_stride);
+    s.statistics = from.array<chunk_statistics>(s.slot_count, rows, s.chunks);
+    s.normalisers = from.array<row_normaliser>(s.slot_count, rows);
+    s.left_out = from.array<index_t>(s.slot_count);
+    s.sums = from.array<double>(s.slot_count, index_t{2}, heads, capacity);
+    s.totals = from.array<double>(layer.sequences(), layer.kv_heads(), s.chunks, heads + 1);
     return s;
   }
-
-  template <class Layer>
-  [[nodiscard]] parts of(index_t worker, const Layer& layer) const noexcept {
-    arena carve(memory + worker * worker_bytes);
-    return carve_parts(carve, rows, layer);
-  }
 };
 
-/// Returns the layer with its rows [first, first + rows) only.
-template <class Query, class Keys>
-[[nodiscard]] auto only_rows(const query_layer<Query, Keys>& layer, index_t first,
-                             index_t rows) noexcept {
-  const auto& q = layer.queries;
-  query_layer<Query, Keys> part = layer;
-  part.queries = view<const Query, 4>(q.at(0, first), {q.extent(0), rows, q.extent(2), q.extent(3)},
-                                      {q.stride(0), q.stride(1), q.stride(2), q.stride(3)});
-  return part;
-}
-template <class Row>
-[[nodiscard]] auto only_rows(const row_layer<Row>& layer, index_t first, index_t rows) noexcept {
-  const auto& a = layer.rows;
-  row_layer<Row> part = layer;
-  part.rows = view<const Row, 4>(a.at(0, first), {a.extent(0), rows, a.extent(2), a.extent(3)},
-                                 {a.stride(0), a.stride(1), a.stride(2), a.stride(3)});
-  return part;
-}
-
-/// What attend_block writes to the tile.
-enum class leaves {
-  statistics,  ///< statistics, no values
-  values,      ///< values with their statistics
-  logits,      ///< logits; requires a layer with queries
-};
-
-/// Writes statistics, values or logits of one chunk to the tile.
-template <class Layer>
-void attend_block(const Layer& layer, const query_window& window, const chunk_place& block,
-                  const attention_scratch::parts& work, leaves output) noexcept {
-  if constexpr (has_queries<Layer>) {
-    const auto keys = read_keys(layer.keys, block, block, work.tile.unpacked);
-    const auto queries = queries_of(
-        layer, block.kv_head, static_cast<const typename product_of<Layer>::packed*>(work.packed));
-    if (output == leaves::logits) {
-      fill_logits(queries, window, block.tokens, keys, work.tile);
-    } else if (output == leaves::values ||
-               !summarise(queries, window, block.tokens, keys, work.tile)) {
-      attend(queries, window, block.tokens, keys, work.tile);
-    }
-  } else {
-    attend(layer, window, block, work.tile);
-  }
-}
-
-/// Turns logits [count] of one row into attention. Attention below 1e-37 becomes 0.
-inline void normalise_logits(float* logits, index_t count, const row_normaliser& row) noexcept {
-  const double log_sum = row.log_sum();
-  Eigen::Map<Eigen::ArrayXf> x(logits, static_cast<Eigen::Index>(count));
-  if (std::isnan(log_sum)) {
-    x.setConstant(std::numeric_limits<float>::quiet_NaN());
-  } else {
-    x = (x.cast<double>() - log_sum).cast<float>();
-    x = (x < -85).select(0, x.exp());
-  }
-}
-
-/// Turns values [count] of one row, relative to 2^exponent, into attention.
-inline void normalise_values(float* values, index_t count, float exponent,
-                             const row_normaliser& row) noexcept {
-  const auto attention = static_cast<float>(detail::weight_of(exponent, row));
-  Eigen::Map<Eigen::ArrayXf> x(values, static_cast<Eigen::Index>(count));
-  if (exponent <= -std::numeric_limits<float>::infinity()) {
-    x.setConstant(attention);  // 0, or NaN if the row has no normaliser
-  } else {
-    x *= attention;
-  }
+/// Returns rows [first, first + rows) of a tensor [sequence, row, q_head, ...].
+template <class T>
+[[nodiscard]] view<T, 4> only_rows(const view<T, 4>& all, index_t first, index_t rows) noexcept {
+  return {all.at(0, first),
+          {all.extent(0), rows, all.extent(2), all.extent(3)},
+          {all.stride(0), all.stride(1), all.stride(2), all.stride(3)}};
 }
 
 /// Returns whether all attention that a ready row sees is finite.
@@ -156,97 +93,224 @@ template <class Row>
   return finite;
 }
 
-/// Calls f(rows, tokens, values) for all tiles of the last `window` rows of one KV head of one
-/// sequence. values [q_head of the KV head, rows], with tile_stride floats between rows, is the
-/// attention to `tokens`. Skips tokens that no row of a group of rows sees. Reads the keys twice
-/// for each group of rows. Returns the number of rows that were left out.
-template <class Layer, class F>
-index_t for_each_attention(const Layer& layer, index_t sequence, index_t kv_head, index_t window,
-                           bad_rows bad, const attention_scratch& scratch,
-                           const attention_scratch::parts& work, const F& f) noexcept {
+/// The slots of some KV heads, and the rows of these that are processed together.
+template <class Layer>
+class attention_slots {
+ public:
+  attention_slots(const Layer& layer, index_t window, bad_rows bad,
+                  const attention_scratch& scratch, index_t first, index_t slot_count) noexcept
+      : layer_(layer),
+        window_(window),
+        bad_(bad),
+        work_(scratch),
+        first_(first),
+        heads_(layer.q_heads() / layer.kv_heads()) {
+    for (index_t slot = 0; slot < slot_count; ++slot) {
+      const query_window all = window_of(layer, sequence(slot), window);
+      groups_ = (std::max)(groups_, (all.count() + work_.rows - 1) / work_.rows);
+      chunks_ += chunks_of(slot).count();
+      work_.left_out[slot] = 0;
+    }
+  }
+
+  /// Groups of rows; at least one, which may be empty.
+  [[nodiscard]] index_t groups() const noexcept { return groups_; }
+  /// Chunks of all slots.
+  [[nodiscard]] index_t chunks() const noexcept { return chunks_; }
+
+  [[nodiscard]] index_t sequence(index_t slot) const noexcept {
+    return (first_ + slot) / layer_.kv_heads();
+  }
+  [[nodiscard]] index_t kv_head(index_t slot) const noexcept {
+    return (first_ + slot) % layer_.kv_heads();
+  }
+
+  /// Packs the queries of a query head of a slot.
+  void pack(index_t group, index_t slot, index_t head) const noexcept {
+    const rows_of_group rows = rows_of(group, slot);
+    if (rows.count == 0) return;
+    pack_queries(part_of(rows), sequence(slot), kv_head(slot) * heads_ + head, rows.count,
+                 queries(slot));
+  }
+
+  /// Calls f(slot, chunk number) for the chunks [begin, end) of all slots.
+  template <class F>
+  void for_each_chunk(index_t begin, index_t end, const F& f) const noexcept {
+    index_t slot = 0, chunk = begin;
+    for (index_t i = begin; i < end; ++i, ++chunk) {
+      while (chunk >= chunks_of(slot).count()) chunk -= chunks_of(slot++).count();
+      f(slot, chunk);
+    }
+  }
+
+  /// Writes the values and statistics of a group's rows in a chunk of a slot.
+  void attend(index_t group, int worker, index_t slot, index_t chunk) const noexcept {
+    const rows_of_group rows = rows_of(group, slot);
+    if (rows.count == 0) return;
+    tile_scratch tile = work_.tiles.of(worker);
+    tile.values = values(slot, chunk);
+    const token_range tokens = chunks_of(slot)[chunk], hull = rows.window.hull();
+    const index_t all = heads_ * rows.count;
+    if (tokens.end <= hull.begin || tokens.begin >= hull.end) {
+      std::fill_n(tile.statistics, all,
+                  chunk_statistics{-std::numeric_limits<float>::infinity(), 0, 0});
+    } else {
+      const index_t next = (std::min)(chunk + 1, chunks_of(slot).count() - 1);
+      attend_chunk(
+          part_of(rows), rows.window, queries(slot), {sequence(slot), kv_head(slot), tokens},
+          {sequence(slot), kv_head(slot), chunks_of(slot)[next]}, output::exact_values, tile);
+    }
+    for (index_t i = 0; i < all; ++i) statistics(slot, i)[chunk] = tile.statistics[i];
+  }
+
+  /// Writes the normalisers of a group's rows of a slot.
+  void normalise(index_t group, index_t slot) const noexcept {
+    const rows_of_group rows = rows_of(group, slot);
+    const auto& part = part_of(rows);
+    row_normaliser* normaliser = normalisers(slot);
+    for (index_t i = 0; i < heads_ * rows.count; ++i) {
+      const index_t q_head = kv_head(slot) * heads_ + i / rows.count, row = i % rows.count;
+      if constexpr (has_queries<Layer>) {
+        const auto& sinks = layer_.info.attention.sink_logits;
+        normaliser[i] = detail::normalise(
+            statistics(slot, i), chunks_of(slot).count(),
+            sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
+      } else {
+        const bool exists =
+            bad_ == bad_rows::stay || all_finite(part.rows.at(sequence(slot), row, q_head),
+                                                 part.rows.stride(3), rows.window.visible(row));
+        normaliser[i] = {0, exists ? 1.0 : 0.0};
+      }
+    }
+    for (index_t r = 0; bad_ == bad_rows::left_out && r < rows.count; ++r) {
+      bool exists = true;
+      for (index_t h = 0; h < heads_; ++h) exists &= normaliser[h * rows.count + r].exists();
+      if (exists) continue;
+      ++work_.left_out[slot];
+      for (index_t h = 0; h < heads_; ++h) normaliser[h * rows.count + r].sum = 0;
+    }
+  }
+
+  /// Calls f(row_attention) for a group's rows in a chunk of a slot, but not for rows that are left
+  /// out or see none of the chunk's tokens.
+  template <class F>
+  void for_each_row(index_t group, index_t slot, index_t chunk, const F& f) const noexcept {
+    const rows_of_group rows = rows_of(group, slot);
+    const auto [first, last] = chunks_of(slot)[chunk];
+    for (index_t i = 0; i < heads_ * rows.count; ++i) {
+      const row_normaliser& normaliser = normalisers(slot)[i];
+      const token_range visible = rows.window.visible(i % rows.count);
+      const token_range tokens{std::clamp(visible.begin, first, last),
+                               std::clamp(visible.end, first, last)};
+      if (tokens.begin == tokens.end) continue;
+      if (bad_ == bad_rows::left_out && !normaliser.exists()) continue;
+      const float exponent = statistics(slot, i)[chunk].exponent;
+      f(row_attention{i / rows.count, tokens,
+                      values(slot, chunk) + i * tile_stride + tokens.begin - first,
+                      detail::weight_of(exponent, normaliser)});
+    }
+  }
+
+  /// The chunks of a slot's sequence.
+  [[nodiscard]] chunking chunks_of(index_t slot) const noexcept {
+    return {layer_.tokens(sequence(slot)), 0};
+  }
+
+ private:
+  /// The rows of a group in one slot: existing rows only.
+  struct rows_of_group {
+    index_t first;  ///< in the window
+    index_t count;
+    query_window window;
+  };
+
+  [[nodiscard]] rows_of_group rows_of(index_t group, index_t slot) const noexcept {
+    const query_window all = window_of(layer_, sequence(slot), window_);
+    const index_t first = (std::min)(all.first_row() + group * work_.rows, window_);
+    const index_t count = (std::min)(work_.rows, window_ - first);
+    return {first, count, all.part(first, count)};
+  }
+  /// The layer with the rows of a group only.
+  [[nodiscard]] Layer part_of(const rows_of_group& rows) const noexcept {
+    Layer part = layer_;
+    const index_t first = layer_.window() - window_ + rows.first;
+    if constexpr (has_queries<Layer>) {
+      part.queries = only_rows(layer_.queries, first, rows.count);
+    } else {
+      part.rows = only_rows(layer_.rows, first, rows.count);
+    }
+    return part;
+  }
+
+  [[nodiscard]] index_t rows_of_slot() const noexcept { return heads_ * work_.rows; }
+  [[nodiscard]] packed_queries queries(index_t slot) const noexcept {
+    return {work_.queries + slot * work_.query_bytes, are_many(heads_ * window_)};
+  }
+  [[nodiscard]] float* values(index_t slot, index_t chunk) const noexcept {
+    return work_.values + (slot * work_.chunks + chunk) * rows_of_slot() * tile_stride;
+  }
+  [[nodiscard]] chunk_statistics* statistics(index_t slot, index_t row) const noexcept {
+    return work_.statistics + (slot * rows_of_slot() + row) * work_.chunks;
+  }
+  [[nodiscard]] row_normaliser* normalisers(index_t slot) const noexcept {
+    return work_.normalisers + slot * rows_of_slot();
+  }
+
+  const Layer& layer_;
+  index_t window_;
+  bad_rows bad_;
+  const attention_scratch& work_;
+  index_t first_, heads_;
+  index_t groups_ = 1, chunks_ = 0;
+};
+
+/// Attention of the last `window` rows to all tokens. For each chunk of each KV head of each
+/// sequence, calls visit.start(chunk), then visit.add(chunk, row_attention) row by row, then
+/// visit.finish(chunk, left_out) with the number of rows that were left out of the KV head. Work is
+/// divided by chunks among all workers; the rows of a query head are added in their order whatever
+/// the number of workers is.
+template <class Executor, class Layer, class Visit>
+void for_each_attention(const Executor& threads, const Layer& layer, index_t window, bad_rows bad,
+                        const attention_scratch& scratch, const Visit& visit) noexcept {
   const index_t heads = layer.q_heads() / layer.kv_heads();
-  const query_window all = window_of(layer, sequence, window);
-  index_t left_out = 0;
-  for (index_t begin = all.first_row(); begin < window; begin += scratch.rows) {
-    const index_t rows = (std::min)(scratch.rows, window - begin);
-    const Layer part = only_rows(layer, layer.window() - window + begin, rows);
-    const query_window block_window = all.part(begin, rows);
-    const token_range hull = block_window.hull();
-    const chunking chunks{hull.end, 0};
-    const auto for_each_block = [&](const auto& g) {
-      for (index_t c = 0; c < chunks.count(); ++c) {
-        if (chunks[c].end > hull.begin) g(c, chunk_place{sequence, kv_head, chunks[c]});
+  const index_t all = layer.sequences() * layer.kv_heads();
+  for (index_t first = 0; first < all; first += scratch.slot_count) {
+    const index_t slot_count = (std::min)(scratch.slot_count, all - first);
+    const attention_slots<Layer> s(layer, window, bad, scratch, first, slot_count);
+    const auto place = [&](index_t slot, index_t chunk) {
+      return attended_chunk{
+          slot, chunk, {s.sequence(slot), s.kv_head(slot), s.chunks_of(slot)[chunk]}};
+    };
+    index_t work = s.chunks() * chunk_tokens * heads * scratch.rows;
+    if constexpr (has_queries<Layer>) work *= layer.head_dim() / 8 + 1;
+    const auto for_each_chunk = [&](const auto& f) {
+      const auto run = [&](int worker, index_t begin, index_t end) {
+        s.for_each_chunk(begin, end, [&](index_t slot, index_t chunk) { f(worker, slot, chunk); });
+      };
+      if (work >= index_t{1} << 16) {
+        for_each_range(threads, s.chunks(), run);
+      } else {
+        run(0, 0, s.chunks());
       }
     };
-    if constexpr (has_queries<Layer>) {
-      using product = product_of<Layer>;
-      for (index_t h = 0; h < heads; ++h) {
-        for (index_t r = 0; r < rows; ++r) {
-          pack<product>(part.queries.at(sequence, r, kv_head * heads + h), part.queries.stride(3),
-                        layer.head_dim(), h * rows + r, heads * rows,
-                        static_cast<typename product::packed*>(work.packed));
-        }
+    for (index_t group = 0; group < s.groups(); ++group) {
+      if constexpr (has_queries<Layer>) {
+        for_each_item(threads, slot_count * heads,
+                      slot_count * heads * scratch.rows * layer.head_dim(),
+                      [&](int, index_t i) { s.pack(group, i / heads, i % heads); });
       }
-      for (index_t i = 0; i < heads * rows * chunks.count(); ++i) {
-        work.statistics[i] = {-std::numeric_limits<float>::infinity(), 0, 0};
-      }
-      for_each_block([&](index_t c, const chunk_place& block) {
-        attend_block(part, block_window, block, work, leaves::statistics);
-        for (index_t i = 0; i < heads * rows; ++i) {
-          work.statistics[i * chunks.count() + c] = work.tile.statistics[i];
-        }
+      for_each_chunk(
+          [&](int worker, index_t slot, index_t chunk) { s.attend(group, worker, slot, chunk); });
+      for_each_item(threads, slot_count, slot_count * heads * scratch.rows * scratch.chunks,
+                    [&](int, index_t slot) { s.normalise(group, slot); });
+      for_each_chunk([&](int, index_t slot, index_t chunk) {
+        const attended_chunk at = place(slot, chunk);
+        if (group == 0) visit.start(at);
+        s.for_each_row(group, slot, chunk, [&](const row_attention& row) { visit.add(at, row); });
+        if (group == s.groups() - 1) visit.finish(at, scratch.left_out[slot]);
       });
-      const auto& sinks = layer.info.attention.sink_logits;
-      for (index_t i = 0; i < heads * rows; ++i) {
-        work.normalisers[i] =
-            detail::normalise(work.statistics + i * chunks.count(), chunks.count(),
-                              sinks.data() != nullptr ? sinks(kv_head * heads + i / rows)
-                                                      : -std::numeric_limits<float>::infinity());
-      }
-    } else {
-      for (index_t i = 0; i < heads * rows; ++i) {
-        const auto* row = part.rows.at(sequence, i % rows, kv_head * heads + i / rows);
-        const bool exists = bad == bad_rows::stay ||
-                            all_finite(row, part.rows.stride(3), block_window.visible(i % rows));
-        work.normalisers[i] = {0, exists ? 1.0 : 0.0};
-      }
     }
-    for (index_t r = 0; bad == bad_rows::left_out && r < rows; ++r) {
-      bool exists = true;
-      for (index_t h = 0; h < heads; ++h) exists &= work.normalisers[h * rows + r].exists();
-      if (exists) continue;
-      ++left_out;
-      for (index_t h = 0; h < heads; ++h) work.normalisers[h * rows + r].sum = 0;
-    }
-    // From exponent_limit on, logits are exact relative to their peak only.
-    const bool from_logits =
-        has_queries<Layer> && std::none_of(work.normalisers, work.normalisers + heads * rows,
-                                           [](const row_normaliser& n) {
-                                             return std::abs(n.exponent) >= exponent_limit;
-                                           });
-    for_each_block([&](index_t, const chunk_place& block) {
-      attend_block(part, block_window, block, work, from_logits ? leaves::logits : leaves::values);
-      const auto [first, last] = block.tokens;
-      for (index_t i = 0; i < heads * rows; ++i) {
-        float* values = work.tile.values + i * tile_stride;
-        const token_range visible = block_window.visible(i % rows);
-        const index_t from = std::clamp(visible.begin, first, last) - first;
-        const index_t to = std::clamp(visible.end, first, last) - first;
-        std::fill(values, values + from, 0.0f);
-        std::fill(values + to, values + last - first, 0.0f);
-        if (bad == bad_rows::left_out && !work.normalisers[i].exists()) {
-          std::fill(values + from, values + to, 0.0f);
-        } else if (from_logits) {
-          normalise_logits(values + from, to - from, work.normalisers[i]);
-        } else {
-          normalise_values(values + from, to - from, work.tile.statistics[i].exponent,
-                           work.normalisers[i]);
-        }
-      }
-      f(rows, block.tokens, static_cast<const float*>(work.tile.values));
-    });
   }
-  return left_out;
 }
 
 }  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET

@@ -8,7 +8,9 @@
 
 #include "refreekv/attention/observe.hpp"
 #include "refreekv/backend/logit.hpp"
+#include "refreekv/core/workspace.hpp"
 #include "refreekv/cpu/key_reader.hpp"
+#include "refreekv/cpu/simd/token_lanes.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
@@ -29,32 +31,97 @@ struct product_of_layer<query_layer<Query, Keys>> {
 template <class Layer>
 using product_of = typename product_of_layer<Layer>::type;
 
+/// The packed queries of one KV head [q_head of the KV head, row, head_dim].
+struct packed_queries {
+  void* data;
+  bool many;  ///< are_many of the window that these rows are a part of
+};
+
 /// The packed queries of one KV head, and their attention parameters.
 template <class Product>
 struct head_queries {
-  const typename Product::packed* packed;  ///< [q_head of the KV head, window, packed_dim]
-  index_t first_head, heads;               ///< first q_head of the KV head; q_heads per KV head
+  packed_queries packed;
+  index_t first_head, heads;  ///< first q_head of the KV head; q_heads per KV head
   index_t head_dim;
   float scale;
   const attention_params<>& attention;
 };
 
 template <class Query, class Keys>
-[[nodiscard]] auto queries_of(
-    const query_layer<Query, Keys>& layer, index_t kv_head,
-    const typename product_of<query_layer<Query, Keys>>::packed* packed) noexcept {
+[[nodiscard]] auto queries_of(const query_layer<Query, Keys>& layer, index_t kv_head,
+                              packed_queries packed) noexcept {
   const index_t heads = layer.q_heads() / layer.kv_heads();
   return head_queries<product_of<query_layer<Query, Keys>>>{
       packed, kv_head * heads, heads, layer.head_dim(), layer.scale(), layer.info.attention};
 }
 
-/// Writes values [row, stride] = scale * queries [row, packed_dim] . keys [token, head_dim]. Uses
-/// gathered [tile_tokens, head_dim] if dimensions are not contiguous and head_dim is large. Writes
-/// up to three results past the last token. O(rows * tokens * head_dim).
+/// Returns the size in bytes of whole cache lines that hold `bytes`. Capped near 2^62, so that an
+/// index_t holds the result; the arena refuses that size.
+[[nodiscard]] inline index_t whole_lines(std::uint64_t bytes) noexcept {
+  constexpr std::uint64_t most = std::uint64_t{1} << 62;
+  return static_cast<index_t>((std::min)(bytes, most) / arena::alignment + 1) *
+         static_cast<index_t>(arena::alignment);
+}
+/// Returns whole_lines of an array.
+template <class T, class... Extents>
+[[nodiscard]] index_t lines_of(Extents... extents) noexcept {
+  arena count;
+  (void)count.array<T>(extents...);
+  return whole_lines(count.bytes());
+}
+
+/// Returns the bytes of the packed queries of one KV head with `rows` rows.
+template <class Product>
+[[nodiscard]] index_t packed_bytes(index_t rows, index_t head_dim, bool many) noexcept {
+  return many ? lines_of<float>((rows + block_rows - 1) / block_rows, block_rows, head_dim)
+              : lines_of<typename Product::packed>(rows, packed_dim<Product>(head_dim));
+}
+
+/// Returns the bytes of store_logits' scratch.
+template <class Key>
+[[nodiscard]] index_t gathered_bytes(index_t head_dim) noexcept {
+  return lines_of<float>(transposed_dim<Key>(head_dim), block_tokens);
+}
+
+/// As store_logits, for many rows.
+template <class Key>
+void store_logits_of_many(const chunk_addresses<Key>& keys, const float* queries, index_t rows,
+                          index_t head_dim, float scale, float* block, float* values,
+                          index_t stride) noexcept {
+  for (index_t t = 0; t < keys.count(); t += block_tokens) {
+    const auto from = keys.from(t);
+    const Key* at[std::size_t{block_tokens}];
+    for (index_t i = 0; i < block_tokens; ++i) {
+      at[i] = from.current[(std::min)(i, keys.count() - t - 1)];
+    }
+    if (keys.dim_stride() == 1) {
+      for (index_t i = 0; i < (std::min)(block_tokens, keys.count() - t); ++i) {
+        constexpr index_t line = 64 / sizeof(Key);
+        for (index_t d = 0; d < head_dim; d += line) prefetch(from.prefetch_far[i] + d);
+      }
+    }
+    transpose_keys(at, keys.dim_stride(), head_dim, block);
+    for (index_t r = 0; r < rows; r += block_rows) {
+      multiply_block(queries + r * head_dim, block, head_dim, scale,
+                     (std::min)(rows - r, block_rows), values + r * stride + t, stride);
+    }
+  }
+}
+
+/// Writes values [row, stride] = scale * queries [row, head_dim] . keys [token, head_dim]. Rows of
+/// a window with many rows are multiplied in blocks; so each row's bits depend on it alone. Uses
+/// gathered [gathered_bytes]. Writes up to block_tokens - 1 results past the last token. O(rows *
+/// tokens * head_dim).
 template <class Product, class Key>
-void store_logits(const chunk_addresses<Key>& keys, const typename Product::packed* queries,
-                  index_t rows, index_t head_dim, float scale, Key* gathered, float* values,
+void store_logits(const chunk_addresses<Key>& keys, packed_queries packed, index_t rows,
+                  index_t head_dim, float scale, void* gathered, float* values,
                   index_t stride = tile_stride) noexcept {
+  if (packed.many) {
+    store_logits_of_many(keys, static_cast<const float*>(packed.data), rows, head_dim, scale,
+                         static_cast<float*>(gathered), values, stride);
+    return;
+  }
+  const auto* queries = static_cast<const typename Product::packed*>(packed.data);
   const auto multiply = [&](key_addresses<Key> at, index_t start, index_t count) {
     for_each_tile<Product>(queries, rows, head_dim, [&](auto n, index_t row, const auto* tile) {
       dot_rows<Product, n()>(tile, at, count, head_dim, [&](index_t i, index_t t, const lanes& x) {
@@ -79,7 +146,7 @@ void store_logits(const chunk_addresses<Key>& keys, const typename Product::pack
   constexpr index_t line = 64 / sizeof(Key), room = line * 256;
   Key nearby[std::size_t{room}];
   const bool fits = tile_tokens * head_dim <= room;
-  Key* copy = fits ? nearby : gathered;
+  Key* copy = fits ? nearby : static_cast<Key*>(gathered);
   const index_t together =
       fits ? (std::min)(line, room / head_dim / tile_tokens * tile_tokens) : tile_tokens;
   const Key* copies[std::size_t{line}];
@@ -97,17 +164,21 @@ void store_logits(const chunk_addresses<Key>& keys, const typename Product::pack
   }
 }
 
-/// Packs the last `window` queries of one query head into packed [q_head of the KV head, window,
-/// packed_dim].
+/// Packs the last `window` queries of one query head, as rows of its KV head.
 template <class Query, class Keys>
 void pack_queries(const query_layer<Query, Keys>& layer, index_t sequence, index_t q_head,
-                  index_t window,
-                  typename product_of<query_layer<Query, Keys>>::packed* packed) noexcept {
-  const index_t heads = layer.q_heads() / layer.kv_heads();
+                  index_t window, packed_queries packed) noexcept {
+  using few = product_of<query_layer<Query, Keys>>;
+  const index_t heads = layer.q_heads() / layer.kv_heads(), rows = heads * window;
   for (index_t r = 0; r < window; ++r) {
-    pack<product_of<query_layer<Query, Keys>>>(
-        layer.queries.at(sequence, layer.window() - window + r, q_head), layer.queries.stride(3),
-        layer.head_dim(), q_head % heads * window + r, heads * window, packed);
+    const Query* query = layer.queries.at(sequence, layer.window() - window + r, q_head);
+    const index_t stride = layer.queries.stride(3), row = q_head % heads * window + r;
+    if (!packed.many) {
+      pack<few>(query, stride, layer.head_dim(), row, rows,
+                static_cast<typename few::packed*>(packed.data));
+    } else {
+      pack_in_blocks(query, stride, layer.head_dim(), row, rows, static_cast<float*>(packed.data));
+    }
   }
 }
 

@@ -33,7 +33,7 @@ class scanner {
 
   /// Reads one chunk of one KV head and writes its statistics. Prefetches the next chunk.
   void read_chunk(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, at, next, leaves::statistics);
+    const tile_scratch tile = attend_chunk(worker, at, next, output::statistics);
     store_statistics(tile, at);
   }
 
@@ -55,7 +55,7 @@ class scanner {
   /// Reads a chunk again, for a mean over several rows, which needs their normalisers. Writes the
   /// chunk's energy in place of `sum_squares` of the first row that exists.
   void read_chunk_again(int worker, const chunk_index& at, const chunk_index& next) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, at, next, leaves::values);
+    const tile_scratch tile = attend_chunk(worker, at, next, output::values);
     const token_range range = chunks_of(at.sequence)[at.chunk];
     const index_t first = window_of(at.sequence).first_row();
     if (first == scan_.window) return;
@@ -83,7 +83,7 @@ class scanner {
   /// before each token.
   void add_chunk_norms(int worker, const chunk_index& at, double* norms,
                        float* masses) const noexcept {
-    const tile_scratch tile = attend_chunk(worker, at, at, leaves::values);
+    const tile_scratch tile = attend_chunk(worker, at, at, output::values);
     const chunking chunks = chunks_of(at.sequence);
     const auto tokens = static_cast<Eigen::Index>(size(chunks[at.chunk]));
     // Sequential sums first; the element-wise work on them then uses whole registers.
@@ -147,14 +147,13 @@ class scanner {
             window_of(sequence).first_row()};
   }
 
-  /// Returns the packed queries [q_head of the KV head, window, packed_dim] of a KV head.
-  [[nodiscard]] auto* packed(index_t sequence, index_t kv_head) const noexcept {
-    const index_t row = (sequence * layer_.kv_heads() + kv_head) * heads_ * scan_.window;
-    return static_cast<typename product_of<Layer>::packed*>(scratch_.queries) +
-           row * packed_dim<product_of<Layer>>(layer_.head_dim());
+  /// Returns the packed queries of a KV head.
+  [[nodiscard]] packed_queries packed(index_t sequence, index_t kv_head) const noexcept {
+    return {scratch_.queries + (sequence * layer_.kv_heads() + kv_head) * scratch_.query_bytes,
+            are_many(heads_ * scan_.window)};
   }
 
-  [[nodiscard]] chunk_place block_of(const chunk_index& at) const noexcept {
+  [[nodiscard]] chunk_place place_of(const chunk_index& at) const noexcept {
     return {at.sequence, at.kv_head, chunks_of(at.sequence)[at.chunk]};
   }
 
@@ -166,24 +165,12 @@ class scanner {
     }
   }
 
-  enum class leaves { statistics, values };
-
-  /// Writes the statistics of a chunk to the worker's tile, and its values if `output` asks for
-  /// them. Prefetches the next chunk.
+  /// Attends to a chunk and returns the worker's tile. Prefetches the next chunk.
   tile_scratch attend_chunk(int worker, const chunk_index& at, const chunk_index& next,
-                            leaves output) const noexcept {
-    const tile_scratch tile = scratch_.of(worker);
-    const query_window window = window_of(at.sequence);
-    const chunk_place block = block_of(at);
-    if constexpr (has_queries<Layer>) {
-      const auto keys = read_keys(layer_.keys, block, block_of(next), tile.unpacked);
-      const auto queries = queries_of(layer_, at.kv_head, packed(at.sequence, at.kv_head));
-      if (output == leaves::values || !summarise(queries, window, block.tokens, keys, tile)) {
-        attend(queries, window, block.tokens, keys, tile);
-      }
-    } else {
-      attend(layer_, window, block, tile);
-    }
+                            output wanted) const noexcept {
+    const tile_scratch tile = scratch_.tiles.of(worker);
+    cpu_detail::attend_chunk(layer_, window_of(at.sequence), packed(at.sequence, at.kv_head),
+                             place_of(at), place_of(next), wanted, tile);
     return tile;
   }
 

@@ -26,118 +26,149 @@ template <class Executor, class Layer>
   return workers_for(threads, layer.sequences() * layer.kv_heads());
 }
 
-/// Returns the attention cost of one token, in elements: two products with the query rows of a KV
-/// head, or one read of its ready rows.
+/// Sums of attention over query rows, in attention_scratch.
 template <class Layer>
-[[nodiscard]] index_t attention_work(const Layer& layer, index_t rows) noexcept {
-  const index_t group = layer.q_heads() / layer.kv_heads();
-  if constexpr (has_queries<Layer>) {
-    return (std::min)(rows, layer.capacity()) * group * layer.head_dim() / 8;
-  } else {
-    return (std::min)(rows, layer.capacity()) * group;
+struct head_sums {
+  const Layer& layer;
+  const attention_scratch& scratch;
+
+  [[nodiscard]] index_t group() const noexcept { return layer.q_heads() / layer.kv_heads(); }
+  /// Sums of a power of the attention: 0 for the attention itself, 1 for its squares. [token]
+  [[nodiscard]] double* of(index_t slot, index_t power, index_t q_head) const noexcept {
+    return scratch.sums + ((slot * 2 + power) * group() + q_head) * layer.capacity();
   }
-}
+  void set_zero(const attended_chunk& at, index_t power) const noexcept {
+    const auto [begin, end] = at.place.tokens;
+    for (index_t g = 0; g < group(); ++g) {
+      std::fill_n(of(at.slot, power, g) + begin, end - begin, 0.0);
+    }
+  }
+  void add(const attended_chunk& at, const row_attention& row) const noexcept {
+    add_weighted(row.values, row.tokens.end - row.tokens.begin, row.weight,
+                 of(at.slot, 0, row.q_head) + row.tokens.begin);
+  }
+};
+
+/// Scores of tokens: the attention of the last rows.
+template <class Layer>
+struct sum_scores {
+  head_sums<Layer> sums;
+  const score_rows& summed;
+  const scores_view<>& scores;
+  const view<kept_tokens, 2>& counts;
+
+  void start(const attended_chunk& at) const noexcept { sums.set_zero(at, 0); }
+  void add(const attended_chunk& at, const row_attention& row) const noexcept { sums.add(at, row); }
+  void finish(const attended_chunk& at, index_t left_out) const noexcept {
+    const auto& [s, kv_head, tokens] = at.place;
+    const query_window window = window_of(sums.layer, s, summed.rows);
+    if (at.chunk == 0) {
+      counts(s, kv_head).undecided = left_out > 0 || (!summed.carried && window.is_blind());
+    }
+    const index_t group = sums.group(), heads = scores.extent(1) / sums.layer.kv_heads();
+    const index_t fresh = window.first_new_token();  // no carried score from here on
+    const double share = heads == 1 ? 1 / static_cast<double>(group) : 1;
+    for (index_t h = 0; h < heads; ++h) {
+      for (index_t t = tokens.begin; t < tokens.end; ++t) {
+        double all = sums.of(at.slot, 0, h)[t];
+        for (index_t g = 1; heads == 1 && g < group; ++g) all += sums.of(at.slot, 0, g)[t];
+        float& score = scores(s, kv_head * heads + h, t);
+        const auto sum = static_cast<float>(all * share);
+        score = summed.carried && t < fresh ? score + sum : sum;
+      }
+    }
+  }
+};
 
 template <class Executor, class Layer>
 void attention_sums(const Executor& threads, const score_rows& summed, const Layer& layer,
                     const scores_view<>& scores, const view<kept_tokens, 2>& counts,
                     const attention_scratch& scratch) noexcept {
-  const index_t group = layer.q_heads() / layer.kv_heads();
-  const index_t heads = scores.extent(1) / layer.kv_heads();  // scores per KV head
-  for_each_head(
-      threads, layer.shape(), attention_work(layer, summed.rows),
-      [&](int worker, index_t s, index_t kv_head) {
-        const auto work = scratch.of(worker, layer);
-        const index_t tokens = layer.tokens(s), capacity = layer.capacity();
-        for (index_t h = 0; h < heads; ++h) {
-          std::fill_n(work.sums + h * capacity, tokens, 0.0);
-        }
-        const query_window window = window_of(layer, s, summed.rows);
-        const index_t left_out = for_each_attention(
-            layer, s, kv_head, summed.rows, summed.carried ? bad_rows::left_out : bad_rows::stay,
-            scratch, work, [&](index_t rows, token_range range, const float* values) {
-              const auto count = static_cast<Eigen::Index>(range.end - range.begin);
-              for (index_t g = 0; g < group; ++g) {
-                float sum_of_rows[static_cast<std::size_t>(chunk_tokens)];
-                Eigen::Map<Eigen::ArrayXf> sum(sum_of_rows, count);
-                sum.setZero();
-                for (index_t r = 0; r < rows; ++r) {
-                  sum += Eigen::Map<const Eigen::ArrayXf>(values + (g * rows + r) * tile_stride,
-                                                          count);
-                }
-                double* sums = work.sums + (heads == 1 ? 0 : g) * capacity + range.begin;
-                Eigen::Map<Eigen::ArrayXd>(sums, count) += sum.template cast<double>();
-              }
-            });
-        counts(s, kv_head).undecided = left_out > 0 || (!summed.carried && window.is_blind());
-        const index_t fresh = window.first_new_token();  // no carried score from here on
-        const double share = heads == 1 ? 1 / static_cast<double>(group) : 1;
-        for (index_t h = 0; h < heads; ++h) {
-          for (index_t t = 0; t < tokens; ++t) {
-            float& score = scores(s, kv_head * heads + h, t);
-            const auto sum = static_cast<float>(work.sums[h * capacity + t] * share);
-            score = summed.carried && t < fresh ? score + sum : sum;
-          }
-        }
-      });
+  for_each_attention(threads, layer, summed.rows,
+                     summed.carried ? bad_rows::left_out : bad_rows::stay, scratch,
+                     sum_scores<Layer>{{layer, scratch}, summed, scores, counts});
 }
+
+/// Returns the entropy of attention [count].
+[[nodiscard]] inline double entropy_of(const float* attention, index_t count) noexcept {
+  const Eigen::Map<const Eigen::ArrayXf> a(attention, static_cast<Eigen::Index>(count));
+  return -static_cast<double>((a * (a + 1e-10f).log()).sum());
+}
+
+/// Scores of tokens: the mean and the spread of the last rows' attention. Of each chunk, writes to
+/// attention_scratch::totals the entropies of the query heads and the variance.
+template <class Layer>
+struct spread_scores {
+  head_sums<Layer> sums;
+  index_t window, recent;
+  double gain;
+  const scores_view<>& scores;
+  const view<kept_tokens, 2>& counts;
+
+  [[nodiscard]] index_t scored(index_t sequence) const noexcept {
+    return std::max<index_t>(0, sums.layer.tokens(sequence) - recent);
+  }
+  [[nodiscard]] double* totals(index_t sequence, index_t kv_head, index_t chunk) const noexcept {
+    const attention_scratch& scratch = sums.scratch;
+    return scratch.totals +
+           ((sequence * sums.layer.kv_heads() + kv_head) * scratch.chunks + chunk) *
+               (sums.group() + 1);
+  }
+  void start(const attended_chunk& at) const noexcept {
+    sums.set_zero(at, 0);
+    sums.set_zero(at, 1);
+    std::fill_n(totals(at.place.sequence, at.place.kv_head, at.chunk), sums.group() + 1, 0.0);
+  }
+  void add(const attended_chunk& at, row_attention row) const noexcept {
+    row.tokens.end = (std::min)(row.tokens.end, scored(at.place.sequence));
+    const auto [begin, end] = row.tokens;
+    if (begin >= end) return;
+    sums.add(at, row);
+    float attention[static_cast<std::size_t>(chunk_tokens)];
+    for (index_t t = 0; t < end - begin; ++t) {
+      attention[t] = row.values[t] * static_cast<float>(row.weight);
+    }
+    add_squares(attention, end - begin, sums.of(at.slot, 1, row.q_head) + begin);
+    totals(at.place.sequence, at.place.kv_head, at.chunk)[row.q_head] +=
+        entropy_of(attention, end - begin);
+  }
+  void finish(const attended_chunk& at, index_t left_out) const noexcept {
+    const auto& [s, kv_head, tokens] = at.place;
+    const query_window existing = window_of(sums.layer, s, window);
+    if (at.chunk == 0) counts(s, kv_head).undecided = left_out > 0 || existing.is_blind();
+    const auto n = static_cast<double>(std::max<index_t>(1, existing.count() - left_out));
+    double& variance = totals(s, kv_head, at.chunk)[sums.group()];
+    for (index_t t = tokens.begin; t < (std::min)(tokens.end, scored(s)); ++t) {
+      double score = 0;
+      for (index_t g = 0; g < sums.group(); ++g) {
+        const double sum = sums.of(at.slot, 0, g)[t], mean = sum / n;
+        double spread = n < 2 ? 0 : (sums.of(at.slot, 1, g)[t] - mean * sum) / (n - 1);
+        if (spread < 0) spread = 0;
+        variance += spread;
+        score += mean + gain * spread;
+      }
+      scores(s, kv_head, t) = static_cast<float>(score / static_cast<double>(sums.group()));
+    }
+  }
+};
 
 template <class Executor, class Layer>
 void attention_spread(const Executor& threads, index_t window, index_t recent, double gain,
                       const Layer& layer, const scores_view<>& scores,
                       const view<kept_tokens, 2>& counts, double* totals,
                       const attention_scratch& scratch) noexcept {
-  const index_t group = layer.q_heads() / layer.kv_heads();
-  for_each_head(
-      threads, layer.shape(), attention_work(layer, window),
-      [&](int worker, index_t s, index_t kv_head) {
-        const auto work = scratch.of(worker, layer);
-        const index_t tokens = layer.tokens(s), capacity = layer.capacity();
-        const query_window existing = window_of(layer, s, window);
-        const index_t scored = std::max<index_t>(0, tokens - recent);
-        double* squares = work.sums + group * capacity;
-        for (index_t g = 0; g < group; ++g) {
-          std::fill_n(work.sums + g * capacity, scored, 0.0);
-          std::fill_n(squares + g * capacity, scored, 0.0);
-        }
-        double entropy = 0, variance = 0;
-        const index_t left_out = for_each_attention(
-            layer, s, kv_head, window, bad_rows::left_out, scratch, work,
-            [&](index_t rows, token_range range, const float* values) {
-              const auto count =
-                  static_cast<Eigen::Index>((std::min)(range.end, scored) - range.begin);
-              if (count <= 0) return;
-              for (index_t i = 0; i < group * rows; ++i) {
-                const Eigen::Map<const Eigen::ArrayXf> a(values + i * tile_stride, count);
-                const index_t at = i / rows * capacity + range.begin;
-                const auto exact = a.template cast<double>();
-                Eigen::Map<Eigen::ArrayXd>(work.sums + at, count) += exact;
-                Eigen::Map<Eigen::ArrayXd>(squares + at, count) += exact.square();
-                entropy -= static_cast<double>((a * (a + 1e-10f).log()).sum());
-              }
-            });
-        counts(s, kv_head).undecided = left_out > 0 || existing.is_blind();
-        const auto n = static_cast<double>(std::max<index_t>(1, existing.count() - left_out));
-        for (index_t t = 0; t < scored; ++t) {
-          double score = 0;
-          for (index_t g = 0; g < group; ++g) {
-            const double sum = work.sums[g * capacity + t], mean = sum / n;
-            double spread = n < 2 ? 0 : (squares[g * capacity + t] - mean * sum) / (n - 1);
-            if (spread < 0) spread = 0;
-            variance += spread;
-            score += mean + gain * spread;
-          }
-          scores(s, kv_head, t) = static_cast<float>(score / static_cast<double>(group));
-        }
-        double* own = scratch.totals + 2 * (s * layer.kv_heads() + kv_head);
-        own[0] = entropy < 0 ? 0 : entropy;  // negative if a ready row exceeds 1, for example
-        own[1] = variance;
-      });
+  const spread_scores<Layer> spread{{layer, scratch}, window, recent, gain, scores, counts};
+  for_each_attention(threads, layer, window, bad_rows::left_out, scratch, spread);
   for (index_t s = 0; s < layer.sequences(); ++s) {
     totals[2 * s] = totals[2 * s + 1] = 0;
-    for (index_t i = s * layer.kv_heads(); i < (s + 1) * layer.kv_heads(); ++i) {
-      totals[2 * s] += scratch.totals[2 * i];
-      totals[2 * s + 1] += scratch.totals[2 * i + 1];
+    for (index_t h = 0; h < layer.kv_heads(); ++h) {
+      double entropy = 0;
+      for (index_t c = 0; c < chunking{layer.tokens(s), 0}.count(); ++c) {
+        const double* own = spread.totals(s, h, c);
+        for (index_t g = 0; g < spread.sums.group(); ++g) entropy += own[g];
+        totals[2 * s + 1] += own[spread.sums.group()];
+      }
+      totals[2 * s] += entropy < 0 ? 0 : entropy;  // negative if a ready row exceeds 1, for example
     }
   }
 }

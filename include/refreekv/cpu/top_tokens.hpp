@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "refreekv/backend/norm_scan.hpp"
 #include "refreekv/cpu/token_scores.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {

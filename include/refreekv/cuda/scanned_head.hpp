@@ -3,7 +3,7 @@
 #pragma once
 
 #include "refreekv/backend/norm_scan.hpp"
-#include "refreekv/cuda/attend.hpp"
+#include "refreekv/cuda/window_attention.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

@@ -4,7 +4,7 @@
 
 #include "refreekv/backend/token_scores.hpp"
 #include "refreekv/core/workspace.hpp"
-#include "refreekv/cuda/attend.hpp"
+#include "refreekv/cuda/window_attention.hpp"
 #include "refreekv/decision/kept_positions.hpp"
 
 namespace refreekv::inline v0::cuda_detail {

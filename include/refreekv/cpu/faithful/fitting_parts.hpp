@@ -9,7 +9,7 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 /// Scratch in which one worker fits stand-ins and measures errors. Each stride is whole_registers
 /// of the extent that it strides over.
 struct fitting_parts {
-  void* packed;  ///< [q_head of the KV head, rows, packed_dim]
+  void* packed;  ///< [packed_bytes]
   tile_scratch tile;
   float* value_rows;  ///< [block, value_stride]
   // For the stand-ins of several sizes at a time.
@@ -52,8 +52,9 @@ struct fitting_parts {
     const index_t measured = heads * rule.measured(rule.rows);
     const index_t sizes = rule.error_term ? index_t{rule.sizes} : 1, parts = 2 * sizes + 1;
     fitting_parts p{};
-    p.packed = from.array<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
-    p.tile.gathered = from.array<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
+    p.packed = from.array<std::byte>(packed_bytes<product>(rows, dims, are_many(rows)));
+    p.tile.gathered =
+        from.array<std::byte>(gathered_bytes<multiplied_key<plain_keys<Layer>>>(dims));
     p.tile.values = from.array<float>(rows, stride_of(rule));
     p.tile.statistics = from.array<chunk_statistics>(rows);
     p.value_rows = from.array<float>(block, value_stride);

@@ -39,10 +39,8 @@ bool find_anchor(const Layer& layer, index_t sequence, index_t kv_head,
   }
   for_each_chunk(rows.window, sequence, kv_head,
                  [&](index_t c, const chunk_place& block, const chunk_place& next) {
-                   const chunk_addresses keys(plain.keys, block, next);
-                   if (!summarise(rows.queries, rows.window, block.tokens, keys, work.tile)) {
-                     attend(rows.queries, rows.window, block.tokens, keys, work.tile);
-                   }
+                   attend_chunk(plain, rows.window, rows.queries.packed, block, next,
+                                output::statistics, work.tile);
                    for (index_t i = 0; i < count; ++i) {
                      work.statistics[i * chunks + c] = work.tile.statistics[i];
                    }

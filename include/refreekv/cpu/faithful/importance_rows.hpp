@@ -43,6 +43,27 @@ template <class Layer>
 using plain_layer = std::remove_cvref_t<decltype(detail::plain(std::declval<const Layer&>()))>;
 template <class Layer>
 using plain_product = product_of<plain_layer<Layer>>;
+template <class Layer>
+using plain_keys = std::remove_cvref_t<decltype(std::declval<plain_layer<Layer>>().keys)>;
+
+/// Turns values [count] of one row, relative to 2^exponent, into attention.
+inline void normalise_values(float* values, index_t count, float exponent,
+                             const row_normaliser& row) noexcept {
+  const auto attention = static_cast<float>(detail::weight_of(exponent, row));
+  Eigen::Map<Eigen::ArrayXf> x(values, static_cast<Eigen::Index>(count));
+  if (exponent <= -std::numeric_limits<float>::infinity()) {
+    x.setConstant(attention);  // 0, or NaN if the row has no normaliser
+  } else {
+    x *= attention;
+  }
+}
+
+/// Returns the attention cost of one token, in elements: two products with the rows of a KV head.
+template <class Layer>
+[[nodiscard]] index_t attention_work(const Layer& layer, index_t rows) noexcept {
+  const index_t group = layer.q_heads() / layer.kv_heads();
+  return (std::min)(rows, layer.capacity()) * group * layer.head_dim() / 8;
+}
 
 /// The existing query rows of one KV head's window, packed, with their normalisers.
 template <class Product>
@@ -58,7 +79,7 @@ struct head_rows {
   void fill_bare_logits(const chunk_addresses<Key>& keys, const tile_scratch& tile,
                         index_t stride = tile_stride) const noexcept {
     store_logits<Product>(keys, queries.packed, count(), queries.head_dim, queries.scale,
-                          static_cast<Key*>(tile.gathered), tile.values, stride);
+                          tile.gathered, tile.values, stride);
     const float cap = queries.attention.soft_cap;
     for (index_t i = 0; cap > 0 && i < count(); ++i) {
       apply_soft_cap(tile.values + i * stride, keys.count(), static_cast<double>(cap));
@@ -107,7 +128,7 @@ struct importance_scratch {
   index_t worker_bytes;
 
   struct weighing_parts {
-    void* packed;  ///< [q_head of the KV head, rows, packed_dim]
+    void* packed;  ///< [packed_bytes]
     tile_scratch tile;
     chunk_statistics* statistics;  ///< [q_head of the KV head, rows, chunk]
     float* row;                    ///< [whole_registers of the larger head_dim]
@@ -120,8 +141,10 @@ struct importance_scratch {
     using product = plain_product<Layer>;
     const index_t heads = layer.q_heads() / layer.kv_heads(), dims = layer.head_dim();
     weighing_parts p{};
-    p.packed = from.array<typename product::packed>(heads, rule.rows, packed_dim<product>(dims));
-    p.tile.gathered = from.array<std::byte>(tile_tokens, dims, index_t{sizeof(float)});
+    p.packed = from.array<std::byte>(
+        packed_bytes<product>(heads * rule.rows, dims, are_many(heads * rule.rows)));
+    p.tile.gathered =
+        from.array<std::byte>(gathered_bytes<multiplied_key<plain_keys<Layer>>>(dims));
     p.tile.values = from.array<float>(heads, rule.rows, tile_stride);
     p.tile.statistics = from.array<chunk_statistics>(heads, rule.rows);
     p.statistics =
@@ -145,11 +168,11 @@ struct importance_scratch {
     const auto& plain = detail::plain(layer);
     const query_window all = window_of(plain, sequence, rule.rows);
     const index_t heads = layer.q_heads() / layer.kv_heads(), rows = all.count();
-    auto* own = static_cast<typename product::packed*>(packed);
+    const packed_queries queries{packed, are_many(heads * rule.rows)};
     for (index_t g = 0; g < heads; ++g) {
-      pack_queries(plain, sequence, kv_head * heads + g, rows, own);
+      pack_queries(plain, sequence, kv_head * heads + g, rows, queries);
     }
-    return head_rows<product>{all.part(all.first_row(), rows), queries_of(plain, kv_head, own),
+    return head_rows<product>{all.part(all.first_row(), rows), queries_of(plain, kv_head, queries),
                               normalisers_of(rule, layer, sequence, kv_head)};
   }
 

@@ -41,6 +41,11 @@ REFREEKV_ALWAYS_INLINE lanes splat(float x) noexcept { return x - lanes{}; }
 /// Returns the larger of each pair; x where the two do not compare.
 REFREEKV_ALWAYS_INLINE lanes larger(lanes x, lanes y) noexcept { return x < y ? y : x; }
 
+/// Returns value, and 0 where x is below `least`.
+REFREEKV_ALWAYS_INLINE lanes zero_below(lanes x, lanes least, lanes value) noexcept {
+  return x < least ? lanes{} : value;
+}
+
 /// Returns 2^(a - b) where that is a normal number, and otherwise any value, without a trap.
 /// Requires whole numbers to which integer_shift was added.
 REFREEKV_ALWAYS_INLINE lanes two_to_the_difference(lanes a, lanes b) noexcept {
@@ -74,6 +79,11 @@ REFREEKV_ALWAYS_INLINE lanes splat(float x) noexcept { return lanes::Constant(x)
 
 REFREEKV_ALWAYS_INLINE lanes larger(const lanes& x, const lanes& y) noexcept {
   return (x < y).select(y, x);
+}
+
+REFREEKV_ALWAYS_INLINE lanes zero_below(const lanes& x, const lanes& least,
+                                        const lanes& value) noexcept {
+  return (x < least).select(0.0f, value);
 }
 
 REFREEKV_ALWAYS_INLINE lanes two_to_the_difference(const lanes& a, const lanes& b) noexcept {

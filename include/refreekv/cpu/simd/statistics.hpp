@@ -29,19 +29,30 @@ inline float exponent_of(float* logits, index_t count) noexcept {
   return exponent;
 }
 
-/// Turns logits [count] into values exp(logit) / 2^exponent, and returns their statistics. A value
-/// is nearly 0 for a logit of -inf, and NaN for NaN or +Inf. Requires logits padded by exponent_of.
-/// O(count).
-inline chunk_statistics exponentiate(float* values, index_t count, float exponent) noexcept {
+/// What becomes of values that are small relative to 2^exponent.
+enum class tiny_values {
+  raised,  ///< below 2^lowest_power raised to that, so that squares are normal numbers
+  exact,   ///< below 2^vanishing_power 0; squares are not summed
+};
+inline constexpr float vanishing_power = -120;
+
+/// Turns logits [count] into values exp(logit) / 2^exponent, and returns their statistics. The
+/// smallest are as `tiny` says; a value is NaN for NaN or +Inf. Requires logits padded by
+/// exponent_of. O(count).
+template <tiny_values tiny = tiny_values::raised>
+chunk_statistics exponentiate(float* values, index_t count, float exponent) noexcept {
+  constexpr float smallest = tiny == tiny_values::exact ? vanishing_power : lowest_power;
   const float local = std::abs(exponent) < exponent_limit ? exponent : 0;
-  const lanes lowest = splat((local + lowest_power) * std::numbers::ln2_v<float>);
+  const lanes lowest = splat((local + smallest) * std::numbers::ln2_v<float>);
   const lanes shifted_unit = splat(local + integer_shift);
   lanes sum = splat(0), sum_squares = splat(0);
   for (index_t t = 0; t < count; t += lane_count) {
-    const lanes value = exponential(larger(load(values + t), lowest), shifted_unit);
+    const lanes logits = load(values + t);
+    lanes value = exponential(larger(logits, lowest), shifted_unit);
+    if constexpr (tiny == tiny_values::exact) value = zero_below(logits, lowest, value);
     store(value, values + t);
     sum += value;
-    sum_squares += value * value;
+    if constexpr (tiny == tiny_values::raised) sum_squares += value * value;
   }
   return {exponent, sum_of(sum), sum_of(sum_squares)};
 }

@@ -3,7 +3,7 @@
 // the attention computed from them.
 #pragma once
 
-#include "refreekv/cuda/attend.hpp"
+#include "refreekv/cuda/window_attention.hpp"
 
 namespace refreekv::inline v0::cuda_detail {
 

@@ -3,16 +3,54 @@
 #pragma once
 
 #include "refreekv/cpu/logits.hpp"
+#include "refreekv/cpu/simd/matrix.hpp"
 #include "refreekv/cpu/simd/statistics.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// Whether a layer has keys and queries, not ready attention rows.
+template <class Layer>
+concept has_queries = requires(const Layer& layer) { layer.queries; };
 
 /// The arrays that one worker writes to.
 struct tile_scratch {
   float* values;                 ///< [q_head of the KV head, window, tile_stride]
   chunk_statistics* statistics;  ///< [q_head of the KV head, window]
-  void* gathered;                ///< [tile_tokens, head_dim] of the multiplied keys' type
+  void* gathered;                ///< [gathered_bytes]
   float* unpacked;               ///< [chunk_tokens, head_dim]; unused if keys are read in place
+};
+
+/// The tiles of all workers, in whole cache lines each.
+struct worker_tiles {
+  tile_scratch first;
+  index_t values, statistics, gathered, unpacked;  ///< elements of a worker; bytes of `gathered`
+
+  /// `rows`: rows of all query heads of a KV head. `value_rows`: rows of `values`; 0 for none.
+  template <class Layer>
+  static worker_tiles carve(arena& from, index_t workers, index_t rows, index_t value_rows,
+                            const Layer& layer) noexcept {
+    worker_tiles w{};
+    w.values = value_rows * tile_stride;
+    w.statistics = whole_registers(rows);  // 16 of 12 bytes fill whole lines
+    if constexpr (has_queries<Layer>) {
+      w.gathered = gathered_bytes<multiplied_key<std::remove_cvref_t<decltype(layer.keys)>>>(
+          layer.head_dim());
+      if constexpr (packed_keys<std::remove_cvref_t<decltype(layer.keys)>>) {
+        w.unpacked = whole_registers(chunk_tokens * layer.head_dim());
+      }
+    }
+    w.first.values = from.array<float>(workers, w.values);
+    w.first.statistics = from.array<chunk_statistics>(workers, w.statistics);
+    w.first.gathered = from.array<std::byte>(workers, w.gathered);
+    w.first.unpacked = from.array<float>(workers, w.unpacked);
+    return w;
+  }
+
+  [[nodiscard]] tile_scratch of(index_t worker) const noexcept {
+    return {first.values + worker * values, first.statistics + worker * statistics,
+            static_cast<std::byte*>(first.gathered) + worker * gathered,
+            first.unpacked + worker * unpacked};
+  }
 };
 
 /// Returns whether each row sees all tokens of a chunk, and the logits are scaled products only.
@@ -21,20 +59,21 @@ inline bool is_plain(const attention_params<>& params, const query_window& windo
   return window.all_see(tokens) && !(params.soft_cap > 0) && params.alibi_slopes.data() == nullptr;
 }
 
-/// Writes the statistics of a chunk's rows, and no values. Returns false if `attend` must compute
-/// them instead. The exponentials overlap with reading the keys.
+/// Writes the statistics of a chunk's few rows, and no values. Returns false if `attend` must
+/// compute them instead. The exponentials overlap with reading the keys.
 template <class Product, class Key>
 bool summarise(const head_queries<Product>& queries, const query_window& window, token_range tokens,
                const chunk_addresses<Key>& keys, const tile_scratch& tile) noexcept {
-  if (keys.count() == 0 || keys.count() % tile_tokens != 0 || keys.dim_stride() != 1 ||
-      !is_plain(queries.attention, window, tokens)) {
+  const index_t rows = queries.heads * window.rows, head_dim = queries.head_dim;
+  if (queries.packed.many || keys.count() == 0 || keys.count() % tile_tokens != 0 ||
+      keys.dim_stride() != 1 || !is_plain(queries.attention, window, tokens)) {
     return false;
   }
-  const index_t rows = queries.heads * window.rows, head_dim = queries.head_dim;
   const float scale = queries.scale;
   auto at = keys.from(0);
   bool fit = true;
-  for_each_tile<Product>(queries.packed, rows, head_dim, [&](auto n, index_t row, const auto* q) {
+  const auto* packed = static_cast<const typename Product::packed*>(queries.packed.data);
+  for_each_tile<Product>(packed, rows, head_dim, [&](auto n, index_t row, const auto* q) {
     running_statistics running[std::size_t{result_registers(n())}];
     dot_rows<Product, n()>(q, at, keys.count(), head_dim,
                            [&](index_t i, index_t t, const lanes& x) {
@@ -62,8 +101,8 @@ void fill_logits(const head_queries<Product>& queries, const query_window& windo
                  token_range tokens, const chunk_addresses<Key>& keys,
                  const tile_scratch& tile) noexcept {
   const index_t rows = queries.heads * window.rows;
-  store_logits<Product>(keys, queries.packed, rows, queries.head_dim, queries.scale,
-                        static_cast<Key*>(tile.gathered), tile.values);
+  store_logits<Product>(keys, queries.packed, rows, queries.head_dim, queries.scale, tile.gathered,
+                        tile.values);
   for (index_t i = 0; i < rows; ++i) {
     float* values = tile.values + i * tile_stride;
     const index_t row = i % window.rows;
@@ -77,7 +116,7 @@ void fill_logits(const head_queries<Product>& queries, const query_window& windo
 }
 
 /// Writes the values and statistics of a chunk. A row that does not exist sees no token.
-template <class Product, class Key>
+template <tiny_values tiny = tiny_values::raised, class Product, class Key>
 void attend(const head_queries<Product>& queries, const query_window& window, token_range tokens,
             const chunk_addresses<Key>& keys, const tile_scratch& tile) noexcept {
   const index_t rows = queries.heads * window.rows;
@@ -86,8 +125,8 @@ void attend(const head_queries<Product>& queries, const query_window& window, to
     tile.statistics[i].exponent = exponent_of(tile.values + i * tile_stride, keys.count());
   }
   for (index_t i = 0; i < rows; ++i) {
-    tile.statistics[i] =
-        exponentiate(tile.values + i * tile_stride, keys.count(), tile.statistics[i].exponent);
+    tile.statistics[i] = exponentiate<tiny>(tile.values + i * tile_stride, keys.count(),
+                                            tile.statistics[i].exponent);
   }
 }
 
@@ -126,6 +165,33 @@ void attend(const row_layer<Row>& layer, const query_window& window, const chunk
     }
     // Only for a sum of 0: a NaN sum keeps its exponent, because NaN has no peak.
     if (s.sum <= 0 && s.sum >= 0) s.exponent = -std::numeric_limits<float>::infinity();
+  }
+}
+
+/// What attend_chunk writes to a tile.
+enum class output {
+  statistics,    ///< statistics, no values
+  values,        ///< values and statistics
+  exact_values,  ///< values down to tiny_values::exact, and statistics without squares
+};
+
+/// Attends with a window's rows of one KV head to a chunk of its keys, and writes what `wanted`
+/// names to the tile. `packed`: the rows' queries; unused for ready rows. Prefetches keys of the
+/// chunk `next`.
+template <class Layer>
+void attend_chunk(const Layer& layer, const query_window& window, packed_queries packed,
+                  const chunk_place& chunk, const chunk_place& next, output wanted,
+                  const tile_scratch& tile) noexcept {
+  if constexpr (has_queries<Layer>) {
+    const auto keys = read_keys(layer.keys, chunk, next, tile.unpacked);
+    const auto queries = queries_of(layer, chunk.kv_head, packed);
+    if (wanted == output::exact_values) {
+      attend<tiny_values::exact>(queries, window, chunk.tokens, keys, tile);
+    } else if (wanted == output::values || !summarise(queries, window, chunk.tokens, keys, tile)) {
+      attend(queries, window, chunk.tokens, keys, tile);
+    }
+  } else {
+    attend(layer, window, chunk, tile);
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "refreekv/cpu/attention.hpp"
+#include "refreekv/cpu/window_attention.hpp"
 
 #include "catch.hpp"
 #include "layouts.hpp"
@@ -12,11 +12,11 @@ namespace {
 struct tile_memory {
   std::vector<float> values;
   std::vector<chunk_statistics> statistics;
-  std::vector<float> gathered;
+  std::vector<std::byte> gathered;
   tile_memory(index_t rows, index_t dim)
       : values(size(rows * cpu_detail::tile_stride), -7),
         statistics(size(rows)),
-        gathered(size(cpu_detail::tile_tokens * dim)) {}
+        gathered(size(cpu_detail::gathered_bytes<float>(dim))) {}
   cpu_detail::tile_scratch scratch() {
     return {values.data(), statistics.data(), gathered.data(), nullptr};
   }
@@ -25,34 +25,43 @@ struct tile_memory {
   }
 };
 
-template <class Layer>
-auto packed_queries(const Layer& layer, index_t sequence, index_t kv_head, index_t window) {
-  using product = cpu_detail::product_of<Layer>;
-  const index_t heads = layer.q_heads() / layer.kv_heads();
-  std::vector<typename product::packed> packed(
-      size(heads * window * cpu_detail::packed_dim<product>(layer.head_dim())));
-  for (index_t h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
-    cpu_detail::pack_queries(layer, sequence, h, window, packed.data());
+/// Packed queries of a KV head.
+class queries_of_head {
+ public:
+  template <class Layer>
+  queries_of_head(const Layer& layer, index_t sequence, index_t kv_head, index_t window)
+      : heads_(layer.q_heads() / layer.kv_heads()),
+        many_(cpu_detail::are_many(heads_ * window)),
+        bytes_(size(cpu_detail::packed_bytes<cpu_detail::product_of<Layer>>(
+            heads_ * window, layer.head_dim(), many_))) {
+    for (index_t h = kv_head * heads_; h < (kv_head + 1) * heads_; ++h) {
+      cpu_detail::pack_queries(layer, sequence, h, window, packed());
+    }
   }
-  return packed;
-}
+  cpu_detail::packed_queries packed() { return {bytes_.data(), many_}; }
+
+ private:
+  index_t heads_;
+  bool many_;
+  std::vector<std::byte> bytes_;
+};
 
 /// attend, or summarise, on one block.
 template <class Layer>
 void attend(const Layer& layer, const query_window& window, const cpu_detail::chunk_place& block,
             tile_memory& memory) {
   const cpu_detail::chunk_addresses keys(layer.keys, block, block);
-  const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
-  cpu_detail::attend(cpu_detail::queries_of(layer, block.kv_head, packed.data()), window,
+  queries_of_head queries(layer, block.sequence, block.kv_head, window.rows);
+  cpu_detail::attend(cpu_detail::queries_of(layer, block.kv_head, queries.packed()), window,
                      block.tokens, keys, memory.scratch());
 }
 template <class Layer>
 bool summarise(const Layer& layer, const query_window& window, const cpu_detail::chunk_place& block,
                tile_memory& memory) {
   const cpu_detail::chunk_addresses keys(layer.keys, block, block);
-  const auto packed = packed_queries(layer, block.sequence, block.kv_head, window.rows);
-  return cpu_detail::summarise(cpu_detail::queries_of(layer, block.kv_head, packed.data()), window,
-                               block.tokens, keys, memory.scratch());
+  queries_of_head queries(layer, block.sequence, block.kv_head, window.rows);
+  return cpu_detail::summarise(cpu_detail::queries_of(layer, block.kv_head, queries.packed()),
+                               window, block.tokens, keys, memory.scratch());
 }
 
 }  // namespace
@@ -206,6 +215,50 @@ TEST_CASE("a value far below its row's peak is not denormal", "[cpu][attention]"
     CHECK(memory.values[t] < 1e-17f);
     CHECK((memory.values[t] == 0 ||
            std::fpclassify(memory.values[t] * memory.values[t]) == FP_NORMAL));
+  }
+}
+
+TEST_CASE("exact values are resolved down to the smallest, and hidden ones are 0",
+          "[cpu][attention]") {
+  random_source random(base_seed());
+  INFO("REFREEKV_SEED=" << base_seed());
+  for (const index_t group : {1, 3, 7}) {
+    for (const index_t rows : {1, 3, 5}) {
+      problem p(1, group, 8, rows, {200});
+      fill(p, random);
+      p.scale = random.one_of({0.3f, 20.0f});  // with the steeper ones most values are tiny
+      p.sliding_window = 100;
+      const dense_cache<float> keys(p.keys);
+      const auto layer = observe(p.query_view(), keys.source(), p.info());
+      const query_window window{200, rows, 100};
+      const token_range range{60, 200};
+      tile_memory memory(group * rows, 8);
+      cpu_detail::attend_chunk(layer, window, queries_of_head(layer, 0, 0, rows).packed(),
+                               {0, 0, range}, {0, 0, range}, cpu_detail::output::exact_values,
+                               memory.scratch());
+      for (index_t i = 0; i < group * rows; ++i) {
+        double sum = 0;
+        for (index_t t = range.begin; t < range.end; ++t) {
+          const double value = memory.value(i, t - range.begin);
+          sum += value;
+          CAPTURE(group, rows, i, t);
+          if (!p.sees(0, i % rows, t)) {
+            REQUIRE(value == 0);
+            continue;
+          }
+          double logit = 0;
+          for (index_t d = 0; d < 8; ++d) {
+            logit += double{p.query(0, i % rows, i / rows, d)} * double{p.key(0, 0, t, d)};
+          }
+          logit *= double{p.scale};
+          const double exact =
+              std::exp(logit - double{memory.statistics[size(i)].exponent} * std::log(2.0));
+          const double error = 1e-5 + 4e-7 * std::abs(logit);  // the logit's own rounding
+          REQUIRE(std::abs(value - exact) <= error * exact + std::exp2(-119));
+        }
+        REQUIRE(double{memory.statistics[size(i)].sum} == Approx(sum).epsilon(1e-6));
+      }
+    }
   }
 }
 

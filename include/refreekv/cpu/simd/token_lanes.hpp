@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dot products of many query rows with keys, a token in each lane. Keys are widened and transposed
+// first, which is repaid by not having to sum over lanes.
+#pragma once
+
+#include "refreekv/cpu/simd/element.hpp"
+
+namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
+
+/// Tokens and query rows whose sums fit in the registers together.
+inline constexpr index_t block_tokens = index_t{2} * lane_count, block_rows = lane_registers / 4;
+
+/// Whether a KV head's window of `rows` query rows, over all its query heads, repays transposing.
+constexpr bool are_many(index_t rows) noexcept { return rows >= 12; }
+
+/// Returns `head_dim` rounded up to dimensions that are transposed together.
+template <class Key>
+constexpr index_t transposed_dim(index_t head_dim) noexcept {
+  constexpr index_t dims = bfloat16_element<Key> ? index_t{2} * lane_count : lane_count;
+  return (head_dim + dims - 1) / dims * dims;
+}
+
+/// Exchanges the rows and columns of blocks of `size` registers and lanes, in pairs of blocks.
+template <int size>
+REFREEKV_ALWAYS_INLINE void exchange(lanes (&x)[std::size_t{lane_count}]) noexcept {
+  constexpr int b = lane_count;
+#pragma GCC unroll 16
+  for (int i = 0; i < lane_count; ++i) {
+    if ((i & size) != 0) continue;
+    const lanes upper = x[i], lower = x[i + size];
+    x[i] = shuffle(upper, lower, [](int l) { return (l & size) != 0 ? b + l - size : l; });
+    x[i + size] = shuffle(upper, lower, [](int l) { return (l & size) != 0 ? b + l : l + size; });
+  }
+}
+
+/// Moves lane j of register i to lane i of register j.
+REFREEKV_ALWAYS_INLINE void transpose(lanes (&x)[std::size_t{lane_count}]) noexcept {
+  if constexpr (lane_count == 16) exchange<8>(x);
+  if constexpr (lane_count >= 8) exchange<4>(x);
+  exchange<2>(x);
+  exchange<1>(x);
+}
+
+/// Writes the dimensions of lane_count keys to block [dim, block_tokens], a token in each column.
+/// Reads transposed_dim(1) dimensions of each key.
+template <class Key>
+REFREEKV_ALWAYS_INLINE void transpose_part(const Key* const* keys, index_t first,
+                                           float* block) noexcept {
+  lanes x[std::size_t{lane_count}];
+#if defined(REFREEKV_VECTOR_LANES) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  if constexpr (bfloat16_element<Key>) {  // pairs of dimensions move together
+#pragma GCC unroll 16
+    for (int i = 0; i < lane_count; ++i) std::memcpy(&x[i], keys[i] + first, sizeof x[i]);
+    transpose(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < lane_count; ++i) {
+      const auto pair = std::bit_cast<lane_bits>(x[i]);
+      store(std::bit_cast<lanes>(pair << 16), block + 2 * i * block_tokens);
+      store(std::bit_cast<lanes>(pair & 0xffff0000u), block + (2 * i + 1) * block_tokens);
+    }
+    return;
+  }
+#endif
+  for (index_t d = 0; d < transposed_dim<Key>(1); d += lane_count) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lane_count; ++i) x[i] = load(keys[i] + first + d);
+    transpose(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < lane_count; ++i) store(x[i], block + (d + i) * block_tokens);
+  }
+}
+
+/// Writes keys [block_tokens, head_dim] to block [transposed_dim, block_tokens].
+template <class Key>
+void transpose_keys(const Key* const* keys, index_t dim_stride, index_t head_dim,
+                    float* block) noexcept {
+  constexpr index_t dims = transposed_dim<Key>(1);
+  for (index_t d = 0; d < head_dim; d += dims) {
+    for (index_t half = 0; half < block_tokens; half += lane_count) {
+      float* to = block + d * block_tokens + half;
+      if (dim_stride == 1 && d + dims <= head_dim) {
+        transpose_part(keys + half, d, to);
+        continue;
+      }
+      Key parts[std::size_t{lane_count * dims}];
+      const Key* at[std::size_t{lane_count}];
+      std::memset(static_cast<void*>(parts), 0, sizeof parts);
+      for (index_t i = 0; i < lane_count; ++i) {
+        at[i] = parts + i * dims;
+        for (index_t j = 0; j < (std::min)(dims, head_dim - d); ++j) {
+          parts[i * dims + j] = keys[half + i][(d + j) * dim_stride];
+        }
+      }
+      transpose_part(at, 0, to);
+    }
+  }
+}
+
+/// Packs the query [head_dim] of one of `rows` rows into packed [row in whole blocks, head_dim].
+/// The rows of a block are interleaved; rows that a block lacks are 0.
+template <class Query>
+void pack_in_blocks(const Query* query, index_t stride, index_t head_dim, index_t row, index_t rows,
+                    float* packed) noexcept {
+  const auto at = [&](index_t r) {
+    const index_t first = r / block_rows * block_rows;
+    return packed + first * head_dim + r - first;
+  };
+  for (index_t d = 0; d < head_dim; ++d) at(row)[d * block_rows] = widen(query[d * stride]);
+  for (index_t r = rows; row == rows - 1 && r % block_rows != 0; ++r) {
+    for (index_t d = 0; d < head_dim; ++d) at(r)[d * block_rows] = 0;
+  }
+}
+
+/// Writes to values [row, stride] the scaled products of a block of packed queries with a block of
+/// transposed keys: `rows` rows, block_tokens tokens. O(block_rows * block_tokens * head_dim).
+inline void multiply_block(const float* queries, const float* keys, index_t head_dim, float scale,
+                           index_t rows, float* values, index_t stride) noexcept {
+  lanes sums[std::size_t{block_rows}][2];
+#pragma GCC unroll 8
+  for (index_t r = 0; r < block_rows; ++r) sums[r][0] = sums[r][1] = splat(0);
+#pragma GCC unroll 1
+  for (index_t d = 0; d < head_dim; ++d) {
+    const lanes first = load(keys), second = load(keys + lane_count);
+#pragma GCC unroll 8
+    for (index_t r = 0; r < block_rows; ++r) {
+      lanes q = splat(queries[r]);
+      keep(q);
+      sums[r][0] += q * first;
+      sums[r][1] += q * second;
+    }
+    keys += block_tokens;
+    queries += block_rows;
+  }
+#pragma GCC unroll 8
+  for (index_t r = 0; r < block_rows; ++r) {
+    if (r >= rows) break;
+    store(sums[r][0] * scale, values + r * stride);
+    store(sums[r][1] * scale, values + r * stride + lane_count);
+  }
+}
+
+}  // namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET
