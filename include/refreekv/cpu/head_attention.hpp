@@ -3,8 +3,8 @@
 #pragma once
 
 #include "refreekv/backend/token_scores.hpp"
+#include "refreekv/cpu/attention_scratch.hpp"
 #include "refreekv/cpu/executor.hpp"
-#include "refreekv/cpu/window_attention.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
@@ -21,58 +21,6 @@ struct row_attention {
 struct attended_chunk {
   index_t slot, chunk;
   chunk_place place;
-};
-
-/// Scratch of for_each_attention. Values of all chunks are kept until the rows' normalisers are
-/// known, so that keys are multiplied once. Several KV heads have a slot each; they are processed
-/// together, one after the other if they are long.
-struct attention_scratch {
-  index_t slot_count;  ///< KV heads that are processed together
-  index_t rows;        ///< rows of each query head that are processed together
-  index_t chunks;      ///< of the longest sequence
-  worker_tiles tiles;
-  std::byte* queries;  ///< [slot, query_bytes]; null for ready rows
-  index_t query_bytes;
-  float* values;                 ///< [slot, chunk, q_head of the KV head, rows, tile_stride]
-  chunk_statistics* statistics;  ///< [slot, q_head of the KV head, rows, chunk]
-  row_normaliser* normalisers;   ///< [slot, q_head of the KV head, rows]
-  index_t* left_out;             ///< [slot]: rows that were left out
-  double* sums;                  ///< [slot, 2, q_head of the KV head, capacity]
-  double* totals;                ///< [sequence, kv_head, chunk, q_heads of the KV head + 1]
-
-  template <class Layer>
-  static attention_scratch carve(arena& from, index_t workers, index_t window,
-                                 const Layer& layer) noexcept {
-    // As many rows as repay reading the keys for them, but fewer of long sequences: their values
-    // take at most 9 MB of a slot up to 131,072 tokens.
-    constexpr index_t slot_values = index_t{1} << 21, least_rows = 16, most_rows = 64;
-    constexpr index_t worker_bytes = index_t{4} << 20;  // of slots for each worker
-    const index_t heads = layer.q_heads() / layer.kv_heads(), capacity = layer.capacity();
-    const index_t fit = slot_values / (std::max)(capacity, index_t{1});
-    const index_t together = std::clamp(fit, least_rows, most_rows) / heads;
-    attention_scratch s{};
-    s.rows = std::clamp<index_t>(together, 1, (std::max)(window, index_t{1}));
-    s.chunks = chunking{capacity, 0}.count();
-    const index_t rows = heads * s.rows;
-    const index_t slot_bytes = lines_of<float>(s.chunks, rows, tile_stride) +
-                               lines_of<double>(index_t{2}, heads, capacity);
-    s.slot_count =
-        std::clamp<index_t>(workers * worker_bytes / slot_bytes, 1,
-                            (std::max)(layer.sequences() * layer.kv_heads(), index_t{1}));
-    s.tiles = worker_tiles::carve(from, workers, rows, 0, layer);
-    if constexpr (has_queries<Layer>) {
-      s.query_bytes =
-          packed_bytes<product_of<Layer>>(rows, layer.head_dim(), are_many(heads * window));
-      s.queries = from.array<std::byte>(s.slot_count, s.query_bytes);
-    }
-    s.values = from.array<float>(s.slot_count, s.chunks, rows, tile_stride);
-    s.statistics = from.array<chunk_statistics>(s.slot_count, rows, s.chunks);
-    s.normalisers = from.array<row_normaliser>(s.slot_count, rows);
-    s.left_out = from.array<index_t>(s.slot_count);
-    s.sums = from.array<double>(s.slot_count, index_t{2}, heads, capacity);
-    s.totals = from.array<double>(layer.sequences(), layer.kv_heads(), s.chunks, heads + 1);
-    return s;
-  }
 };
 
 /// Returns rows [first, first + rows) of a tensor [sequence, row, q_head, ...].
@@ -93,12 +41,12 @@ template <class Row>
   return finite;
 }
 
-/// The slots of some KV heads, and the rows of these that are processed together.
+/// A wave: some KV heads, each with a slot, whose rows are attended to in groups.
 template <class Layer>
-class attention_slots {
+class attention_wave {
  public:
-  attention_slots(const Layer& layer, index_t window, bad_rows bad,
-                  const attention_scratch& scratch, index_t first, index_t slot_count) noexcept
+  attention_wave(const Layer& layer, index_t window, bad_rows bad, const attention_scratch& scratch,
+                 index_t first, index_t slot_count) noexcept
       : layer_(layer),
         window_(window),
         bad_(bad),
@@ -109,7 +57,6 @@ class attention_slots {
       const query_window all = window_of(layer, sequence(slot), window);
       groups_ = (std::max)(groups_, (all.count() + work_.rows - 1) / work_.rows);
       chunks_ += chunks_of(slot).count();
-      work_.left_out[slot] = 0;
     }
   }
 
@@ -118,102 +65,28 @@ class attention_slots {
   /// Chunks of all slots.
   [[nodiscard]] index_t chunks() const noexcept { return chunks_; }
 
-  [[nodiscard]] index_t sequence(index_t slot) const noexcept {
-    return (first_ + slot) / layer_.kv_heads();
-  }
-  [[nodiscard]] index_t kv_head(index_t slot) const noexcept {
-    return (first_ + slot) % layer_.kv_heads();
-  }
-
-  /// Packs the queries of a query head of a slot.
-  void pack(index_t group, index_t slot, index_t head) const noexcept {
-    const rows_of_group rows = rows_of(group, slot);
-    if (rows.count == 0) return;
-    pack_queries(part_of(rows), sequence(slot), kv_head(slot) * heads_ + head, rows.count,
-                 queries(slot));
-  }
-
-  /// Calls f(slot, chunk number) for the chunks [begin, end) of all slots.
-  template <class F>
-  void for_each_chunk(index_t begin, index_t end, const F& f) const noexcept {
+  /// Attends with a group of rows to the chunks [begin, end) of all slots, after it has visited the
+  /// rows of the group before: their normalisers are now known. So a chunk's values are visited by
+  /// the worker that wrote them, which then overwrites them.
+  template <class Visit>
+  void run(index_t group, int worker, index_t begin, index_t end,
+           const Visit& visit) const noexcept {
     index_t slot = 0, chunk = begin;
     for (index_t i = begin; i < end; ++i, ++chunk) {
       while (chunk >= chunks_of(slot).count()) chunk -= chunks_of(slot++).count();
-      f(slot, chunk);
-    }
-  }
-
-  /// Writes the values and statistics of a group's rows in a chunk of a slot.
-  void attend(index_t group, int worker, index_t slot, index_t chunk) const noexcept {
-    const rows_of_group rows = rows_of(group, slot);
-    if (rows.count == 0) return;
-    tile_scratch tile = work_.tiles.of(worker);
-    tile.values = values(slot, chunk);
-    const token_range tokens = chunks_of(slot)[chunk], hull = rows.window.hull();
-    const index_t all = heads_ * rows.count;
-    if (tokens.end <= hull.begin || tokens.begin >= hull.end) {
-      std::fill_n(tile.statistics, all,
-                  chunk_statistics{-std::numeric_limits<float>::infinity(), 0, 0});
-    } else {
-      const index_t next = (std::min)(chunk + 1, chunks_of(slot).count() - 1);
-      attend_chunk(
-          part_of(rows), rows.window, queries(slot), {sequence(slot), kv_head(slot), tokens},
-          {sequence(slot), kv_head(slot), chunks_of(slot)[next]}, output::exact_values, tile);
-    }
-    for (index_t i = 0; i < all; ++i) statistics(slot, i)[chunk] = tile.statistics[i];
-  }
-
-  /// Writes the normalisers of a group's rows of a slot.
-  void normalise(index_t group, index_t slot) const noexcept {
-    const rows_of_group rows = rows_of(group, slot);
-    const auto& part = part_of(rows);
-    row_normaliser* normaliser = normalisers(slot);
-    for (index_t i = 0; i < heads_ * rows.count; ++i) {
-      const index_t q_head = kv_head(slot) * heads_ + i / rows.count, row = i % rows.count;
-      if constexpr (has_queries<Layer>) {
-        const auto& sinks = layer_.info.attention.sink_logits;
-        normaliser[i] = detail::normalise(
-            statistics(slot, i), chunks_of(slot).count(),
-            sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
-      } else {
-        const bool exists =
-            bad_ == bad_rows::stay || all_finite(part.rows.at(sequence(slot), row, q_head),
-                                                 part.rows.stride(3), rows.window.visible(row));
-        normaliser[i] = {0, exists ? 1.0 : 0.0};
+      if (i == begin || chunk == 0) {
+        if (group == 0) left_out(worker, slot) = 0;
+        if (group > 0) normalise(group - 1, worker, slot);
+        if (group < groups_) pack(group, worker, slot);
       }
+      const attended_chunk at{slot, chunk, place_of(slot, chunk)};
+      if (group == 0) visit.start(at);
+      if (group > 0) {
+        for_each_row(group - 1, worker, at, [&](const row_attention& row) { visit.add(at, row); });
+      }
+      if (group == groups_) visit.finish(at, left_out(worker, slot));
+      if (group < groups_) attend(group, worker, at);
     }
-    for (index_t r = 0; bad_ == bad_rows::left_out && r < rows.count; ++r) {
-      bool exists = true;
-      for (index_t h = 0; h < heads_; ++h) exists &= normaliser[h * rows.count + r].exists();
-      if (exists) continue;
-      ++work_.left_out[slot];
-      for (index_t h = 0; h < heads_; ++h) normaliser[h * rows.count + r].sum = 0;
-    }
-  }
-
-  /// Calls f(row_attention) for a group's rows in a chunk of a slot, but not for rows that are left
-  /// out or see none of the chunk's tokens.
-  template <class F>
-  void for_each_row(index_t group, index_t slot, index_t chunk, const F& f) const noexcept {
-    const rows_of_group rows = rows_of(group, slot);
-    const auto [first, last] = chunks_of(slot)[chunk];
-    for (index_t i = 0; i < heads_ * rows.count; ++i) {
-      const row_normaliser& normaliser = normalisers(slot)[i];
-      const token_range visible = rows.window.visible(i % rows.count);
-      const token_range tokens{std::clamp(visible.begin, first, last),
-                               std::clamp(visible.end, first, last)};
-      if (tokens.begin == tokens.end) continue;
-      if (bad_ == bad_rows::left_out && !normaliser.exists()) continue;
-      const float exponent = statistics(slot, i)[chunk].exponent;
-      f(row_attention{i / rows.count, tokens,
-                      values(slot, chunk) + i * tile_stride + tokens.begin - first,
-                      detail::weight_of(exponent, normaliser)});
-    }
-  }
-
-  /// The chunks of a slot's sequence.
-  [[nodiscard]] chunking chunks_of(index_t slot) const noexcept {
-    return {layer_.tokens(sequence(slot)), 0};
   }
 
  private:
@@ -223,6 +96,19 @@ class attention_slots {
     index_t count;
     query_window window;
   };
+
+  [[nodiscard]] index_t sequence(index_t slot) const noexcept {
+    return (first_ + slot) / layer_.kv_heads();
+  }
+  [[nodiscard]] index_t kv_head(index_t slot) const noexcept {
+    return (first_ + slot) % layer_.kv_heads();
+  }
+  [[nodiscard]] chunking chunks_of(index_t slot) const noexcept {
+    return {layer_.tokens(sequence(slot)), 0};
+  }
+  [[nodiscard]] chunk_place place_of(index_t slot, index_t chunk) const noexcept {
+    return {sequence(slot), kv_head(slot), chunks_of(slot)[chunk]};
+  }
 
   [[nodiscard]] rows_of_group rows_of(index_t group, index_t slot) const noexcept {
     const query_window all = window_of(layer_, sequence(slot), window_);
@@ -242,18 +128,103 @@ class attention_slots {
     return part;
   }
 
+  /// Packs the queries of a group for a worker.
+  void pack(index_t group, int worker, index_t slot) const noexcept {
+    if constexpr (has_queries<Layer>) {
+      const rows_of_group rows = rows_of(group, slot);
+      for (index_t h = 0; rows.count > 0 && h < heads_; ++h) {
+        pack_queries(part_of(rows), sequence(slot), kv_head(slot) * heads_ + h, rows.count,
+                     queries(worker));
+      }
+    }
+  }
+
+  /// Writes the values and statistics of a group's rows in a chunk.
+  void attend(index_t group, int worker, const attended_chunk& at) const noexcept {
+    const rows_of_group rows = rows_of(group, at.slot);
+    if (rows.count == 0) return;
+    tile_scratch tile = work_.tiles.of(worker);
+    tile.values = values(at);
+    const token_range tokens = at.place.tokens, hull = rows.window.hull();
+    if (tokens.end <= hull.begin || tokens.begin >= hull.end) {
+      std::fill_n(tile.statistics, heads_ * rows.count,
+                  chunk_statistics{-std::numeric_limits<float>::infinity(), 0, 0});
+    } else {
+      const index_t next = (std::min)(at.chunk + 1, chunks_of(at.slot).count() - 1);
+      attend_chunk(part_of(rows), rows.window, queries(worker), at.place, place_of(at.slot, next),
+                   output::exact_values, tile);
+    }
+    for (index_t i = 0; i < heads_ * rows.count; ++i) {
+      statistics(group, at.slot, i)[at.chunk] = tile.statistics[i];
+    }
+  }
+
+  /// Writes the normalisers of a group's rows for a worker.
+  void normalise(index_t group, int worker, index_t slot) const noexcept {
+    const rows_of_group rows = rows_of(group, slot);
+    const Layer part = part_of(rows);
+    row_normaliser* normaliser = normalisers(worker);
+    for (index_t i = 0; i < heads_ * rows.count; ++i) {
+      const index_t q_head = kv_head(slot) * heads_ + i / rows.count, row = i % rows.count;
+      if constexpr (has_queries<Layer>) {
+        const auto& sinks = layer_.info.attention.sink_logits;
+        normaliser[i] = detail::normalise(
+            statistics(group, slot, i), chunks_of(slot).count(),
+            sinks.data() != nullptr ? sinks(q_head) : -std::numeric_limits<float>::infinity());
+      } else {
+        const bool exists =
+            bad_ == bad_rows::stay || all_finite(part.rows.at(sequence(slot), row, q_head),
+                                                 part.rows.stride(3), rows.window.visible(row));
+        normaliser[i] = {0, exists ? 1.0 : 0.0};
+      }
+    }
+    for (index_t r = 0; bad_ == bad_rows::left_out && r < rows.count; ++r) {
+      bool exists = true;
+      for (index_t h = 0; h < heads_; ++h) exists &= normaliser[h * rows.count + r].exists();
+      if (exists) continue;
+      ++left_out(worker, slot);
+      for (index_t h = 0; h < heads_; ++h) normaliser[h * rows.count + r].sum = 0;
+    }
+  }
+
+  /// Calls f(row_attention) for a group's rows in a chunk, but not for rows that are left out or
+  /// see none of its tokens.
+  template <class F>
+  void for_each_row(index_t group, int worker, const attended_chunk& at,
+                    const F& f) const noexcept {
+    const rows_of_group rows = rows_of(group, at.slot);
+    const auto [first, last] = at.place.tokens;
+    for (index_t i = 0; i < heads_ * rows.count; ++i) {
+      const row_normaliser& normaliser = normalisers(worker)[i];
+      const token_range visible = rows.window.visible(i % rows.count);
+      const token_range tokens{std::clamp(visible.begin, first, last),
+                               std::clamp(visible.end, first, last)};
+      if (tokens.begin == tokens.end) continue;
+      if (bad_ == bad_rows::left_out && !normaliser.exists()) continue;
+      const float exponent = statistics(group, at.slot, i)[at.chunk].exponent;
+      f(row_attention{i / rows.count, tokens, values(at) + i * tile_stride + tokens.begin - first,
+                      detail::weight_of(exponent, normaliser)});
+    }
+  }
+
   [[nodiscard]] index_t rows_of_slot() const noexcept { return heads_ * work_.rows; }
-  [[nodiscard]] packed_queries queries(index_t slot) const noexcept {
-    return {work_.queries + slot * work_.query_bytes, are_many(heads_ * window_)};
+  [[nodiscard]] float* values(const attended_chunk& at) const noexcept {
+    return work_.values + (at.slot * work_.chunks + at.chunk) * rows_of_slot() * tile_stride;
   }
-  [[nodiscard]] float* values(index_t slot, index_t chunk) const noexcept {
-    return work_.values + (slot * work_.chunks + chunk) * rows_of_slot() * tile_stride;
+  /// Statistics [chunk] of a row. Two groups are in use at a time.
+  [[nodiscard]] chunk_statistics* statistics(index_t group, index_t slot,
+                                             index_t row) const noexcept {
+    const index_t place = group % 2 * work_.slot_count + slot;
+    return work_.statistics + (place * rows_of_slot() + row) * work_.chunks;
   }
-  [[nodiscard]] chunk_statistics* statistics(index_t slot, index_t row) const noexcept {
-    return work_.statistics + (slot * rows_of_slot() + row) * work_.chunks;
+  [[nodiscard]] packed_queries queries(int worker) const noexcept {
+    return {work_.queries + worker * work_.query_bytes, are_many(heads_ * window_)};
   }
-  [[nodiscard]] row_normaliser* normalisers(index_t slot) const noexcept {
-    return work_.normalisers + slot * rows_of_slot();
+  [[nodiscard]] row_normaliser* normalisers(int worker) const noexcept {
+    return work_.normalisers + worker * rows_of_slot();
+  }
+  [[nodiscard]] index_t& left_out(int worker, index_t slot) const noexcept {
+    return work_.left_out[worker * work_.slot_count + slot];
   }
 
   const Layer& layer_;
@@ -272,43 +243,21 @@ class attention_slots {
 template <class Executor, class Layer, class Visit>
 void for_each_attention(const Executor& threads, const Layer& layer, index_t window, bad_rows bad,
                         const attention_scratch& scratch, const Visit& visit) noexcept {
-  const index_t heads = layer.q_heads() / layer.kv_heads();
   const index_t all = layer.sequences() * layer.kv_heads();
   for (index_t first = 0; first < all; first += scratch.slot_count) {
-    const index_t slot_count = (std::min)(scratch.slot_count, all - first);
-    const attention_slots<Layer> s(layer, window, bad, scratch, first, slot_count);
-    const auto place = [&](index_t slot, index_t chunk) {
-      return attended_chunk{
-          slot, chunk, {s.sequence(slot), s.kv_head(slot), s.chunks_of(slot)[chunk]}};
-    };
-    index_t work = s.chunks() * chunk_tokens * heads * scratch.rows;
+    const attention_wave<Layer> wave(layer, window, bad, scratch, first,
+                                     (std::min)(scratch.slot_count, all - first));
+    index_t work = chunk_tokens * layer.q_heads() / layer.kv_heads() * scratch.rows;
     if constexpr (has_queries<Layer>) work *= layer.head_dim() / 8 + 1;
-    const auto for_each_chunk = [&](const auto& f) {
+    for (index_t group = 0; group <= wave.groups(); ++group) {
       const auto run = [&](int worker, index_t begin, index_t end) {
-        s.for_each_chunk(begin, end, [&](index_t slot, index_t chunk) { f(worker, slot, chunk); });
+        wave.run(group, worker, begin, end, visit);
       };
-      if (work >= index_t{1} << 16) {
-        for_each_range(threads, s.chunks(), run);
+      if (wave.chunks() * work >= index_t{1} << 16) {
+        for_each_range(threads, wave.chunks(), run);
       } else {
-        run(0, 0, s.chunks());
+        run(0, 0, wave.chunks());
       }
-    };
-    for (index_t group = 0; group < s.groups(); ++group) {
-      if constexpr (has_queries<Layer>) {
-        for_each_item(threads, slot_count * heads,
-                      slot_count * heads * scratch.rows * layer.head_dim(),
-                      [&](int, index_t i) { s.pack(group, i / heads, i % heads); });
-      }
-      for_each_chunk(
-          [&](int worker, index_t slot, index_t chunk) { s.attend(group, worker, slot, chunk); });
-      for_each_item(threads, slot_count, slot_count * heads * scratch.rows * scratch.chunks,
-                    [&](int, index_t slot) { s.normalise(group, slot); });
-      for_each_chunk([&](int, index_t slot, index_t chunk) {
-        const attended_chunk at = place(slot, chunk);
-        if (group == 0) visit.start(at);
-        s.for_each_row(group, slot, chunk, [&](const row_attention& row) { visit.add(at, row); });
-        if (group == s.groups() - 1) visit.finish(at, scratch.left_out[slot]);
-      });
     }
   }
 }
