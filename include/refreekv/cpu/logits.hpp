@@ -84,10 +84,11 @@ template <class Key>
 }
 
 /// As store_logits, for many rows.
-template <class Key>
+template <bool pairs, class Key>
 void store_logits_of_many(const chunk_addresses<Key>& keys, const float* queries, index_t rows,
                           index_t head_dim, float scale, float* block, float* values,
                           index_t stride) noexcept {
+  const index_t width = lanes_of<pairs>(head_dim);
   for (index_t t = 0; t < keys.count(); t += block_tokens) {
     const auto from = keys.from(t);
     const Key* at[std::size_t{block_tokens}];
@@ -100,10 +101,10 @@ void store_logits_of_many(const chunk_addresses<Key>& keys, const float* queries
         for (index_t d = 0; d < head_dim; d += line) prefetch(from.prefetch_far[i] + d);
       }
     }
-    transpose_keys(at, keys.dim_stride(), head_dim, block);
+    transpose_keys<pairs>(at, keys.dim_stride(), head_dim, block);
     for (index_t r = 0; r < rows; r += block_rows) {
-      multiply_block(queries + r * head_dim, block, head_dim, scale,
-                     (std::min)(rows - r, block_rows), values + r * stride + t, stride);
+      multiply_block<pairs>(queries + r * width, block, width, scale,
+                            (std::min)(rows - r, block_rows), values + r * stride + t, stride);
     }
   }
 }
@@ -117,8 +118,9 @@ void store_logits(const chunk_addresses<Key>& keys, packed_queries packed, index
                   index_t head_dim, float scale, void* gathered, float* values,
                   index_t stride = tile_stride) noexcept {
   if (packed.many) {
-    store_logits_of_many(keys, static_cast<const float*>(packed.data), rows, head_dim, scale,
-                         static_cast<float*>(gathered), values, stride);
+    store_logits_of_many<in_pairs<Product>>(keys, static_cast<const float*>(packed.data), rows,
+                                            head_dim, scale, static_cast<float*>(gathered), values,
+                                            stride);
     return;
   }
   const auto* queries = static_cast<const typename Product::packed*>(packed.data);
@@ -177,7 +179,8 @@ void pack_queries(const query_layer<Query, Keys>& layer, index_t sequence, index
       pack<few>(query, stride, layer.head_dim(), row, rows,
                 static_cast<typename few::packed*>(packed.data));
     } else {
-      pack_in_blocks(query, stride, layer.head_dim(), row, rows, static_cast<float*>(packed.data));
+      pack_in_blocks<in_pairs<few>>(query, stride, layer.head_dim(), row, rows,
+                                    static_cast<float*>(packed.data));
     }
   }
 }

@@ -3,7 +3,7 @@
 // first, which is repaid by not having to sum over lanes.
 #pragma once
 
-#include "refreekv/cpu/simd/element.hpp"
+#include "refreekv/cpu/simd/dot_bf16.hpp"
 
 namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 
@@ -12,6 +12,15 @@ inline constexpr index_t block_tokens = index_t{2} * lane_count, block_rows = la
 
 /// Whether a KV head's window of `rows` query rows, over all its query heads, repays transposing.
 constexpr bool are_many(index_t rows) noexcept { return rows >= 12; }
+
+/// Whether two dimensions of bfloat16 share a lane and are multiplied without widening.
+#if defined(REFREEKV_FAST_BF16) && defined(REFREEKV_VECTOR_LANES)
+template <class Product>
+inline constexpr bool in_pairs = std::is_same_v<typename Product::packed, std::uint16_t>;
+#else
+template <class Product>
+inline constexpr bool in_pairs = false;
+#endif
 
 /// Returns `head_dim` rounded up to dimensions that are transposed together.
 template <class Key>
@@ -41,9 +50,9 @@ REFREEKV_ALWAYS_INLINE void transpose(lanes (&x)[std::size_t{lane_count}]) noexc
   exchange<1>(x);
 }
 
-/// Writes the dimensions of lane_count keys to block [dim, block_tokens], a token in each column.
-/// Reads transposed_dim(1) dimensions of each key.
-template <class Key>
+/// Writes the dimensions, or pairs of them, of lane_count keys to block [dim, block_tokens], a
+/// token in each column. Reads transposed_dim(1) dimensions of each key.
+template <bool pairs, class Key>
 REFREEKV_ALWAYS_INLINE void transpose_part(const Key* const* keys, index_t first,
                                            float* block) noexcept {
   lanes x[std::size_t{lane_count}];
@@ -54,6 +63,10 @@ REFREEKV_ALWAYS_INLINE void transpose_part(const Key* const* keys, index_t first
     transpose(x);
 #pragma GCC unroll 16
     for (int i = 0; i < lane_count; ++i) {
+      if constexpr (pairs) {
+        store(x[i], block + i * block_tokens);
+        continue;
+      }
       const auto pair = std::bit_cast<lane_bits>(x[i]);
       store(std::bit_cast<lanes>(pair << 16), block + 2 * i * block_tokens);
       store(std::bit_cast<lanes>(pair & 0xffff0000u), block + (2 * i + 1) * block_tokens);
@@ -70,16 +83,17 @@ REFREEKV_ALWAYS_INLINE void transpose_part(const Key* const* keys, index_t first
   }
 }
 
-/// Writes keys [block_tokens, head_dim] to block [transposed_dim, block_tokens].
-template <class Key>
+/// Writes keys [block_tokens, head_dim] to block [transposed_dim, block_tokens], or half as many
+/// rows of pairs.
+template <bool pairs, class Key>
 void transpose_keys(const Key* const* keys, index_t dim_stride, index_t head_dim,
                     float* block) noexcept {
   constexpr index_t dims = transposed_dim<Key>(1);
   for (index_t d = 0; d < head_dim; d += dims) {
     for (index_t half = 0; half < block_tokens; half += lane_count) {
-      float* to = block + d * block_tokens + half;
+      float* to = block + (pairs ? d / 2 : d) * block_tokens + half;
       if (dim_stride == 1 && d + dims <= head_dim) {
-        transpose_part(keys + half, d, to);
+        transpose_part<pairs>(keys + half, d, to);
         continue;
       }
       Key parts[std::size_t{lane_count * dims}];
@@ -91,42 +105,72 @@ void transpose_keys(const Key* const* keys, index_t dim_stride, index_t head_dim
           parts[i * dims + j] = keys[half + i][(d + j) * dim_stride];
         }
       }
-      transpose_part(at, 0, to);
+      transpose_part<pairs>(at, 0, to);
     }
   }
 }
 
-/// Packs the query [head_dim] of one of `rows` rows into packed [row in whole blocks, head_dim].
+/// Lanes that head_dim dimensions take.
+template <bool pairs>
+constexpr index_t lanes_of(index_t head_dim) noexcept {
+  return pairs ? (head_dim + 1) / 2 : head_dim;
+}
+
+/// Packs the query [head_dim] of one of `rows` rows into packed [row in whole blocks, lanes_of].
 /// The rows of a block are interleaved; rows that a block lacks are 0.
-template <class Query>
+template <bool pairs, class Query>
 void pack_in_blocks(const Query* query, index_t stride, index_t head_dim, index_t row, index_t rows,
                     float* packed) noexcept {
+  const index_t width = lanes_of<pairs>(head_dim);
   const auto at = [&](index_t r) {
     const index_t first = r / block_rows * block_rows;
-    return packed + first * head_dim + r - first;
+    return packed + first * width + r - first;
   };
-  for (index_t d = 0; d < head_dim; ++d) at(row)[d * block_rows] = widen(query[d * stride]);
+  for (index_t i = 0; i < width; ++i) {
+    if constexpr (pairs) {
+      const auto bits = [&](index_t d) -> std::uint32_t {
+        return d < head_dim ? std::bit_cast<std::uint16_t>(query[d * stride]) : 0;
+      };
+      at(row)[i * block_rows] = detail::as_float(bits(2 * i) | bits(2 * i + 1) << 16);
+    } else {
+      at(row)[i * block_rows] = widen(query[i * stride]);
+    }
+  }
   for (index_t r = rows; row == rows - 1 && r % block_rows != 0; ++r) {
-    for (index_t d = 0; d < head_dim; ++d) at(r)[d * block_rows] = 0;
+    for (index_t i = 0; i < width; ++i) at(r)[i * block_rows] = 0;
   }
 }
 
+/// Adds the products of one lane's dimensions, or pair of dimensions.
+template <bool pairs>
+REFREEKV_ALWAYS_INLINE void add_lane(lanes& sum, const lanes& query, const lanes& key) noexcept {
+#if defined(REFREEKV_FAST_BF16)
+  if constexpr (pairs) {
+    sum = std::bit_cast<lanes>(_mm512_dpbf16_ps(
+        std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(query), std::bit_cast<__m512bh>(key)));
+    return;
+  }
+#endif
+  sum += query * key;
+}
+
 /// Writes to values [row, stride] the scaled products of a block of packed queries with a block of
-/// transposed keys: `rows` rows, block_tokens tokens. O(block_rows * block_tokens * head_dim).
-inline void multiply_block(const float* queries, const float* keys, index_t head_dim, float scale,
-                           index_t rows, float* values, index_t stride) noexcept {
+/// transposed keys: `rows` rows, block_tokens tokens. O(block_rows * block_tokens * width).
+template <bool pairs>
+void multiply_block(const float* queries, const float* keys, index_t width, float scale,
+                    index_t rows, float* values, index_t stride) noexcept {
   lanes sums[std::size_t{block_rows}][2];
 #pragma GCC unroll 8
   for (index_t r = 0; r < block_rows; ++r) sums[r][0] = sums[r][1] = splat(0);
 #pragma GCC unroll 1
-  for (index_t d = 0; d < head_dim; ++d) {
+  for (index_t i = 0; i < width; ++i) {
     const lanes first = load(keys), second = load(keys + lane_count);
 #pragma GCC unroll 8
     for (index_t r = 0; r < block_rows; ++r) {
       lanes q = splat(queries[r]);
       keep(q);
-      sums[r][0] += q * first;
-      sums[r][1] += q * second;
+      add_lane<pairs>(sums[r][0], q, first);
+      add_lane<pairs>(sums[r][1], q, second);
     }
     keys += block_tokens;
     queries += block_rows;
