@@ -62,7 +62,7 @@ REFREEKV_ALWAYS_INLINE void transpose_part(const Key* const* keys, index_t first
     for (int i = 0; i < lane_count; ++i) std::memcpy(&x[i], keys[i] + first, sizeof x[i]);
     transpose(x);
 #pragma GCC unroll 16
-    for (int i = 0; i < lane_count; ++i) {
+    for (index_t i = 0; i < lane_count; ++i) {
       if constexpr (pairs) {
         store(x[i], block + i * block_tokens);
         continue;
@@ -161,7 +161,7 @@ void multiply_block(const float* queries, const float* keys, index_t width, floa
                     index_t rows, float* values, index_t stride) noexcept {
   lanes sums[std::size_t{block_rows}][2];
 #pragma GCC unroll 8
-  for (index_t r = 0; r < block_rows; ++r) sums[r][0] = sums[r][1] = splat(0);
+  for (auto& of_row : sums) of_row[0] = of_row[1] = splat(0);
 #pragma GCC unroll 1
   for (index_t i = 0; i < width; ++i) {
     const lanes first = load(keys), second = load(keys + lane_count);
