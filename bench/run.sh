@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # bench/run.sh [BENCHMARK_ARGUMENT...]: builds the benchmarks for this machine in build/bench, runs
-# the rows of the README (or those that --benchmark_filter=... names) and draws them: roofline and
+# the rows of README.md here (or those that --benchmark_filter=... names) and draws them: roofline and
 # scaling, as .svg and .png, in build/bench.
 set -euo pipefail
 cd "$(dirname "$0")/.."
