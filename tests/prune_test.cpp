@@ -336,6 +336,12 @@ TEST_CASE("sizes that no memory holds are refused, not wrapped", "[contract]") {
     kept_range kept;
     std::vector<std::byte> scratch(1 << 16);
     CHECK(workspace_size(policy, divided<1>(), layer) != 0);
+    const policy::snapkv scored{.budget = 5, .window = static_cast<count_t>(window)};
+    position_t position;
+    kept_tokens count;
+    const kept_positions<> positions{{&position, {1, kv_heads, tokens}, {0, 0, 0}},
+                                     {&count, {1, kv_heads}, {0, 0}}};
+    CHECK(select(scored, divided<1>(), layer, positions, scratch) == status::small_workspace);
     return select(policy, divided<1>(), layer, view(&kept, {1, 1}), scratch);
   };
   constexpr index_t most = max_count;

@@ -37,8 +37,10 @@ struct attention_scratch {
     s.rows = std::clamp<index_t>(together, 1, (std::max)(window, index_t{1}));
     s.chunks = chunking{capacity, 0}.count();
     const index_t rows = heads * s.rows;
-    const index_t slot_bytes = lines_of<float>(s.chunks, rows, tile_stride) +
-                               lines_of<double>(index_t{2}, heads, capacity);
+    arena slot;
+    (void)slot.array<float>(s.chunks, rows, tile_stride);
+    (void)slot.array<double>(index_t{2}, heads, capacity);
+    const index_t slot_bytes = whole_lines(slot.bytes());
     s.slot_count =
         std::clamp<index_t>(workers * worker_bytes / slot_bytes, 1,
                             (std::max)(layer.sequences() * layer.kv_heads(), index_t{1}));

@@ -30,7 +30,7 @@ struct worker_tiles {
   static worker_tiles carve(arena& from, index_t workers, index_t rows, index_t value_rows,
                             const Layer& layer) noexcept {
     worker_tiles w{};
-    w.values = value_rows * tile_stride;
+    w.values = lines_of<float>(value_rows, tile_stride) / index_t{sizeof(float)};
     w.statistics = whole_registers(rows);  // 16 of 12 bytes fill whole lines
     if constexpr (has_queries<Layer>) {
       w.gathered = gathered_bytes<multiplied_key<std::remove_cvref_t<decltype(layer.keys)>>>(
