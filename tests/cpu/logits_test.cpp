@@ -26,7 +26,7 @@ void check_products(random_source& random) {
       const bool many = cpu_detail::are_many(rows);
       std::vector<Query> elements;  // [1, row, 1, dim]
       for (const float q : queries) elements.push_back(to_element<Query>(q));
-      std::vector<std::byte> packed(size(cpu_detail::packed_bytes<product>(rows, dim, many)));
+      std::vector<std::byte> packed(size(cpu_detail::packed_bytes<product>(rows, dim)));
       const dense_cache<Key> a_key(plain_rows(1, dim, {1}));
       cpu_detail::pack_queries(
           observe(view<const Query, 4>(elements.data(), {1, rows, 1, dim}), a_key.source()), 0, 0,

@@ -77,3 +77,53 @@ TEST_CASE("scores are the same bits with any capacity and number of threads", "[
   CHECK(longest.rows == 4);
   CHECK(longest.scores == whole.scores);
 }
+
+TEST_CASE("a sequence with few rows has the same scores beside one with many", "[cpu][scores]") {
+  random_source random(base_seed());
+  INFO("REFREEKV_SEED=" << base_seed());
+  problem both(2, 4, 24, 32, {300, 300}), alone(2, 4, 24, 1, {300});
+  fill(both, random);
+  both.row_counts = {1, 32};
+  alone.scale = both.scale;
+  alone.keys.values[0] = both.keys.values[0];
+  for (index_t h = 0; h < 8; ++h) {
+    for (index_t d = 0; d < 24; ++d) alone.query(0, 0, h, d) = both.query(0, 31, h, d);
+  }
+  const std::vector<float> of_both = scores_of(both, 300, 2, {32}).scores;
+  const std::vector<float> expected = scores_of(alone, 300, 2, {1}).scores;
+  CHECK(std::vector<float>(of_both.begin(), of_both.begin() + 600) == expected);
+}
+
+TEST_CASE("scratch for many rows serves a single row", "[cpu][scores]") {
+  random_source random(base_seed());
+  INFO("REFREEKV_SEED=" << base_seed());
+  for (const index_t window : {2, 8}) {
+    // A head_dim of 1 takes more memory for few rows, in whole registers, than for many.
+    problem p(1, 8, 1, window, {100});
+    fill(p, random);
+    std::vector<bf16_bits> keys;
+    for (const float x : p.keys.values[0]) keys.push_back(to_element<bf16_bits>(x));
+    const auto layer =
+        observe(p.query_view(), dense(view<bf16_bits, 4>(keys.data(), {1, 1, 100, 1})), p.info());
+    const auto sums_of = [&](index_t rows) {
+      const auto carve = [&](arena& from) {
+        return cpu_detail::attention_scratch::carve(from, 3, rows, layer);
+      };
+      arena count;
+      (void)carve(count);
+      std::vector<std::byte> memory(count.bytes() + 64, std::byte{77});
+      arena from(memory.data());
+      const auto scratch = carve(from);
+      std::vector<float> scores(100);
+      kept_tokens counts;
+      cpu_detail::attention_sums(thread_pool(3), score_rows{1}, layer,
+                                 scores_view<>(scores.data(), {1, 1, 100}), {&counts, {1, 1}},
+                                 scratch);
+      CHECK(std::all_of(memory.end() - 64, memory.end(),
+                        [](std::byte b) { return b == std::byte{77}; }));
+      return scores;
+    };
+    CAPTURE(window);
+    CHECK(sums_of(window) == sums_of(1));
+  }
+}

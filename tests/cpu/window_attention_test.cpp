@@ -32,8 +32,8 @@ class queries_of_head {
   queries_of_head(const Layer& layer, index_t sequence, index_t kv_head, index_t window)
       : heads_(layer.q_heads() / layer.kv_heads()),
         many_(cpu_detail::are_many(heads_ * window)),
-        bytes_(size(cpu_detail::packed_bytes<cpu_detail::product_of<Layer>>(
-            heads_ * window, layer.head_dim(), many_))) {
+        bytes_(size(cpu_detail::packed_bytes<cpu_detail::product_of<Layer>>(heads_ * window,
+                                                                            layer.head_dim()))) {
     for (index_t h = kv_head * heads_; h < (kv_head + 1) * heads_; ++h) {
       cpu_detail::pack_queries(layer, sequence, h, window, packed());
     }

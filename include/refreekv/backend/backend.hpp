@@ -78,7 +78,7 @@ namespace refreekv::inline v0 {
 ///   attention that it receives from the last rows, summed over them. A carried score is kept and
 ///   the sum is added to it. With as many heads as KV heads, a score is the mean over the query
 ///   heads of its group; otherwise heads are query heads. NaN stays NaN unless scores are carried.
-///   Attention below 1e-36 of a row may count as 0. counts [sequence, kv_head]: sets `undecided` to
+///   Attention below 2e-36 of a row may count as 0. counts [sequence, kv_head]: sets `undecided` to
 ///   whether a row without a softmax was left out of carried scores, or there is no row and nothing
 ///   is carried. O(q_heads * rows * tokens * head_dim).
 ///

@@ -26,8 +26,9 @@ struct attention_scratch {
   template <class Layer>
   static attention_scratch carve(arena& from, index_t workers, index_t window,
                                  const Layer& layer) noexcept {
-    // As many rows as repay reading the keys for them, but fewer of long sequences: their values
-    // take at most 9 MB of a slot up to 131,072 tokens.
+    // As many rows as repay reading the keys for them, but fewer where sequences may be long: up to
+    // a capacity of 131,072 tokens their values take at most 9 MB of a slot, unless a KV head has
+    // more than 16 query heads.
     constexpr index_t slot_values = index_t{1} << 21, least_rows = 16, most_rows = 64;
     constexpr index_t worker_bytes = index_t{4} << 20;  // of slots for each worker
     const index_t heads = layer.q_heads() / layer.kv_heads(), capacity = layer.capacity();
@@ -51,8 +52,7 @@ struct attention_scratch {
     workers = (std::min)(workers, s.slot_count * s.chunks);
     s.tiles = worker_tiles::carve(from, workers, rows, 0, layer);
     if constexpr (has_queries<Layer>) {
-      s.query_bytes =
-          packed_bytes<product_of<Layer>>(rows, layer.head_dim(), are_many(heads * window));
+      s.query_bytes = packed_bytes<product_of<Layer>>(rows, layer.head_dim());
       s.queries = from.array<std::byte>(workers, s.query_bytes);
     }
     s.normalisers = from.array<row_normaliser>(workers, rows);

@@ -134,7 +134,7 @@ class attention_wave {
       const rows_of_group rows = rows_of(group, slot);
       for (index_t h = 0; rows.count > 0 && h < heads_; ++h) {
         pack_queries(part_of(rows), sequence(slot), kv_head(slot) * heads_ + h, rows.count,
-                     queries(worker));
+                     queries(worker, slot));
       }
     }
   }
@@ -151,8 +151,8 @@ class attention_wave {
                   chunk_statistics{-std::numeric_limits<float>::infinity(), 0, 0});
     } else {
       const index_t next = (std::min)(at.chunk + 1, chunks_of(at.slot).count() - 1);
-      attend_chunk(part_of(rows), rows.window, queries(worker), at.place, place_of(at.slot, next),
-                   output::exact_values, tile);
+      attend_chunk(part_of(rows), rows.window, queries(worker, at.slot), at.place,
+                   place_of(at.slot, next), output::exact_values, tile);
     }
     for (index_t i = 0; i < heads_ * rows.count; ++i) {
       statistics(group, at.slot, i)[at.chunk] = tile.statistics[i];
@@ -217,8 +217,9 @@ class attention_wave {
     const index_t place = group % 2 * work_.slot_count + slot;
     return work_.statistics + (place * rows_of_slot() + row) * work_.chunks;
   }
-  [[nodiscard]] packed_queries queries(int worker) const noexcept {
-    return {work_.queries + worker * work_.query_bytes, are_many(heads_ * window_)};
+  [[nodiscard]] packed_queries queries(int worker, index_t slot) const noexcept {
+    const query_window all = window_of(layer_, sequence(slot), window_);
+    return {work_.queries + worker * work_.query_bytes, are_many(heads_ * all.count())};
   }
   [[nodiscard]] row_normaliser* normalisers(int worker) const noexcept {
     return work_.normalisers + worker * rows_of_slot();

@@ -34,7 +34,7 @@ using product_of = typename product_of_layer<Layer>::type;
 /// The packed queries of one KV head [q_head of the KV head, row, head_dim].
 struct packed_queries {
   void* data;
-  bool many;  ///< are_many of the window that these rows are a part of
+  bool many;  ///< are_many of the sequence's rows in the window, of which these may be a part
 };
 
 /// The packed queries of one KV head, and their attention parameters.
@@ -70,11 +70,12 @@ template <class T, class... Extents>
   return whole_lines(count.bytes());
 }
 
-/// Returns the bytes of the packed queries of one KV head with `rows` rows.
+/// Returns the bytes of the packed queries of one KV head with `rows` rows, few or many.
 template <class Product>
-[[nodiscard]] index_t packed_bytes(index_t rows, index_t head_dim, bool many) noexcept {
-  return many ? lines_of<float>((rows + block_rows - 1) / block_rows, block_rows, head_dim)
-              : lines_of<typename Product::packed>(rows, packed_dim<Product>(head_dim));
+[[nodiscard]] index_t packed_bytes(index_t rows, index_t head_dim) noexcept {
+  const index_t few = lines_of<typename Product::packed>(rows, packed_dim<Product>(head_dim));
+  const index_t many = lines_of<float>((rows + block_rows - 1) / block_rows, block_rows, head_dim);
+  return (std::max)(few, many);
 }
 
 /// Returns the bytes of store_logits' scratch.

@@ -20,7 +20,7 @@ struct scan_scratch {
     const index_t rows = layer.q_heads() / layer.kv_heads() * scan.window;
     scan_scratch s{};
     if constexpr (has_queries<Layer>) {
-      s.query_bytes = packed_bytes<product_of<Layer>>(rows, layer.head_dim(), are_many(rows));
+      s.query_bytes = packed_bytes<product_of<Layer>>(rows, layer.head_dim());
       s.queries = from.array<std::byte>(layer.sequences(), layer.kv_heads(), s.query_bytes);
     }
     s.tiles = worker_tiles::carve(from, workers, rows, rows, layer);

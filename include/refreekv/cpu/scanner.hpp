@@ -150,7 +150,7 @@ class scanner {
   /// Returns the packed queries of a KV head.
   [[nodiscard]] packed_queries packed(index_t sequence, index_t kv_head) const noexcept {
     return {scratch_.queries + (sequence * layer_.kv_heads() + kv_head) * scratch_.query_bytes,
-            are_many(heads_ * scan_.window)};
+            are_many(heads_ * window_of(sequence).count())};
   }
 
   [[nodiscard]] chunk_place place_of(const chunk_index& at) const noexcept {

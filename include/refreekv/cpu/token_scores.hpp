@@ -123,11 +123,12 @@ struct spread_scores {
     row.tokens.end = (std::min)(row.tokens.end, scored(at.place.sequence));
     const auto [begin, end] = row.tokens;
     if (begin >= end) return;
-    sums.add(at, row);
     float attention[static_cast<std::size_t>(chunk_tokens)];
     for (index_t t = 0; t < end - begin; ++t) {
       attention[t] = row.values[t] * static_cast<float>(row.weight);
     }
+    // Sums of the same floats, so that the spread of equal rows is 0.
+    add_weighted(attention, end - begin, 1, sums.of(at.slot, 0, row.q_head) + begin);
     add_squares(attention, end - begin, sums.of(at.slot, 1, row.q_head) + begin);
     totals(at.place.sequence, at.place.kv_head, at.chunk)[row.q_head] +=
         entropy_of(attention, end - begin);

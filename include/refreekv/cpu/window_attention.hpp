@@ -25,7 +25,8 @@ struct worker_tiles {
   tile_scratch first;
   index_t values, statistics, gathered, unpacked;  ///< elements of a worker; bytes of `gathered`
 
-  /// `rows`: rows of all query heads of a KV head. `value_rows`: rows of `values`; 0 for none.
+  /// `rows`: rows of all query heads of a KV head. `value_rows`: rows of `values`; 0 where these
+  /// are elsewhere.
   template <class Layer>
   static worker_tiles carve(arena& from, index_t workers, index_t rows, index_t value_rows,
                             const Layer& layer) noexcept {

@@ -52,7 +52,7 @@ struct fitting_parts {
     const index_t measured = heads * rule.measured(rule.rows);
     const index_t sizes = rule.error_term ? index_t{rule.sizes} : 1, parts = 2 * sizes + 1;
     fitting_parts p{};
-    p.packed = from.array<std::byte>(packed_bytes<product>(rows, dims, are_many(rows)));
+    p.packed = from.array<std::byte>(packed_bytes<product>(rows, dims));
     p.tile.gathered =
         from.array<std::byte>(gathered_bytes<multiplied_key<plain_keys<Layer>>>(dims));
     p.tile.values = from.array<float>(rows, stride_of(rule));

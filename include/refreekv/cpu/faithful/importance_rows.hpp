@@ -141,8 +141,7 @@ struct importance_scratch {
     using product = plain_product<Layer>;
     const index_t heads = layer.q_heads() / layer.kv_heads(), dims = layer.head_dim();
     weighing_parts p{};
-    p.packed = from.array<std::byte>(
-        packed_bytes<product>(heads * rule.rows, dims, are_many(heads * rule.rows)));
+    p.packed = from.array<std::byte>(packed_bytes<product>(heads * rule.rows, dims));
     p.tile.gathered =
         from.array<std::byte>(gathered_bytes<multiplied_key<plain_keys<Layer>>>(dims));
     p.tile.values = from.array<float>(heads, rule.rows, tile_stride);
@@ -168,7 +167,7 @@ struct importance_scratch {
     const auto& plain = detail::plain(layer);
     const query_window all = window_of(plain, sequence, rule.rows);
     const index_t heads = layer.q_heads() / layer.kv_heads(), rows = all.count();
-    const packed_queries queries{packed, are_many(heads * rule.rows)};
+    const packed_queries queries{packed, are_many(heads * rows)};
     for (index_t g = 0; g < heads; ++g) {
       pack_queries(plain, sequence, kv_head * heads + g, rows, queries);
     }

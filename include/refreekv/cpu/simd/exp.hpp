@@ -17,9 +17,9 @@ using detail::exponent_limit;
 
 /// Returns exp(x) / 2^exponent where that is below 2^127. Requires a whole exponent of magnitude
 /// below exponent_limit; shifted_unit is exponent + integer_shift.
-/// NaN stays NaN. Requires x >= (exponent + lowest_power) ln 2, so that no result is denormal. The
-/// error is within 2 units in the last place for |exponent| up to 1000. Method (ours): x = n ln 2 +
-/// r, and on |r| <= ln 2 / 2 the polynomial of degree 6 that starts with 1 + r and has the smallest
+/// NaN stays NaN. Requires x >= (exponent - 125) ln 2, so that no result is denormal. The error is
+/// within 2 units in the last place for |exponent| up to 1000. Method (ours): x = n ln 2 + r, and
+/// on |r| <= ln 2 / 2 the polynomial of degree 6 that starts with 1 + r and has the smallest
 /// relative error, 3.1e-9.
 REFREEKV_ALWAYS_INLINE lanes exponential(const lanes& x, const lanes& shifted_unit) noexcept {
   const auto shifted = exactly<lanes>(x * std::numbers::log2e_v<float> + integer_shift);

@@ -10,7 +10,7 @@ namespace refreekv::inline v0::cpu_detail::inline REFREEKV_TARGET {
 /// Tokens and query rows whose sums fit in the registers together.
 inline constexpr index_t block_tokens = index_t{2} * lane_count, block_rows = lane_registers / 4;
 
-/// Whether a KV head's window of `rows` query rows, over all its query heads, repays transposing.
+/// Whether `rows` query rows of a KV head, over all its query heads, repay transposing.
 constexpr bool are_many(index_t rows) noexcept { return rows >= 12; }
 
 /// Whether two dimensions of bfloat16 share a lane and are multiplied without widening.
@@ -144,7 +144,7 @@ void pack_in_blocks(const Query* query, index_t stride, index_t head_dim, index_
 /// Adds the products of one lane's dimensions, or pair of dimensions.
 template <bool pairs>
 REFREEKV_ALWAYS_INLINE void add_lane(lanes& sum, const lanes& query, const lanes& key) noexcept {
-#if defined(REFREEKV_FAST_BF16)
+#if defined(REFREEKV_FAST_BF16) && defined(REFREEKV_VECTOR_LANES)
   if constexpr (pairs) {
     sum = std::bit_cast<lanes>(_mm512_dpbf16_ps(
         std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(query), std::bit_cast<__m512bh>(key)));
