@@ -167,7 +167,9 @@ struct importance_scratch {
     const auto& plain = detail::plain(layer);
     const query_window all = window_of(plain, sequence, rule.rows);
     const index_t heads = layer.q_heads() / layer.kv_heads(), rows = all.count();
-    const packed_queries queries{packed, are_many(heads * rows)};
+    // Multiplied as few rows are: sums over lanes round less than those along head_dim, and what is
+    // fitted to logits amplifies their rounding.
+    const packed_queries queries{packed, false};
     for (index_t g = 0; g < heads; ++g) {
       pack_queries(plain, sequence, kv_head * heads + g, rows, queries);
     }
