@@ -44,8 +44,9 @@ struct head_sums {
     }
   }
   void add(const attended_chunk& at, const row_attention& row) const noexcept {
-    add_weighted(row.values, row.tokens.end - row.tokens.begin, row.weight,
-                 of(at.slot, 0, row.q_head) + row.tokens.begin);
+    add_wide(row.values, row.tokens.end - row.tokens.begin,
+             of(at.slot, 0, row.q_head) + row.tokens.begin,
+             [&](const auto& x) { return x * row.weight; });
   }
 };
 
@@ -128,8 +129,10 @@ struct spread_scores {
       attention[t] = row.values[t] * static_cast<float>(row.weight);
     }
     // Sums of the same floats, so that the spread of equal rows is 0.
-    add_weighted(attention, end - begin, 1, sums.of(at.slot, 0, row.q_head) + begin);
-    add_squares(attention, end - begin, sums.of(at.slot, 1, row.q_head) + begin);
+    add_wide(attention, end - begin, sums.of(at.slot, 0, row.q_head) + begin,
+             [](const auto& x) { return x; });
+    add_wide(attention, end - begin, sums.of(at.slot, 1, row.q_head) + begin,
+             [](const auto& x) { return x * x; });
     totals(at.place.sequence, at.place.kv_head, at.chunk)[row.q_head] +=
         entropy_of(attention, end - begin);
   }

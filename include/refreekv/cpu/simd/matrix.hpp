@@ -29,25 +29,16 @@ template <class Other>
   return sum;
 }
 
-/// Adds weight * values [count] to sums, in double.
-inline void add_weighted(const float* values, index_t count, double weight, double* sums) noexcept {
+/// Adds f(value) of values [count] to sums, in double. f takes a register or a double.
+template <class F>
+REFREEKV_ALWAYS_INLINE void add_wide(const float* values, index_t count, double* sums,
+                                     const F& f) noexcept {
   constexpr index_t step = lane_count / 2;
   index_t i = 0;
   for (; i + step <= count; i += step) {
-    store(load_wide(sums + i) + load_wide(values + i) * weight, sums + i);
+    store(wide_lanes(load_wide(sums + i) + f(load_wide(values + i))), sums + i);
   }
-  for (; i < count; ++i) sums[i] += static_cast<double>(values[i]) * weight;
-}
-
-/// Adds the squares of values [count] to sums, in double.
-inline void add_squares(const float* values, index_t count, double* sums) noexcept {
-  constexpr index_t step = lane_count / 2;
-  index_t i = 0;
-  for (; i + step <= count; i += step) {
-    const wide_lanes x = load_wide(values + i);
-    store(load_wide(sums + i) + x * x, sums + i);
-  }
-  for (; i < count; ++i) sums[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  for (; i < count; ++i) sums[i] += f(static_cast<double>(values[i]));
 }
 
 /// The left matrix of a product; its elements are read one by one.

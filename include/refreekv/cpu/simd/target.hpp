@@ -32,7 +32,8 @@
 #endif
 // The bf16 dot product has twice the rate of float multiply-adds on AMD's processors, and half of
 // it on Intel's (measured on one with AMX). GCC 12 takes Zen 4 for Zen 3.
-#if defined(__AVX512BF16__) && (defined(__znver3__) || defined(__znver4__) || defined(__znver5__))
+#if defined(__AVX512BF16__) && !defined(REFREEKV_EIGEN_LANES) && \
+    (defined(__znver3__) || defined(__znver4__) || defined(__znver5__))
 #define REFREEKV_FAST_BF16 1
 #define REFREEKV_TARGET_BF16 _fastbf16
 #elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)

@@ -14,7 +14,7 @@ inline constexpr index_t block_tokens = index_t{2} * lane_count, block_rows = la
 constexpr bool are_many(index_t rows) noexcept { return rows >= 12; }
 
 /// Whether two dimensions of bfloat16 share a lane and are multiplied without widening.
-#if defined(REFREEKV_FAST_BF16) && defined(REFREEKV_VECTOR_LANES)
+#if defined(REFREEKV_FAST_BF16)
 template <class Product>
 inline constexpr bool in_pairs = std::is_same_v<typename Product::packed, std::uint16_t>;
 #else
@@ -144,7 +144,7 @@ void pack_in_blocks(const Query* query, index_t stride, index_t head_dim, index_
 /// Adds the products of one lane's dimensions, or pair of dimensions.
 template <bool pairs>
 REFREEKV_ALWAYS_INLINE void add_lane(lanes& sum, const lanes& query, const lanes& key) noexcept {
-#if defined(REFREEKV_FAST_BF16) && defined(REFREEKV_VECTOR_LANES)
+#if defined(REFREEKV_FAST_BF16)
   if constexpr (pairs) {
     sum = std::bit_cast<lanes>(_mm512_dpbf16_ps(
         std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(query), std::bit_cast<__m512bh>(key)));
